@@ -1,0 +1,24 @@
+"""Audio Mamba: the backbone. Knows no Hz, no scene, no Lightning and no command line."""
+
+from aum.mamba import BiMamba
+from aum.model import (
+    AudioMamba,
+    AuMConfig,
+    create_config,
+    create_model,
+    list_models,
+    parameter_groups,
+)
+from aum.scan import available_backends, selective_scan_fn
+
+__all__ = [
+    "AuMConfig",
+    "AudioMamba",
+    "BiMamba",
+    "available_backends",
+    "create_config",
+    "create_model",
+    "list_models",
+    "parameter_groups",
+    "selective_scan_fn",
+]

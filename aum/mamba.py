@@ -1,0 +1,136 @@
+"""The mixer and the block of Audio Mamba (arXiv:2406.03344), built on Mamba (arXiv:2312.00752).
+
+Axes: b batch, l tokens, d d_inner = expand * d_model, n d_state, r dt_rank. Parameter names are those of the published
+code (kaistmm/Audio-Mamba-AuM, hustvl/Vim), so that its checkpoints load.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aum.init import a_log, init_dt_proj
+from aum.scan import selective_scan_fn
+
+Direction = Literal["fo_fo", "fo_bi", "bi_bi"]
+
+
+class BiMamba(nn.Module):
+    """The Mamba mixer in AuM's three directions: (b, l, d_model) -> (b, l, d_model).
+
+    - ``fo_fo``: one causal branch, Mamba's own (AuM's Fo-Fo, ``bimamba_type="none"``).
+    - ``fo_bi``: one causal convolution and projection, scanned forward with A and backward with A_b; the sum of both,
+      so that the skip D u counts twice (Fo-Bi, "v1"). The published code's gradient of z is wrong here; ours is not.
+    - ``bi_bi``: a forward and a backward branch, each with its own convolution, projections, A and D, between shared
+      in_proj and out_proj; half the sum of both (Bi-Bi, "v2").
+
+    Raises ValueError for an unknown direction.
+    """
+
+    def __init__(
+        self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, direction: Direction = "bi_bi"
+    ):
+        super().__init__()
+        if direction not in ("fo_fo", "fo_bi", "bi_bi"):
+            raise ValueError(f"direction is fo_fo, fo_bi or bi_bi; got {direction!r}")
+        self.d_model, self.d_state, self.d_conv, self.direction = d_model, d_state, d_conv, direction
+        self.d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self._add_branch("")
+        if direction == "bi_bi":
+            self._add_branch("_b")
+        if direction != "fo_fo":
+            self.A_b_log = a_log(self.d_inner, d_state)
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+
+    def _add_branch(self, suffix: str) -> None:
+        d, r, n = self.d_inner, self.dt_rank, self.d_state
+        conv1d = nn.Conv1d(d, d, self.d_conv, groups=d)
+        dt_proj = nn.Linear(r, d)
+        init_dt_proj(dt_proj)
+        setattr(self, f"conv1d{suffix}", conv1d)
+        setattr(self, f"x_proj{suffix}", nn.Linear(d, r + 2 * n, bias=False))
+        setattr(self, f"dt_proj{suffix}", dt_proj)
+        setattr(self, f"D{suffix}", nn.Parameter(torch.ones(d)))
+        if not suffix:
+            self.A_log = a_log(d, n)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)  # (b, d, l) each: x first, the gate z last
+        if self.direction == "bi_bi":
+            y = (self._branch(x, z, "", reverse=False) + self._branch(x, z, "_b", reverse=True)) / 2
+        elif self.direction == "fo_bi":
+            inputs = self._scan_inputs(x, "", reverse=False)
+            y = self._scan(inputs, self.A_log, z, "", reverse=False)
+            y = y + self._scan(inputs, self.A_b_log, z, "", reverse=True)
+        else:
+            y = self._branch(x, z, "", reverse=False)
+        return self.out_proj(y.transpose(1, 2))
+
+    def _branch(self, x: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
+        A_log = self.A_b_log if suffix else self.A_log
+        return self._scan(self._scan_inputs(x, suffix, reverse), A_log, z, suffix, reverse)
+
+    def _scan_inputs(self, x: Tensor, suffix: str, reverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (b, d, l) -> u (b, d, l), delta (b, d, l) before its bias, B and C (b, n, l).
+
+        ``reverse`` convolves against time: output t sees inputs t ... t + d_conv - 1, which is what flipping,
+        convolving and flipping back gives, but only the kernel of d_conv taps is flipped.
+        """
+        conv1d, x_proj, dt_proj = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
+        kernel = conv1d.weight.flip(-1) if reverse else conv1d.weight
+        pad = (0, self.d_conv - 1) if reverse else (self.d_conv - 1, 0)
+        u = F.silu(F.conv1d(F.pad(x, pad), kernel, conv1d.bias, groups=self.d_inner))
+        projected = x_proj(u.transpose(1, 2))  # (b, l, r + 2n)
+        dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        delta = F.linear(dt, dt_proj.weight)  # its bias is added in the scan, in float32
+        return u, delta.transpose(1, 2), B.transpose(1, 2), C.transpose(1, 2)
+
+    def _scan(self, inputs: tuple[Tensor, ...], A_log: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
+        u, delta, B, C = inputs
+        return selective_scan_fn(
+            u,
+            delta,
+            -torch.exp(A_log.float()),
+            B,
+            C,
+            D=getattr(self, f"D{suffix}").float(),
+            z=z,
+            delta_bias=getattr(self, f"dt_proj{suffix}").bias.float(),
+            delta_softplus=True,
+            reverse=reverse,
+        )
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv:1603.09382): in training, drop a clip's whole branch with probability ``p``."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, l, d_model) -> the same."""
+        if not self.training or self.p == 0.0:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p
+        return x * keep / (1.0 - self.p)
+
+
+class Block(nn.Module):
+    """What a layer adds to the residual stream: drop_path(mixer(norm(x))), (b, l, d_model) -> the same.
+
+    The stream itself stays float32; the mixer's output is brought back to it by the addition.
+    """
+
+    def __init__(self, mixer: BiMamba, norm_eps: float, drop_path: float):
+        super().__init__()
+        self.norm = nn.RMSNorm(mixer.d_model, eps=norm_eps)
+        self.mixer = mixer
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.mixer(self.norm(x)))

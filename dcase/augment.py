@@ -1,0 +1,89 @@
+"""Augmentation of training batches, on the batch's device; nothing here runs in evaluation.
+
+Time rolling works on the waveform, Freq-MixStyle and masking on the normalised log-mel, in this order: MixStyle's
+statistics would otherwise be those of the masks. A mask is filled with 0, the mean of the normalised log-mel.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torchaudio
+from torch import Tensor, nn
+
+from dcase.errors import UserError
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    roll_sec: float = 0.1
+    """Roll each clip in time, around its end, by up to this much either way, seconds."""
+    mixstyle_p: float = 0.6
+    """Probability that Freq-MixStyle works on a batch."""
+    mixstyle_alpha: float = 0.5
+    """Freq-MixStyle's weights are drawn from Beta(alpha, alpha)."""
+    freqm: int = 48
+    """Longest frequency mask, mel bins; a mask's width is drawn from 0 to this. 0: none."""
+    timem: int = 64
+    """Longest time mask, frames, before --timem_max_fraction. 0: none."""
+    timem_max_fraction: float = 0.2
+    """A time mask covers at most this part of the clip; 1.0: no such cap (64 of 65 frames would erase half of a
+    1-second clip on average)."""
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("roll_sec", 0, float("inf")),
+            ("mixstyle_p", 0, 1),
+            ("freqm", 0, float("inf")),
+            ("timem", 0, float("inf")),
+            ("timem_max_fraction", 0, 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"--{name} is from {low} to {high}; got {getattr(self, name)}")
+        if self.mixstyle_alpha <= 0:
+            raise UserError(f"--mixstyle_alpha is above 0; got {self.mixstyle_alpha} (--mixstyle_p 0 turns it off)")
+
+
+def roll(waveform: Tensor, max_shift: int) -> Tensor:
+    """Roll every clip of (b, 1, samples) by its own shift of up to ``max_shift`` samples either way."""
+    b, _, samples = waveform.shape
+    shift = torch.randint(-max_shift, max_shift + 1, (b, 1, 1), device=waveform.device)
+    index = (torch.arange(samples, device=waveform.device) - shift) % samples
+    return waveform.gather(2, index)
+
+
+def freq_mixstyle(x: Tensor, p: float, alpha: float) -> Tensor:
+    """Freq-MixStyle of a batch (b, 1, n_mels, frames): with probability p, one coin for the whole batch, give each clip
+    per-frequency mean and deviation mixed with those of another clip, weights from Beta(alpha, alpha).
+
+    Source: MixStyle, arXiv:2104.02008, with statistics per frequency band in place of channels, as described in
+    arXiv:2305.07499.
+    """
+    if torch.rand(()) >= p:
+        return x
+    mean = x.mean((1, 3), keepdim=True)  # (b, 1, n_mels, 1)
+    std = (x.var((1, 3), keepdim=True) + 1e-6).sqrt()
+    weight = torch.distributions.Beta(alpha, alpha).sample((len(x), 1, 1, 1)).to(x.device)
+    other = torch.randperm(len(x), device=x.device)
+    mixed_mean = weight * mean + (1 - weight) * mean[other]
+    mixed_std = weight * std + (1 - weight) * std[other]
+    return (x - mean) / std * mixed_std + mixed_mean
+
+
+class Masking(nn.Module):
+    """One frequency and one time mask per clip (SpecAugment, arXiv:1904.08779) on (b, 1, n_mels, frames)."""
+
+    def __init__(self, config: AugmentConfig, n_mels: int, frames: int):
+        super().__init__()
+        masks = []
+        if config.freqm:
+            masks.append(torchaudio.transforms.FrequencyMasking(min(config.freqm, n_mels), iid_masks=True))
+        if config.timem:
+            masks.append(
+                torchaudio.transforms.TimeMasking(
+                    min(config.timem, frames), iid_masks=True, p=config.timem_max_fraction
+                )
+            )
+        self.masks = nn.Sequential(*masks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.masks(x)

@@ -1,0 +1,252 @@
+"""The configuration of the three scripts: every part's dataclass, put together, and where its defaults come from.
+
+A checkpoint carries its configuration as plain values, and config.json of a run does too. A script that starts from
+one takes its defaults from there, so that a flag that differs can only have been given by the user.
+"""
+
+import dataclasses
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from dcase import cli
+from dcase.augment import AugmentConfig
+from dcase.errors import UserError
+from dcase.logmel import LogMelConfig
+from dcase.models import ModelConfig
+from dcase.runs import Run, RunConfig, find_checkpoint, find_run, load_checkpoint, new_run, write_json
+from dcase.tau22 import DataConfig, SplitConfig
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    n_epochs: int = 150
+    """Passes over the training clips."""
+    lr: float = 0.0005
+    """AdamW's highest learning rate, reached after warm-up; it then falls to 0 along a cosine."""
+    warmup_steps: int = 4000
+    """Optimiser steps until --lr is reached; at most a fifth of the run."""
+    weight_decay: float = 0.0001
+    """AdamW's weight decay; A_log, D, biases, norms and the class token are spared."""
+    gradient_clip_val: float = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+    check_val_every_n_epoch: int = 10
+    """Validate, and keep the best model, every so many epochs and after the last one."""
+    seed: int = 0
+    """Seed of weights, order and augmentation; two runs with one seed on a CPU give the same weights."""
+
+    def __post_init__(self):
+        for name in ("n_epochs", "check_val_every_n_epoch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} is at least 1; got {getattr(self, name)}")
+        for name in ("lr", "warmup_steps", "weight_decay", "gradient_clip_val", "seed"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"--{name} is not below 0; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    batch_size: int = 64
+    """Clips in a batch."""
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    """Bits of the matrix products; the scan's state and the residual stream are always 32-bit."""
+    num_workers: int = 8
+    """Processes that read clips, at most one per core; 0: none beside the training process."""
+    accelerator: str = "auto"
+    """cpu, gpu, ... or auto: the best there is."""
+    devices: str = "1"
+    """Which accelerators, as Lightning's Trainer takes it: 1, or "2," for the third GPU."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "auto"
+    """Lightning's strategy."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is at least 1; got {self.batch_size}")
+        if self.num_workers < 0:
+            raise UserError(f"--num_workers is not below 0; got {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    logmel: LogMelConfig = field(default_factory=LogMelConfig)
+    machine: MachineConfig = field(default_factory=MachineConfig)
+
+
+@dataclass(frozen=True)
+class TestConfig(EvalConfig):
+    ckpt_path: str = ""
+    """Checkpoint file to evaluate, of either stage."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(EvalConfig):
+    resume: str = ""
+    """Id of a run to go on with: its configuration, weights, optimiser, schedule, epoch and random state."""
+    split: SplitConfig = field(default_factory=SplitConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+
+
+@dataclass(frozen=True)
+class DeviceConfig(TrainConfig):
+    ckpt_id: str = ""
+    """Run id of the general model, trained by train_base.py in the same --project_name."""
+    fit: FitConfig = field(default_factory=lambda: FitConfig(n_epochs=50, warmup_steps=100))
+
+
+Config = TypeVar("Config", bound=EvalConfig)
+
+# What a resumed run may change: none of it changes the figures, but the length of the run, which the user asks for.
+_FREE_ON_RESUME = {
+    "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode", "n_epochs"
+}  # fmt: skip
+
+
+def parse_base(description: str, args: list[str] | None = None) -> tuple[TrainConfig, Run | None]:
+    """train_base.py's configuration, and the run where one is resumed."""
+    resumed = _resumed(TrainConfig, description, args)
+    return resumed or (cli.parse(TrainConfig, description, args=args), None)
+
+
+def parse_device_specific(description: str, args: list[str] | None = None) -> tuple[DeviceConfig, Run | None, dict]:
+    """train_device_specific.py's configuration, the run where one is resumed, and the general model's checkpoint."""
+    resumed = _resumed(DeviceConfig, description, args)
+    if resumed:
+        config, run = resumed
+        return config, run, load_checkpoint(find_checkpoint(config.run.project_name, config.ckpt_id))
+    project_name = _peek("project_name", args) or RunConfig().project_name
+    ckpt_id = _peek("ckpt_id", args)
+    if not ckpt_id:
+        cli.parse(DeviceConfig, description, args=args)  # --help, or a flag that does not exist
+        raise UserError("--ckpt_id is missing: give the run id that train_base.py printed")
+    checkpoint = load_checkpoint(find_checkpoint(project_name, ckpt_id))
+    default = _like_checkpoint(DeviceConfig, checkpoint)
+    config = cli.parse(DeviceConfig, description, default, args)
+    decided = ("model", "logmel", "data", "split")
+    _refuse_changes(default, config, decided, f"the checkpoint of --ckpt_id {ckpt_id}", free={"dataset_dir"})
+    return config, None, checkpoint
+
+
+def parse_test(description: str, args: list[str] | None = None) -> tuple[TestConfig, dict]:
+    """test_only.py's configuration and the checkpoint."""
+    path = _peek("ckpt_path", args)
+    if not path:
+        cli.parse(TestConfig, description, args=args)
+        raise UserError(
+            "--ckpt_path is missing: give a checkpoint file, as <project_name>/<run_id>/checkpoints/best.ckpt"
+        )
+    checkpoint = load_checkpoint(path)
+    default = _like_checkpoint(TestConfig, checkpoint)
+    config = cli.parse(TestConfig, description, default, args)
+    _refuse_changes(default, config, ("model", "logmel", "data"), f"the checkpoint {path}", free={"dataset_dir"})
+    return config, checkpoint
+
+
+def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
+    """The run to write to: the resumed one, or a new one with its config.json written."""
+    if run is None:
+        run = new_run(config.run.project_name)
+        versions = {
+            name: sys.modules[name].__version__ for name in ("torch", "torchaudio", "pytorch_lightning", "numpy")
+        }
+        write_json(
+            run.folder / "config.json",
+            {
+                "config": to_plain(config),
+                "command": sys.argv,
+                "commit": _commit(),
+                "versions": {"python": platform.python_version(), **versions},
+            },
+        )
+    print(f"run {run.id}: everything goes to {run.folder}/")
+    return run
+
+
+def to_plain(config) -> dict:
+    """A configuration as plain values, for a checkpoint or JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_plain(cls: type[Config], plain: dict) -> Config:
+    """The opposite of `to_plain`; parts and fields that are not there keep their defaults."""
+    default = cls()
+    parts = {}
+    for f in dataclasses.fields(cls):
+        value, part = plain.get(f.name), getattr(default, f.name)
+        if f.name in plain:
+            parts[f.name] = _from_values(type(part), value) if dataclasses.is_dataclass(part) else value
+    return cls(**parts)
+
+
+def _from_values(cls: type, values: dict):
+    known = {f.name for f in dataclasses.fields(cls)}
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}  # JSON has no tuples
+    return cls(**tuples)
+
+
+def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
+    """A script's defaults, with the model, the front end and the split of a checkpoint."""
+    saved = from_plain(cls, checkpoint["config"])
+    data = DataConfig(orig_sample_rate=saved.data.orig_sample_rate)
+    kept = {"model": saved.model, "logmel": saved.logmel, "data": data}
+    if "split" in {f.name for f in dataclasses.fields(cls)}:
+        kept["split"] = saved.split
+    return dataclasses.replace(cls(), **kept)
+
+
+def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tuple[Config, Run] | None:
+    run_id = _peek("resume", args)
+    if not run_id:
+        return None
+    run = find_run(_peek("project_name", args) or RunConfig().project_name, run_id, "--resume")
+    saved = run.read_config()
+    if ("ckpt_id" in saved) != (cls is DeviceConfig) or "split" not in saved:
+        raise UserError(f"--resume {run_id}: that run was made by another script")
+    default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
+    config = cli.parse(cls, description, default, args)
+    parts = tuple(f.name for f in dataclasses.fields(cls))
+    _refuse_changes(default, config, parts, f"the run --resume {run_id}", free=_FREE_ON_RESUME)
+    return config, run
+
+
+def _refuse_changes(default, config, parts: tuple[str, ...], what: str, free: set[str] = frozenset()) -> None:
+    """Raise `UserError`, with both values, where a flag differs from what is already decided."""
+    for part in parts:
+        before, after = getattr(default, part), getattr(config, part)
+        fields = vars(before) if dataclasses.is_dataclass(before) else {part: before}
+        for name, value in fields.items():
+            given = getattr(after, name) if dataclasses.is_dataclass(after) else after
+            if given != value and name not in free:
+                raise UserError(f"--{name} {_shown(given)} contradicts {what}, which has {_shown(value)}: leave it out")
+
+
+def _shown(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _peek(name: str, args: list[str] | None) -> str | None:
+    """The value of one flag, before the command line is parsed with the defaults that it leads to."""
+    args = sys.argv[1:] if args is None else args
+    for i, arg in enumerate(args):
+        flag, _, value = arg.partition("=")
+        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
+            return value or (args[i + 1] if i + 1 < len(args) else None)
+    return None
+
+
+def _commit() -> str | None:
+    """The git commit of this code, where it is a checkout."""
+    here = Path(__file__).parent
+    try:
+        shown = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return shown.stdout.strip() or None

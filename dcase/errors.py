@@ -1,0 +1,24 @@
+"""The one exception for what a user can put right: its message is all that they see, and it says what to do."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Bad input: a flag, a file or a data folder. The message, one line, names it and says what to do.
+
+    Not a ``ValueError``, so that no library on the way (tyro, Lightning) takes it for one of its own.
+    """
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call ``main``; turn a `UserError` into one line on stderr and exit code 2, Ctrl-C into exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        # From a reading process torch hands the message on behind a traceback.
+        print(f"error: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by the keyboard", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,64 @@
+"""The end of every script: test once, write results.json and the report, show the tables."""
+
+from collections.abc import Sequence
+
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.loggers.logger import Logger
+
+from dcase import complexity, report
+from dcase.config import EvalConfig
+from dcase.lit import SceneClassifier
+from dcase.loading import Source, loader
+from dcase.runs import Run, write_json
+from dcase.tau22 import TAU22, load_clips
+from dcase.training import make_trainer
+
+
+def measure(module: SceneClassifier) -> complexity.Complexity:
+    """Complexity of one model, the general one: a device-specific one has the same shape, and limits hold for each."""
+    return complexity.measure(module.model, (1, 1, module.config.logmel.n_mels, module.frames))
+
+
+def evaluate(
+    module: SceneClassifier,
+    source: Source,
+    n_samples: int | None,
+    config: EvalConfig,
+    run: Run,
+    loggers: Sequence[Logger],
+    more: dict | None = None,
+) -> dict:
+    """Run the test split through the module; write and show the results. Returns the content of results.json.
+
+    ``n_samples`` is what each clip is padded or cropped to, None for the clips' own length; ``more`` goes into
+    results.json beside the figures.
+    """
+    clips = load_clips(source.folder, "test")
+    test = TAU22(clips, config.data.orig_sample_rate, n_samples)
+    trainer = make_trainer(config.machine, run.folder, list(loggers))
+    trainer.test(module, loader(test, config.machine), verbose=False)
+    measured = measure(module)
+    results = {
+        "data": source.name,
+        **module.results,
+        "device_models": list(module.device_models),
+        "complexity": {
+            "params": measured.params,
+            "param_bytes": measured.param_bytes,
+            "macs": measured.macs,
+            "torchinfo_macs": measured.torchinfo_macs,
+        },
+        **(more or {}),
+    }
+    write_json(run.folder / "results.json", results)
+    name = config.run.experiment_name or config.model.model
+    text = report.write_report(
+        results, run.folder / "report", name, note=source.note, beside_baseline=source.is_tau22, complexity=measured
+    )
+    print(f"\n{text}\n\nfigures: {run.folder / 'results.json'}")
+    for chart in sorted((run.folder / "report").glob("*.png")):
+        print(f"chart:   {chart}")
+        for logger in loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key=f"test/{chart.stem}", images=[str(chart)])
+    return results

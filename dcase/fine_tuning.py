@@ -1,0 +1,108 @@
+"""Stage 2: one recording device's model from the general one, kept only where it is better."""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers.logger import Logger
+from torch import Tensor
+
+from dcase.config import DeviceConfig
+from dcase.lit import SceneClassifier
+from dcase.loading import loader, mixed_seed
+from dcase.runs import Run, load_checkpoint, write_json
+from dcase.tau22 import DEVICES, TAU22, Clips
+from dcase.training import MONITOR, make_trainer, train
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What fine-tuning for one device came to. Accuracies are macro averages on the device's validation clips."""
+
+    kept: bool
+    reason: str
+    n_train: int = 0
+    n_val: int = 0
+    general: float | None = None
+    fine_tuned: float | None = None
+    epoch: int | None = None
+
+    def line(self, device_id: str) -> str:
+        figures = ""
+        if self.general is not None and self.fine_tuned is not None:
+            figures = f" ({100 * self.general:.2f} -> {100 * self.fine_tuned:.2f} % on {self.n_val} validation clips)"
+        return f"device {device_id}: {'own model kept' if self.kept else 'general model stays'}: {self.reason}{figures}"
+
+
+def fine_tune(
+    device_id: str,
+    general: SceneClassifier,
+    clips: tuple[Clips, Clips | None],
+    n_samples: int,
+    config: DeviceConfig,
+    run: Run,
+    loggers: Sequence[Logger],
+) -> tuple[Outcome, dict[str, Tensor] | None]:
+    """Fine-tune every tensor of the general model on one device's clips; (outcome, the model's weights if kept).
+
+    A device that an interrupted run has finished is not trained again; one that it was in goes on where it was.
+    """
+    folder = run.checkpoints / device_id
+    decision = folder / "outcome.json"
+    if decision.is_file():
+        outcome = Outcome(**json.loads(decision.read_text()))
+    else:
+        outcome = _decide(device_id, general, clips, n_samples, config, folder, list(loggers))
+        write_json(decision, dataclasses.asdict(outcome))
+    print(outcome.line(device_id))
+    return outcome, _weights(folder) if outcome.kept else None
+
+
+def _decide(
+    device_id: str,
+    general: SceneClassifier,
+    clips: tuple[Clips, Clips | None],
+    n_samples: int,
+    config: DeviceConfig,
+    folder: Path,
+    loggers: list[Logger],
+) -> Outcome:
+    train_clips, val_clips = (part.of_device(device_id) if part is not None else None for part in clips)
+    if not len(train_clips):
+        return Outcome(False, "no training clip of this device")
+    if val_clips is not None and not len(val_clips):
+        return Outcome(False, "no validation clip of this device to compare on", len(train_clips))
+    rate = config.data.orig_sample_rate
+    train_set = TAU22(train_clips, rate, n_samples)
+    val_set = TAU22(val_clips, rate, n_samples) if val_clips is not None else None
+
+    general_acc = None
+    if val_set is not None:
+        make_trainer(config.machine, folder, []).validate(general, loader(val_set, config.machine), verbose=False)
+        general_acc = general.results[MONITOR]
+    # Each device has a seed of its own, so that its result does not depend on which were trained before it.
+    seed = mixed_seed(config.fit.seed, DEVICES.index(device_id)) % 2**32
+    config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, seed=seed))
+    pl.seed_everything(seed, workers=True, verbose=False)
+    module = copy.deepcopy(general)
+    module.config, module.log_prefix = config, f"{device_id}/"
+    print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
+    best = train(module, train_set, val_set, config, folder, loggers)
+
+    counts = {"n_train": len(train_set), "n_val": len(val_set) if val_set else 0}
+    if val_set is None:
+        return Outcome(True, "nothing was held out to compare on (--val_fraction 0)", **counts)
+    kept = best.best_score > general_acc
+    reason = "it beats the general one" if kept else "fine-tuning did not beat it"
+    return Outcome(kept, reason, **counts, general=general_acc, fine_tuned=best.best_score, epoch=best.best_epoch)
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """State dict of a device's model from its own checkpoints: the best one, else the last."""
+    path = folder / "best.ckpt"
+    state = load_checkpoint(path if path.is_file() else folder / "last.ckpt")["state_dict"]
+    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}

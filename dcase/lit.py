@@ -1,0 +1,158 @@
+"""The one LightningModule of both stages: front end, augmentation, model, loss, metrics, optimiser."""
+
+import copy
+import math
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import aum
+from dcase.augment import Masking, freq_mixstyle, roll
+from dcase.config import EvalConfig, TrainConfig, from_plain, to_plain
+from dcase.devices import forward_by_device
+from dcase.errors import UserError
+from dcase.loading import mixed_seed
+from dcase.logmel import LogMel
+from dcase.metrics import SceneMetrics
+from dcase.models import build
+from dcase.runs import FORMAT
+from dcase.tau22 import DEVICES, Clip
+
+WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach the learning rate asked for
+
+
+class SceneClassifier(pl.LightningModule):
+    """Waveform (b, 1, samples) and device (b,) -> logits (b, scenes).
+
+    ``model`` is the general model; ``device_models`` are those fine-tuned for one device each, in stage 2. A checkpoint
+    is whole: it carries the configuration, the number of frames and the normalisation, and `from_checkpoint` rebuilds
+    the module from nothing else.
+    """
+
+    def __init__(self, config: EvalConfig, frames: int, device_ids: tuple[str, ...] = ()):
+        super().__init__()
+        self.config = config
+        self.frames = frames
+        self.logmel = LogMel(config.logmel, config.data.orig_sample_rate)
+        self.model = build(config.model, config.logmel.n_mels, frames)
+        self.device_models = nn.ModuleDict({device_id: copy.deepcopy(self.model) for device_id in device_ids})
+        self.metrics = SceneMetrics()
+        self.results: dict = {}  # of the last validation or test
+        self.log_prefix = ""  # "a/" while the model of device a is trained
+        if isinstance(config, TrainConfig):
+            self.masking = Masking(config.augment, config.logmel.n_mels, frames)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict, config: EvalConfig | None = None) -> "SceneClassifier":
+        """Rebuild from a loaded checkpoint; ``config`` replaces what does not belong to the model."""
+        config = config or from_plain(TrainConfig, checkpoint["config"])
+        module = cls(config, checkpoint["frames"], tuple(checkpoint["device_ids"]))
+        try:
+            module.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise UserError(
+                f"the checkpoint's weights do not fit its configuration: {str(error).splitlines()[1].strip()}"
+            ) from error
+        return module
+
+    def forward(self, waveform: Tensor, device: Tensor) -> Tensor:
+        return forward_by_device(self.model, self.device_models, self.logmel(waveform), device)
+
+    def training_step(self, batch: Clip, batch_idx: int) -> Tensor:
+        augment = self.config.augment
+        # Augmentation and dropout depend on the seed, the epoch and the batch alone, wherever a run was interrupted.
+        torch.manual_seed(mixed_seed(self.config.fit.seed, self.current_epoch, batch_idx))
+        waveform = roll(batch.waveform, round(augment.roll_sec * self.config.data.orig_sample_rate))
+        x = self.logmel(waveform)
+        x = freq_mixstyle(x, augment.mixstyle_p, augment.mixstyle_alpha)
+        logits = self.model(self.masking(x))
+        loss = F.cross_entropy(logits.float(), batch.scene)
+        if not loss.isfinite():
+            self._stop_at(batch)
+        self.log(
+            f"{self.log_prefix}train/loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(batch.scene),
+        )
+        return loss
+
+    def _stop_at(self, batch: Clip) -> None:
+        clips = self.trainer.train_dataloader.dataset.clips
+        names = [clips.name(i) for i in batch.index.tolist()]
+        raise UserError(
+            f"the loss is not finite in epoch {self.current_epoch}, step {self.global_step}; nothing was saved since the "
+            f"last epoch. Lower --lr, use --precision 32, or look at the batch's clips: {', '.join(names)}"
+        )
+
+    def _evaluate(self, batch: Clip) -> None:
+        logits = self(batch.waveform, batch.device).float()
+        loss = F.cross_entropy(logits, batch.scene, reduction="none")
+        self.metrics.update(logits, batch.scene, batch.device, loss)
+
+    def _finish(self, stage: str) -> None:
+        self.results = self.metrics.compute()
+        self.metrics.reset()
+        shown = {name: self.results[name] for name in ("macro_avg_acc", "acc", "loss")}
+        shown |= {f"device_acc/{name}": value for name, value in self.results["device_acc"].items()}
+        shown |= {f"device_group_acc/{name}": value for name, value in self.results["device_group_acc"].items()}
+        for name, value in shown.items():
+            if value is not None:
+                self.log(f"{self.log_prefix}{stage}/{name}", value, prog_bar=name in ("macro_avg_acc", "loss"))
+
+    def validation_step(self, batch: Clip, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def test_step(self, batch: Clip, batch_idx: int) -> None:
+        self._evaluate(batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        self._finish("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._finish("test")
+
+    def configure_optimizers(self):
+        fit = self.config.fit
+        optimizer = torch.optim.AdamW(aum.parameter_groups(self.model, fit.weight_decay), lr=fit.lr)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = min(fit.warmup_steps, int(WARMUP_SHARE * total))
+        if warmup < fit.warmup_steps:
+            print(f"--warmup_steps {fit.warmup_steps} is more than a fifth of the run's {total} steps: {warmup} used")
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, warmup, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["dcase_format"] = FORMAT
+        checkpoint["config"] = to_plain(self.config)
+        checkpoint["frames"] = self.frames
+        checkpoint["device_ids"] = list(self.device_models)
+
+    def as_checkpoint(self) -> dict:
+        """The module as a checkpoint without optimiser or loops."""
+        checkpoint = {"state_dict": self.state_dict()}
+        self.on_save_checkpoint(checkpoint)
+        return checkpoint
+
+    def set_device_models(self, states: dict[str, dict[str, Tensor]]) -> None:
+        """Device-specific models from the general one's shape and each device's own state dict, in DEVICES's order."""
+        self.device_models = nn.ModuleDict()
+        for device_id in DEVICES:
+            if device_id in states:
+                model = copy.deepcopy(self.model)
+                model.load_state_dict(states[device_id])
+                self.device_models[device_id] = model
+
+
+def warmup_cosine(step: int, warmup: int, total: int) -> float:
+    """Share of the learning rate: a straight line from 0 to 1 over ``warmup`` steps, then a half cosine to 0."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))

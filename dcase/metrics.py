@@ -1,0 +1,67 @@
+"""Every figure of an evaluation, from one table of counts: device x true scene x predicted scene.
+
+Counts are integers and losses are summed in float64, so the batch size does not matter. What did not occur in the
+data has no accuracy: it is None in `results`, and left out of averages, never 0 and never NaN.
+"""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+
+
+class SceneMetrics(Metric):
+    """Collects (logits, scene, device, loss) and gives the results of DESIGN's ``results.json``."""
+
+    full_state_update = False
+
+    def __init__(self):
+        super().__init__()
+        counts = torch.zeros(len(DEVICES), len(SCENES), len(SCENES), dtype=torch.int64)
+        self.add_state("confusion", counts, dist_reduce_fx="sum")
+        self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, scene: Tensor, device: Tensor, loss: Tensor) -> None:
+        """logits (b, scenes), scene (b,), device (b,): indices into SCENES and DEVICES; loss (b,): each clip's own."""
+        cell = (device * len(SCENES) + scene) * len(SCENES) + logits.argmax(1)
+        self.confusion += torch.bincount(cell, minlength=self.confusion.numel()).view_as(self.confusion)
+        self.loss_sum += loss.double().sum()
+
+    def compute(self) -> dict:
+        return results(self.confusion.cpu(), self.loss_sum.item())
+
+
+def _ratio(correct: Tensor, total: Tensor) -> float | None:
+    return correct.item() / total.item() if total else None
+
+
+def _mean(values: list[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
+
+
+def results(confusion: Tensor, loss_sum: float) -> dict:
+    """The figures of one evaluation, as plain values (accuracies are fractions of 1).
+
+    ``confusion`` (devices, scenes, scenes) counts clips by device, true scene and predicted scene; ``loss_sum`` is the
+    sum of the clips' cross-entropies, natural logarithm. ``macro_avg_acc`` is the mean over scenes, always;
+    ``device_avg_acc`` is the mean over devices; a device group's accuracy pools its clips.
+    """
+    total = confusion.sum(2)  # (devices, scenes)
+    correct = confusion.diagonal(dim1=1, dim2=2)  # (devices, scenes)
+    scene_acc = {s: _ratio(correct[:, i].sum(), total[:, i].sum()) for i, s in enumerate(SCENES)}
+    device_acc = {d: _ratio(correct[i].sum(), total[i].sum()) for i, d in enumerate(DEVICES)}
+    rows = {group: [DEVICES.index(d) for d in devices] for group, devices in DEVICE_GROUPS.items()}
+    n_clips = int(total.sum())
+    return {
+        "macro_avg_acc": _mean(list(scene_acc.values())),
+        "acc": _ratio(correct.sum(), total.sum()),
+        "loss": loss_sum / n_clips if n_clips else None,
+        "device_avg_acc": _mean(list(device_acc.values())),
+        "scene_acc": scene_acc,
+        "device_acc": device_acc,
+        "device_group_acc": {group: _ratio(correct[i].sum(), total[i].sum()) for group, i in rows.items()},
+        "n_clips": n_clips,
+        "confusion": confusion.sum(0).tolist(),
+    }

@@ -1,0 +1,231 @@
+"""A run's folder ``<project_name>/<run_id>/``: its id, configuration, checkpoints, metrics and results.
+
+    config.json          the whole configuration, versions and command, written before the first step
+    checkpoints/         last.ckpt (every epoch), best.ckpt (highest validation macro_avg_acc)
+    metrics.csv          what was logged, a row a time
+    results.json         the figures of the test, plain and repeatable: no times, no paths
+    report/              tables and charts
+
+Whatever matters is written beside its place and renamed, so that a kill leaves the old or the new file, never half
+of one. Checkpoints are read with ``weights_only=True``: a file that would run code is refused.
+"""
+
+import csv
+import json
+import os
+import pickle
+import secrets
+import string
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric.plugins import CheckpointIO
+from pytorch_lightning.loggers.logger import Logger
+
+from dcase.errors import UserError
+
+FORMAT = 1  # of our checkpoints
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    project_name: str = "DCASE25_Task1"
+    """Folder that the run's own folder is made in, and the W&B project."""
+    experiment_name: str | None = None
+    """Name of the run in W&B and in the report; None: the model's."""
+    wandb_mode: str = "auto"
+    """Weights & Biases: online, offline, disabled, or auto: online where you are logged in, else offline."""
+
+    def __post_init__(self):
+        if self.wandb_mode not in ("auto", "online", "offline", "disabled"):
+            raise UserError(f"--wandb_mode is auto, online, offline or disabled; got {self.wandb_mode}")
+        if not self.project_name or Path(self.project_name).name in ("", ".."):
+            raise UserError(f"--project_name is the name of a folder; got {self.project_name!r}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run and its folder."""
+
+    folder: Path
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+    @property
+    def best(self) -> Path:
+        return self.checkpoints / "best.ckpt"
+
+    def read_config(self) -> dict:
+        return json.loads((self.folder / "config.json").read_text())["config"]
+
+
+def new_run(project_name: str) -> Run:
+    """A run with an id that is not taken, and its folder. Raises `UserError` where the folder cannot be made."""
+    alphabet = string.ascii_lowercase + string.digits
+    run = Run(Path(project_name) / "".join(secrets.choice(alphabet) for _ in range(8)))
+    try:
+        run.checkpoints.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            f"--project_name {project_name}: {run.checkpoints} cannot be made ({error.strerror})"
+        ) from error
+    return run
+
+
+def find_run(project_name: str, run_id: str, flag: str) -> Run:
+    """The run of that id. Raises `UserError`, naming ``flag`` and the runs there are, where there is none."""
+    run = Run(Path(project_name) / run_id)
+    if not run_id or Path(run_id).name != run_id or not (run.folder / "config.json").is_file():
+        there = sorted(path.parent.name for path in Path(project_name).glob("*/config.json"))
+        listed = ", ".join(there[-10:]) if there else "none"
+        raise UserError(f"{flag} {run_id}: no such run in {project_name}/ (there is: {listed}); check --project_name")
+    return run
+
+
+def find_checkpoint(project_name: str, run_id: str) -> Path:
+    """The best checkpoint of a run, or its last one where nothing was held out for validation."""
+    run = find_run(project_name, run_id, "--ckpt_id")
+    for path in (run.best, run.last):
+        if path.is_file():
+            return path
+    raise UserError(f"--ckpt_id {run_id}: {run.checkpoints} holds neither best.ckpt nor last.ckpt; train it first")
+
+
+# Files
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    _write_beside(path, lambda beside: beside.write_text(text))
+
+
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    _write_beside(path, lambda beside: torch.save(checkpoint, beside))
+
+
+def _write_beside(path: Path, write) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        try:
+            write(beside)
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        raise UserError(f"{path} cannot be written ({error}): check rights and space there") from error
+
+
+def load_checkpoint(path: Path | str) -> dict:
+    """A checkpoint of ours, on the CPU. Raises `UserError`, naming the file, for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist: check --ckpt_path or --ckpt_id")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {path} is refused: it is damaged, or holds more than weights and could run code"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
+        raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
+    return checkpoint
+
+
+class SafeCheckpoints(CheckpointIO):
+    """Lightning's way to checkpoint files: written beside and renamed, read with ``weights_only=True``."""
+
+    def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
+        save_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict:
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+# Loggers
+
+
+class MetricsCsv(Logger):
+    """Appends what is logged to metrics.csv: columns step, name, value. A resumed run drops the rows it will redo."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    name = version = None
+
+    def log_hyperparams(self, params, *args, **kwargs) -> None:
+        pass  # config.json has them
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(("step", "name", "value"))
+            writer.writerows((step, name, value) for name, value in metrics.items())
+
+    def drop_from(self, step: int, prefix: str) -> None:
+        """Drop what was logged at this optimiser step or later under names that start with ``prefix``."""
+        if not self.path.exists():
+            return
+        with open(self.path, newline="") as file:
+            header, *rows = csv.reader(file)
+        kept = [row for row in rows if len(row) == 3 and (int(row[0]) < step or not row[1].startswith(prefix))]
+        lines = "".join(",".join(row) + "\n" for row in [header, *kept])
+        _write_beside(self.path, lambda beside: beside.write_text(lines))
+
+
+def wandb_logger(config: RunConfig, run: Run, name: str, content: dict) -> Logger | None:
+    """W&B's logger for this run's id, or None where it is disabled or cannot be started: training never waits for it.
+
+    ``content`` is the configuration to show there. Nothing but metrics, configuration and plots is uploaded.
+    """
+    if config.wandb_mode == "disabled":
+        return None
+    import wandb  # 2 seconds: only where it is wanted
+    from pytorch_lightning.loggers import WandbLogger
+
+    try:
+        mode = config.wandb_mode
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False) else "offline"
+        experiment = wandb.init(
+            project=Path(config.project_name).name,
+            id=run.id,
+            name=name,
+            dir=run.folder,
+            mode=mode,
+            resume="allow",
+            config=content,
+            settings=wandb.Settings(silent=True),
+        )
+    except Exception as error:  # whatever ails W&B, its folder or the network, the run goes on
+        print(f"W&B cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}); metrics go to {run.folder}")
+        return None
+    print(
+        f"W&B: {mode}, run id {run.id}"
+        + (f" (send it with: wandb sync {experiment.dir}/..)" if mode == "offline" else "")
+    )
+    return WandbLogger(experiment=experiment)

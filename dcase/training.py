@@ -1,0 +1,151 @@
+"""What both training scripts need around the module: the Trainer, its checkpoints, and the normalisation."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytorch_lightning as pl
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, TQDMProgressBar
+from pytorch_lightning.loggers.logger import Logger
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from dcase.config import EvalConfig, MachineConfig, TrainConfig, to_plain
+from dcase.errors import UserError
+from dcase.lit import SceneClassifier
+from dcase.loading import EpochOrder, loader
+from dcase.runs import MetricsCsv, Run, SafeCheckpoints, wandb_logger
+from dcase.tau22 import TAU22
+
+MONITOR = "macro_avg_acc"  # on the validation clips
+NORMALISATION_CLIPS = 5000  # at most: enough for four digits of the mean
+
+
+class KeepCheckpoints(Checkpoint):
+    """last.ckpt after every epoch; best.ckpt, weights only, when validation accuracy is higher than ever before.
+
+    Lightning's ModelCheckpoint would forget the best score of a run whose folder was moved.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.best_score: float | None = None
+        self.best_epoch: int | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
+        score = module.results[MONITOR]
+        if not trainer.sanity_checking and (self.best_score is None or score > self.best_score):
+            self.best_score, self.best_epoch = score, trainer.current_epoch
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+
+    def on_train_start(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCsv):
+                logger.drop_from(trainer.global_step, module.log_prefix)  # a resumed run logs it again
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1  # the last epoch is always validated
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+
+    def state_dict(self) -> dict:
+        return {"best_score": self.best_score, "best_epoch": self.best_epoch}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
+
+
+def make_trainer(
+    machine: MachineConfig, folder: Path, loggers: list[Logger], config: TrainConfig | None = None, checkpoints=None
+) -> pl.Trainer:
+    """Lightning's Trainer; without ``config`` only for evaluation. Raises `UserError` for flags that it refuses."""
+    quieten()
+    fit = {}
+    if config is not None:
+        fit = {
+            "max_epochs": config.fit.n_epochs,
+            "check_val_every_n_epoch": config.fit.check_val_every_n_epoch,
+            "gradient_clip_val": config.fit.gradient_clip_val or None,
+            "callbacks": [checkpoints, *([LearningRateMonitor("epoch")] if loggers else [])],
+        }
+    fit["callbacks"] = [*fit.get("callbacks", []), TQDMProgressBar(leave=False)]
+    try:
+        trainer = pl.Trainer(
+            accelerator=machine.accelerator,
+            devices=machine.devices,
+            num_nodes=machine.num_nodes,
+            strategy=machine.strategy,
+            precision=machine.precision,
+            default_root_dir=folder,
+            logger=loggers,
+            plugins=[SafeCheckpoints()],
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            log_every_n_steps=50,
+            **fit,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(
+            f"--accelerator, --devices, --strategy or --precision do not fit this machine: {error}"
+        ) from error
+    if trainer.world_size > 1:
+        raise UserError("training in several processes is not in this version: use --devices 1 --num_nodes 1")
+    return trainer
+
+
+@contextmanager
+def loggers(config: EvalConfig, run: Run) -> Iterator[list[Logger]]:
+    """metrics.csv and, where it can be used, W&B under the run's own id; W&B is told when it is over."""
+    name = config.run.experiment_name or config.model.model
+    wandb = wandb_logger(config.run, run, name, to_plain(config))
+    failed = True
+    try:
+        yield [MetricsCsv(run.folder / "metrics.csv"), *([wandb] if wandb else [])]
+        failed = False
+    finally:
+        if wandb:
+            wandb.experiment.finish(exit_code=int(failed))
+
+
+def quieten() -> None:
+    """Leave the terminal to what matters: our lines, progress bars and real warnings."""
+    for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*lower value for log_every_n_steps.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+
+
+def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineConfig) -> None:
+    """Set the log-mel's mean and deviation from the training clips: all of them, or 5,000 evenly spaced ones."""
+    step = -(-len(train) // NORMALISATION_CLIPS)
+    batches = loader(Subset(train, range(0, len(train), step)), machine)
+    module.logmel.fit(batch.waveform for batch in tqdm(batches, desc="mean and deviation of the log-mel", leave=False))
+
+
+def train(
+    module: SceneClassifier,
+    train_clips: TAU22,
+    val_clips: TAU22 | None,
+    config: TrainConfig,
+    folder: Path,
+    loggers: list[Logger],
+) -> KeepCheckpoints:
+    """Train into ``folder``/{last,best}.ckpt, from last.ckpt where there is one; says which epoch was best."""
+    checkpoints = KeepCheckpoints(folder)
+    trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
+    last = folder / "last.ckpt"
+    order = EpochOrder(len(train_clips), config.fit.seed, lambda: trainer.current_epoch)
+    trainer.fit(
+        module,
+        loader(train_clips, config.machine, order),
+        loader(val_clips, config.machine) if val_clips else None,
+        ckpt_path=last if last.exists() else None,
+        weights_only=True,
+    )
+    return checkpoints

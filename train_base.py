@@ -1,0 +1,49 @@
+"""Stage 1: train one Audio Mamba for all recording devices (the general model), then test it once.
+
+    python train_base.py --dataset_dir /data/TAU22 --model aum_small
+    python train_base.py --model aum_nano --n_epochs 20        # without a data folder: synthetic data, on a laptop
+    python train_base.py --resume RUN_ID                       # go on after an interruption
+
+The run goes to <project_name>/<run_id>/; its id is what train_device_specific.py takes as --ckpt_id.
+"""
+
+import dataclasses
+
+import pytorch_lightning as pl
+
+from dcase import errors, evaluation, models, training
+from dcase.config import parse_base, start_run
+from dcase.lit import SceneClassifier
+from dcase.loading import find_source, training_clips
+from dcase.logmel import frames_of, samples_for
+from dcase.runs import find_checkpoint, load_checkpoint
+from dcase.tau22 import TAU22
+
+
+def main() -> None:
+    config, run = parse_base(__doc__)
+    source = find_source(config.data)
+    train_clips, val_clips = training_clips(source, config.split)
+    rate = config.data.orig_sample_rate
+    train = TAU22(train_clips, rate, samples_for(config.logmel, rate))
+    val = TAU22(val_clips, rate, train.n_samples) if val_clips else None
+
+    frames = frames_of(config.logmel, train.n_samples, rate)
+    config = dataclasses.replace(config, model=models.fill(config.model, config.logmel.n_mels, frames))
+    pl.seed_everything(config.fit.seed, workers=True, verbose=False)
+    module = SceneClassifier(config, frames)
+    run = start_run(config, run)
+    if not run.last.exists():
+        training.fit_normalisation(module, train, config.machine)
+
+    with training.loggers(config, run) as loggers:
+        training.train(module, train, val, config, run.checkpoints, loggers)
+        best = SceneClassifier.from_checkpoint(
+            load_checkpoint(find_checkpoint(config.run.project_name, run.id)), config
+        )
+        evaluation.evaluate(best, source, train.n_samples, config, run, loggers)
+    print(f"next: python train_device_specific.py --ckpt_id {run.id}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

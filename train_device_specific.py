@@ -1,0 +1,48 @@
+"""Stage 2: fine-tune the general model for each known recording device, then test all of them once.
+
+    python train_device_specific.py --ckpt_id RUN_ID --dataset_dir /data/TAU22
+    python train_device_specific.py --resume RUN_ID            # go on after an interruption
+
+RUN_ID of --ckpt_id is the run id that train_base.py printed. Model, front end and split are the general model's; a
+flag that contradicts them stops the script. A device's model is kept only if it beats the general one on that
+device's validation clips; unknown devices always use the general model.
+"""
+
+import dataclasses
+
+from dcase import errors, evaluation, fine_tuning, training
+from dcase.config import parse_device_specific, start_run
+from dcase.errors import UserError
+from dcase.lit import SceneClassifier
+from dcase.loading import find_source, training_clips
+from dcase.logmel import samples_for
+from dcase.runs import save_checkpoint
+from dcase.tau22 import TAU22, TRAIN_DEVICES
+
+
+def main() -> None:
+    config, run, checkpoint = parse_device_specific(__doc__)
+    if checkpoint["device_ids"]:
+        raise UserError(f"--ckpt_id {config.ckpt_id} is a device-specific run: give the id of a run of train_base.py")
+    source = find_source(config.data)
+    clips = training_clips(source, config.split)
+    rate = config.data.orig_sample_rate
+    n_samples = TAU22(clips[0], rate, samples_for(config.logmel, rate)).n_samples
+    module = SceneClassifier.from_checkpoint(checkpoint, config)
+    run = start_run(config, run)
+
+    with training.loggers(config, run) as loggers:
+        outcomes, weights = {}, {}
+        for device_id in TRAIN_DEVICES:
+            outcomes[device_id], kept = fine_tuning.fine_tune(device_id, module, clips, n_samples, config, run, loggers)
+            if kept:
+                weights[device_id] = kept
+        module.set_device_models(weights)
+        save_checkpoint(module.as_checkpoint(), run.best)
+        more = {"fine_tuning": {device_id: dataclasses.asdict(outcome) for device_id, outcome in outcomes.items()}}
+        evaluation.evaluate(module, source, n_samples, config, run, loggers, more)
+    print(f"next: python test_only.py --ckpt_path {run.best}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
