@@ -17,6 +17,11 @@ from aum.scan import selective_scan_fn
 Direction = Literal["fo_fo", "fo_bi", "bi_bi"]
 
 
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or wider if it is: what must not be rounded to 16 bit."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class BiMamba(nn.Module):
     """The Mamba mixer in AuM's three directions: (b, l, d_model) -> (b, l, d_model).
 
@@ -94,12 +99,12 @@ class BiMamba(nn.Module):
         return selective_scan_fn(
             u,
             delta,
-            -torch.exp(A_log.float()),
+            -torch.exp(wide(A_log)),
             B,
             C,
-            D=getattr(self, f"D{suffix}").float(),
+            D=wide(getattr(self, f"D{suffix}")),
             z=z,
-            delta_bias=getattr(self, f"dt_proj{suffix}").bias.float(),
+            delta_bias=wide(getattr(self, f"dt_proj{suffix}").bias),
             delta_softplus=True,
             reverse=reverse,
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aum.init import init_last_linear, init_patch_embed, init_token, scale_out_proj
-from aum.mamba import BiMamba, Block, Direction
+from aum.mamba import BiMamba, Block, Direction, wide
 
 CLASSIFIER_WIDTH = 512  # hidden units of the MLP head
 
@@ -136,7 +136,7 @@ class AudioMamba(nn.Module):
             init_token(self.cls_token)
         if config.pos_embed:
             self.pos_embed = PositionEmbedding(config.grid, int(has_cls), d)
-        drop_path = torch.linspace(0, config.drop_path, config.depth).tolist()  # deeper blocks are dropped more often
+        drop_path = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]  # deeper, more often
         self.layers = nn.ModuleList(
             Block(BiMamba(d, config.d_state, config.d_conv, config.expand, config.direction), config.norm_eps, p)
             for p in drop_path
@@ -169,7 +169,7 @@ class AudioMamba(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Log-mel (b, 1, n_mels, frames) -> (b, embed_dim): the mean over every token, or the class token."""
         x, cls_index = self._tokens(x)
-        x = x.float()  # the residual stream
+        x = wide(x)  # the residual stream
         if self.config.paired_layers:
             # The earlier code's pairs: both layers of a pair hand on the stream they were given, so it doubles.
             for forward, backward in zip(self.layers[::2], self.layers[1::2], strict=True):

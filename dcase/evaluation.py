@@ -37,28 +37,21 @@ def evaluate(
     test = TAU22(clips, config.data.orig_sample_rate, n_samples)
     trainer = make_trainer(config.machine, run.folder, list(loggers))
     trainer.test(module, loader(test, config.machine), verbose=False)
-    measured = measure(module)
+    measured = measure(module).as_dict()
     results = {
         "data": source.name,
         **module.results,
         "device_models": list(module.device_models),
-        "complexity": {
-            "params": measured.params,
-            "param_bytes": measured.param_bytes,
-            "macs": measured.macs,
-            "torchinfo_macs": measured.torchinfo_macs,
-        },
+        "complexity": measured,
         **(more or {}),
     }
     write_json(run.folder / "results.json", results)
     name = config.run.experiment_name or config.model.model
-    text = report.write_report(
-        results, run.folder / "report", name, note=source.note, beside_baseline=source.is_tau22, complexity=measured
-    )
-    print(f"\n{text}\n\nfigures: {run.folder / 'results.json'}")
-    for chart in sorted((run.folder / "report").glob("*.png")):
-        print(f"chart:   {chart}")
-        for logger in loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(key=f"test/{chart.stem}", images=[str(chart)])
+    folder = run.folder / "report"
+    print("\n" + report.write_report(results, folder, name, source.note, source.is_tau22, measured))
+    print(f"Figures: {run.folder / 'results.json'}")
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            for chart in (report.CONFUSION_PNG, report.DEVICES_PNG):
+                logger.log_image(key=f"test/{chart.removesuffix('.png')}", images=[str(folder / chart)])
     return results

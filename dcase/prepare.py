@@ -1,0 +1,200 @@
+"""Check a data folder: ``python -m dcase.prepare --dataset_dir D``.
+
+Reads every file that meta.csv names and writes, beside it, ``meta_clean.csv`` (meta.csv without the clips at fault,
+which `dcase.tau22.load_clips` then prefers) and ``meta_excluded.csv`` (filename, reason). No sound file is touched.
+"""
+
+import csv
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from dcase.cli import parse
+from dcase.errors import UserError, run
+from dcase.tau22 import SPLITS, check_folder, missing_files, read_meta, read_samples, read_split, replace_file
+
+_CHUNK = 64  # files a worker takes at a time
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Raises `UserError` for a value that makes no sense."""
+
+    dataset_dir: str | None = None
+    """TAU22 folder to check; without it TAU22_DIR"""
+    orig_sample_rate: int = 44100
+    """rate (Hz) that every file must have"""
+    num_workers: int | None = None
+    """processes that read files; without it one per core"""
+    silence_db: float = -100.0
+    """level (dBFS, RMS around the mean) below which a clip counts as silent"""
+    force: bool = False
+    """write meta_clean.csv even where more than half of the clips are at fault"""
+
+    def __post_init__(self):
+        if self.orig_sample_rate <= 0:
+            raise UserError(f"--orig_sample_rate is a rate in Hz, more than 0; got {self.orig_sample_rate}")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise UserError(f"--num_workers is 1 or more here; got {self.num_workers}")
+
+
+@dataclass(frozen=True)
+class FileCheck:
+    """What reading one file showed: its length in samples, and what is wrong with it ("" for nothing)."""
+
+    n_samples: int
+    fault: str
+
+
+def check_file(path: Path, sample_rate: int, silence_db: float) -> FileCheck:
+    """Read one file. Its length can be judged only beside the others': `find_faults` does."""
+    try:
+        samples, rate = read_samples(path)
+    except UserError:
+        return FileCheck(0, "empty" if path.is_file() and not path.stat().st_size else "unreadable")
+    return FileCheck(len(samples), _fault(samples, rate, sample_rate, silence_db))
+
+
+def _fault(samples: np.ndarray, rate: int, sample_rate: int, silence_db: float) -> str:
+    """The first thing wrong with samples (n, channels) at ``rate`` Hz: its kind, some with "(a figure)" behind it."""
+    if not len(samples):
+        return "empty"
+    if not np.isfinite(samples).all():
+        return "NaN or infinite"
+    # Around the mean: a recorder's constant offset is not sound.
+    if samples.std(dtype=np.float64) < 10 ** (silence_db / 20):
+        return "silent"
+    if rate != sample_rate:
+        return f"wrong rate ({rate} Hz)"
+    if samples.shape[1] != 1:
+        return f"not mono ({samples.shape[1]} channels)"
+    return ""
+
+
+def find_faults(folder: Path, filenames: list[str], config: PrepareConfig) -> list[str]:
+    """What is wrong with each file, "" where nothing is; over all cores, with a progress bar.
+
+    A length is a fault where it is not the most common one of the files that have no other fault.
+    """
+    missing = set(missing_files(folder, filenames))
+    present = [name for name in filenames if name not in missing]
+    check = partial(check_file, sample_rate=config.orig_sample_rate, silence_db=config.silence_db)
+    checks = dict(zip(present, _over_all_cores(check, [folder / name for name in present], config), strict=True))
+    lengths = Counter(found.n_samples for found in checks.values() if not found.fault)
+    usual = lengths.most_common(1)[0][0] if lengths else 0
+
+    def fault(name: str) -> str:
+        if name in missing:
+            return "missing"
+        found = checks[name]
+        if found.fault or found.n_samples == usual:
+            return found.fault
+        return f"other length ({found.n_samples} samples, not {usual})"
+
+    return [fault(name) for name in filenames]
+
+
+def _over_all_cores(check, paths: list[Path], config: PrepareConfig) -> Iterable[FileCheck]:
+    # Not multiprocessing.Pool: that waits forever where a worker is killed (for its memory, or by a broken file).
+    pool = ProcessPoolExecutor(config.num_workers or os.cpu_count(), initializer=_leave_ctrl_c_to_the_parent)
+    try:
+        results = pool.map(check, paths, chunksize=_CHUNK)
+        yield from tqdm(results, total=len(paths), desc="checking", unit=" files", disable=not paths)
+    except BrokenProcessPool as error:
+        raise UserError("a process that read files was killed (short of memory?): try a lower --num_workers") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _leave_ctrl_c_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def report(excluded: pd.DataFrame, splits: dict[str, set[str]], n_clips: int) -> str:
+    """What was excluded (columns filename, reason), by reason and by split list."""
+    if excluded.empty:
+        return f"All {n_clips} files are fine."
+    lines = [f"{len(excluded)} of {n_clips} clips are at fault:", f"{'clips':>8}  {'fault':<15}  first of them"]
+    for kind, names in excluded.groupby(_kind(excluded["reason"]))["filename"]:
+        examples = ", ".join(names.iloc[:2]) + (", ..." if len(names) > 2 else "")
+        lines.append(f"{len(names):>8}  {kind:<15}  {examples}")
+    at_fault = set(excluded["filename"])
+    for split, names in splits.items():
+        lines.append(f"{len(names & at_fault):>8}  of the {len(names)} clips of {split}")
+    n_test = len(splits.get("test", set()) & at_fault)
+    if n_test:
+        lines.append(
+            f"WARNING: {n_test} TEST CLIPS ARE EXCLUDED. A score on the other {len(splits['test']) - n_test} "
+            "is NOT COMPARABLE with one on the whole test split: get these files again."
+        )
+    return "\n".join(lines)
+
+
+def prepare(folder: Path, config: PrepareConfig) -> None:
+    """Check a data folder and write its meta_clean.csv and meta_excluded.csv.
+
+    Raises `UserError` where its lists are wrong, and, without ``force``, where most files are at fault; both
+    lists are then as they were.
+    """
+    check_folder(folder)
+    meta = read_meta(folder / "meta.csv")
+    paths = {split: folder / "split_setup" / f"{split}.csv" for split in SPLITS}
+    splits = {split: set(read_split(path)["filename"]) for split, path in paths.items() if path.is_file()}
+    reason = np.array(find_faults(folder, meta["filename"].tolist(), config), dtype=object)
+    excluded = pd.DataFrame({"filename": meta["filename"], "reason": reason})[reason != ""]
+    print(report(excluded, splits, len(meta)))
+    if len(excluded) > len(meta) / 2 and not config.force:
+        most = _kind(excluded["reason"]).value_counts().index[0]
+        raise UserError(
+            f"more than half of the clips are at fault, most of them {most!r}: {_cause(most)}; "
+            f"meta_clean.csv is not written (--force writes it all the same)"
+        )
+    # meta_clean.csv last: what it leaves out is always written down already.
+    _write(folder / "meta_excluded.csv", excluded)
+    _write(folder / "meta_clean.csv", meta[reason == ""])
+    print(
+        f"{folder / 'meta_clean.csv'}: {len(meta) - len(excluded)} clips; {len(excluded)} left out (meta_excluded.csv)"
+    )
+
+
+def _kind(reason: pd.Series) -> pd.Series:
+    """A fault without its figure, which may differ from file to file."""
+    return reason.str.partition(" (")[0]
+
+
+def _cause(kind: str) -> str:
+    """What is likely wrong where most files have one fault."""
+    if kind == "missing":
+        return "is the sound unpacked, all parts of it, into the folder's audio/?"
+    if kind == "wrong rate":
+        return "give the rate of these recordings as --orig_sample_rate"
+    if kind == "silent":
+        return "is --silence_db too high?"
+    return "get the sound files again"
+
+
+def _write(path: Path, table: pd.DataFrame) -> None:
+    text = table.to_csv(sep="\t", index=False, lineterminator="\n", quoting=csv.QUOTE_NONE)  # as tau22 reads it
+    replace_file(path, text.encode())
+
+
+def main() -> None:
+    config = parse(PrepareConfig, "Check every file of a data folder; write meta_clean.csv without those at fault.")
+    dataset_dir = config.dataset_dir or os.environ.get("TAU22_DIR")
+    if not dataset_dir:
+        raise UserError("which folder? Give --dataset_dir or set TAU22_DIR")
+    prepare(Path(dataset_dir), config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,497 @@
+"""TAU Urban Acoustic Scenes 2022 Mobile (TAU22, zenodo.org/records/6337421) and folders laid out like it.
+
+A data folder holds ``audio/*.wav``, ``meta.csv`` (filename, scene_label, identifier, source_label),
+``split_setup/split{5,10,25,50,100}.csv`` and ``split_setup/test.csv`` (filename, scene_label), all tab-separated.
+``meta_clean.csv``, written by ``python -m dcase.prepare``, takes the place of ``meta.csv`` when it is there.
+
+Glossary: *scene* (``scene_label``) is the class, an index into `SCENES`; *device* (``source_label``) is the recording
+device, an index into `DEVICES`; *location* (``identifier``) is the place of recording, "lisbon-1000": its clips sound
+alike, so it must never be on both sides of a split.
+"""
+
+import csv
+import hashlib
+import http.client
+import io
+import math
+import os
+import re
+import urllib.request
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+import torchaudio
+from torch.utils.data import Dataset
+
+from dcase.errors import UserError
+
+# Fixed here and never derived from a csv, so that an index means the same in every checkpoint and on every subset.
+SCENES = (
+    "airport",
+    "bus",
+    "metro",
+    "metro_station",
+    "park",
+    "public_square",
+    "shopping_mall",
+    "street_pedestrian",
+    "street_traffic",
+    "tram",
+)
+DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
+TRAIN_DEVICES = ("a", "b", "c", "s1", "s2", "s3")
+DEVICE_GROUPS = {"real": ("a", "b", "c"), "seen": ("s1", "s2", "s3"), "unseen": ("s4", "s5", "s6")}
+SUBSETS = (5, 10, 25, 50, 100)  # percent of TAU22's training clips
+SPLITS = (*(f"split{subset}" for subset in SUBSETS), "test")
+
+_SPLIT_COLUMNS = ("filename", "scene_label")
+_META_COLUMNS = (*_SPLIT_COLUMNS, "identifier", "source_label")
+_RELEASE = "https://github.com/CPJKU/dcase2024_task1_baseline/releases/download/files"  # of the split lists
+_CHECK = "check the data folder with `python -m dcase.prepare`"
+_ZIP = "TAU-urban-acoustic-scenes-2022-mobile-development"
+_TEST_SHA256 = "efe84eb90ebe11931f93f0877f8b3405d7684652cd3d2e2784e95ec39d8888a8"  # of TAU22's test.csv with LF ends
+# Absolute, with a drive, with a backslash, through "..", or with a control character.
+_LEAVES_FOLDER = r"^/|^[A-Za-z]:|\\|(?:^|/)\.\.(?:/|$)|[\x00-\x1f]"
+
+
+class Clip(NamedTuple):
+    """One clip, or, after torch's ``default_collate``, a batch of b clips: every field then a tensor of length b."""
+
+    waveform: torch.Tensor  # (1, samples), float32, full scale is 1
+    scene: int  # in SCENES
+    device: int  # in DEVICES
+    index: int  # row in its Clips
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """n clips of a data folder, as arrays: thousands of Python strings would be copied into every worker's memory."""
+
+    folder: Path
+    filenames: np.ndarray  # (n,) bytes, relative to the folder
+    scene: np.ndarray  # (n,) int64, in SCENES
+    device: np.ndarray  # (n,) int64, in DEVICES
+    location: np.ndarray  # (n,) bytes, meta.csv's identifier
+
+    def __len__(self) -> int:
+        return len(self.filenames)
+
+    def select(self, rows) -> "Clips":
+        """The clips where the mask ``rows`` holds, or those with the indices ``rows``, in that order."""
+        rows = np.asarray(rows)
+        rows = rows if rows.dtype == bool else rows.astype(np.int64)  # an empty list would be float
+        columns = ("filenames", "scene", "device", "location")
+        return replace(self, **{column: getattr(self, column)[rows] for column in columns})
+
+    def of_device(self, device_id: str) -> "Clips":
+        """The clips recorded with ``device_id``, one of `DEVICES`."""
+        return self.select(self.device == DEVICES.index(device_id))
+
+    def name(self, i: int) -> str:
+        """Filename of clip ``i`` as the csv has it: "audio/airport-lisbon-1000-40000-0-a.wav"."""
+        return self.filenames[i].decode()
+
+    def path(self, i: int) -> Path:
+        return self.folder / self.name(i)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the recordings are. Raises `UserError` for a value that makes no sense."""
+
+    dataset_dir: str | None = None
+    """TAU22 folder; without it TAU22_DIR, and without that SynthTAU, a small synthetic stand-in"""
+    orig_sample_rate: int = 44100
+    """rate (Hz) of the recordings; a file of another rate is resampled by what its header says"""
+
+    def __post_init__(self):
+        if self.orig_sample_rate <= 0:
+            raise UserError(f"--orig_sample_rate is a rate in Hz, more than 0; got {self.orig_sample_rate}")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Which clips to train and to choose the model on. Raises `UserError` for a value that makes no sense."""
+
+    subset: int = 25
+    """part of TAU22's training clips to train on: 5, 10, 25, 50 or 100 (percent)"""
+    val_fraction: float = 0.1
+    """part of the training clips held out for validation, by recording location (0 to 1; 0: train on all of them)"""
+    val_split: Literal["train", "test"] = "train"
+    """where validation clips come from; test chooses the model on the test split: its score is then optimistic"""
+
+    def __post_init__(self):
+        if self.subset not in SUBSETS:
+            raise UserError(f"--subset is 5, 10, 25, 50 or 100 (percent); got {self.subset}")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"--val_fraction is at least 0 and less than 1; got {self.val_fraction}")
+
+
+# Lists of clips
+
+
+def load_clips(folder: Path, split: str) -> Clips:
+    """Clips of ``split`` (one of `SPLITS`) in the list's order, every one of them present on disk.
+
+    Prints one line when meta_clean.csv leaves clips out, and one when the list had to be fetched.
+    Raises `UserError`, naming file and line, for anything wrong with the folder, its lists or its files.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    rows = _read_or_fetch_split(folder, split)
+    meta = _meta_of(folder, rows, split)
+    missing = missing_files(folder, meta["filename"])
+    if missing:
+        raise UserError(
+            f"{len(missing)} of the {len(meta)} clips of {split} are not in {folder} ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}): unpack all 16 parts {_ZIP}.audio.*.zip there, "
+            f"or leave the missing clips out with `python -m dcase.prepare --dataset_dir {folder}`"
+        )
+    return Clips(
+        folder=folder,
+        filenames=_as_bytes(meta["filename"]),
+        scene=pd.Index(SCENES).get_indexer(meta["scene_label"]).astype(np.int64),
+        device=pd.Index(DEVICES).get_indexer(meta["source_label"]).astype(np.int64),
+        location=_as_bytes(meta["identifier"]),
+    )
+
+
+def is_tau22(folder: Path) -> bool:
+    """Whether the folder is TAU22 itself, whose scores compare with published ones, rather than a stand-in."""
+    test_list = Path(folder) / "split_setup" / "test.csv"
+    if (Path(folder) / "SYNTHETIC.md").exists() or not test_list.is_file():
+        return False
+    return hashlib.sha256(_read_bytes(test_list).replace(b"\r\n", b"\n")).hexdigest() == _TEST_SHA256
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` where the data folder does not exist, cannot be read, or is one level too high."""
+    if not os.path.isdir(folder):
+        raise UserError(f"data folder {folder} does not exist or is no folder: check --dataset_dir or TAU22_DIR")
+    names = _listing(folder)
+    if not names & {"meta.csv", "meta_clean.csv"}:
+        if (folder / _ZIP / "meta.csv").is_file():
+            raise UserError(f"{folder} has no meta.csv, but the folder in it has: --dataset_dir {folder / _ZIP}")
+        raise UserError(
+            f"{folder / 'meta.csv'} is missing: check --dataset_dir, or unpack {_ZIP}.meta.zip into that folder"
+        )
+
+
+def read_meta(path: Path) -> pd.DataFrame:
+    """A checked meta.csv or meta_clean.csv, columns as strings; raises `UserError` with file and line."""
+    meta = _read_list(path, _META_COLUMNS)
+    known = f"not one of {', '.join(DEVICES)}"
+    _refuse(path, meta, ~meta["source_label"].isin(DEVICES), "unknown device {source_label!r} (source_label), " + known)
+    return meta
+
+
+def read_split(path: Path, content: bytes | None = None) -> pd.DataFrame:
+    """A checked split list, columns as strings, from ``content`` where given; raises `UserError` with file and line."""
+    return _read_list(path, _SPLIT_COLUMNS, content)
+
+
+def missing_files(folder: Path, filenames: Sequence[str]) -> list[str]:
+    """Those of ``filenames`` that are not in the data folder. One listing per folder, not one look per file."""
+    parents = {name.rpartition("/")[0] for name in filenames}
+    present = {parent: _listing(folder / parent) for parent in parents}
+    split_names = ((name, *name.rpartition("/")[::2]) for name in filenames)
+    return [name for name, parent, base in split_names if base not in present[parent]]
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file beside its place, then rename it: a reader sees the old or the new one, never half of one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(exist_ok=True)
+        try:
+            beside.write_bytes(content)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): check rights and space there") from error
+
+
+def _meta_of(folder: Path, rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """meta's rows for the rows of a split list, in the list's order, less what meta_clean.csv leaves out."""
+    names = _listing(folder)
+    path = folder / ("meta_clean.csv" if "meta_clean.csv" in names else "meta.csv")
+    list_path = folder / "split_setup" / f"{split}.csv"
+    meta = read_meta(path)
+    found = pd.Index(meta["filename"]).get_indexer(rows["filename"])
+    unknown = pd.Series(found < 0, index=rows.index)
+    if path.name == "meta_clean.csv" and unknown.any():
+        _say_left_out(path, split, int(unknown.sum()), len(rows))
+        if unknown.all():
+            raise UserError(f"{path} leaves out every clip of {split}: run `python -m dcase.prepare` again")
+        if "meta.csv" in names:  # left out is only what meta.csv knows; the rest is a mistake
+            unknown &= ~rows["filename"].isin(read_meta(folder / "meta.csv")["filename"])
+        else:
+            unknown[:] = False
+    n_unknown = f"(as {int(unknown.sum())} of {len(rows)} are)"
+    _refuse(list_path, rows, unknown, "{filename!r} is not in meta.csv " + n_unknown + "; are both of one data set?")
+    rows, meta = rows[found >= 0], meta.iloc[found[found >= 0]]
+    other = pd.Series(rows["scene_label"].to_numpy() != meta["scene_label"].to_numpy(), index=rows.index)
+    _refuse(list_path, rows, other, "{filename!r} is {scene_label!r} here but another scene in " + path.name)
+    return meta
+
+
+def _say_left_out(meta_clean: Path, split: str, n_left_out: int, n_clips: int) -> None:
+    line = f"{meta_clean} leaves out {n_left_out} of the {n_clips} clips of {split} (why: meta_excluded.csv)"
+    if split == "test":
+        line = f"WARNING: {line}. The test score is then NOT COMPARABLE with one on the whole test split."
+    print(line)
+
+
+def _read_or_fetch_split(folder: Path, split: str) -> pd.DataFrame:
+    path = folder / "split_setup" / f"{split}.csv"
+    if path.name in _listing(path.parent):
+        return read_split(path)
+    address = f"{_RELEASE}/{split}.csv"
+    by_hand = f"put {address} there by hand"
+    try:
+        with urllib.request.urlopen(address, timeout=20) as response:
+            content = response.read()
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"{path} is missing and could not be fetched ({_one_line(error)}): {by_hand}") from error
+    try:
+        rows = read_split(path, content)
+    except UserError as error:
+        raise UserError(f"{path} is missing and what came for it is no split list ({error}): {by_hand}") from error
+    replace_file(path, content)
+    print(f"{path} was missing: fetched from {address}")
+    return rows
+
+
+def _read_list(path: Path, columns: tuple[str, ...], content: bytes | None = None) -> pd.DataFrame:
+    """A tab-separated list of clips; its index plus 2 is the line in the file. The checks that all lists share."""
+    table = _parse(path, _read_bytes(path) if content is None else content)
+    absent = [column for column in columns if column not in table.columns]
+    if absent and any("," in column for column in table.columns):
+        raise UserError(f"{path} is comma-separated: TAU22's lists are tab-separated; save it with tabs")
+    if absent:
+        raise UserError(f"{path} lacks the column {absent[0]!r}: its first line must be {' TAB '.join(columns)}")
+    table = table[(table != "").any(axis=1)]  # blank lines, at the end as a rule
+    if table.empty:
+        raise UserError(f"{path} is empty: it has no clip; get TAU22's own list")
+    for column in columns:
+        _refuse(path, table, table[column] == "", f"{column} is empty")
+    names = table["filename"]
+    _refuse(path, table, names.str.contains(_LEAVES_FOLDER, regex=True), "{filename!r} leaves the data folder")
+    _refuse(path, table, names.duplicated(), "{filename!r} is there for the second time")
+    known = f"not one of {', '.join(SCENES)}"
+    _refuse(path, table, ~table["scene_label"].isin(SCENES), "unknown scene {scene_label!r} (scene_label), " + known)
+    return table
+
+
+def _parse(path: Path, content: bytes) -> pd.DataFrame:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # a first row that is longer than the header
+            return pd.read_csv(
+                io.BytesIO(content),
+                sep="\t",
+                dtype=str,
+                na_filter=False,  # a missing field is "", and "NA" is a string
+                quoting=csv.QUOTE_NONE,
+                skip_blank_lines=False,  # so that rows count as lines do
+                index_col=False,
+                encoding="utf-8-sig",
+            )
+    except pd.errors.EmptyDataError as error:
+        raise UserError(f"{path} is empty: it has no clip; get TAU22's own list") from error
+    except (ValueError, pd.errors.ParserWarning) as error:  # ParserError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{path} is no tab-separated text ({_one_line(error)}): get TAU22's own list") from error
+
+
+def _refuse(path: Path, table: pd.DataFrame, bad: pd.Series, problem: str) -> None:
+    """Raise `UserError` about the first row where ``bad`` holds; ``problem`` is a format of the row's columns."""
+    if bad.any():
+        line = int(bad.idxmax())
+        raise UserError(f"{path}, line {line + 2}: {problem.format(**table.loc[line])}")
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: check --dataset_dir") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its rights") from error
+
+
+def _listing(folder: Path) -> set[str]:
+    """Names in a folder; none where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except OSError as error:
+        raise UserError(f"folder {folder} cannot be read ({error.strerror}): check its rights") from error
+
+
+def _as_bytes(column: pd.Series) -> np.ndarray:
+    return np.array([text.encode() for text in column])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# Validation part
+
+_LOOK_AHEAD = 8  # locations. With 1, 10 % of split25 is 7 to 12 % of a device; with all, large locations only
+
+
+def split_by_location(clips: Clips, fraction: float) -> tuple[Clips, Clips]:
+    """Split clips into (train, val) by whole recording locations: no place is heard in both.
+
+    Of each scene, as near as whole locations allow to ``fraction`` of its clips are held out: at least one location
+    and never all of them. The locations stand in a fixed order without pattern (of their hashes); of the next few
+    that fit, that one is taken which leaves the devices nearest to ``fraction`` of each. The result depends on the
+    clips' locations, scenes and devices alone, not on a seed.
+    Raises `UserError` for a fraction outside (0, 1) and where a scene has too few locations.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"--val_fraction is more than 0 and less than 1 to hold clips out; got {fraction}")
+    names, location = np.unique(clips.location, return_inverse=True)
+    counts = np.zeros((len(names), len(SCENES), len(DEVICES)), dtype=np.int64)  # clips
+    np.add.at(counts, (location, clips.scene, clips.device), 1)
+    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(b"TAU22 validation " + names[i]).digest())
+    held_out = np.zeros(len(names), dtype=bool)
+    scenes = np.unique(clips.scene)
+    for n_scenes, scene in enumerate(scenes, start=1):
+        device_target = fraction * counts[:, scenes[:n_scenes]].sum((0, 1))  # of the scenes so far
+        _hold_out_scene(scene, counts, order, held_out, fraction, device_target)
+    is_val = held_out[location]
+    return clips.select(~is_val), clips.select(is_val)
+
+
+def _hold_out_scene(
+    scene: int,
+    counts: np.ndarray,
+    order: list[int],
+    held_out: np.ndarray,
+    fraction: float,
+    device_target: np.ndarray,
+) -> None:
+    """Mark in ``held_out`` (locations,) one scene's share of locations; counts: (locations, scenes, devices)."""
+    n_clips = counts[:, scene].sum(1)  # (locations,)
+    target = fraction * n_clips.sum()
+
+    def away(i: int) -> float:  # from the target, with location i
+        return abs(n_clips[held_out].sum() + n_clips[i] - target)
+
+    def device_error(i: int) -> float:
+        taken = counts[held_out].sum((0, 1)) + counts[i].sum(0)
+        return float(((taken - device_target) ** 2 / np.maximum(device_target, 1)).sum())
+
+    while True:
+        taken = n_clips[held_out].sum()
+        spare = _spare(counts, held_out)
+        free = [i for i in order if n_clips[i] and spare[i]]
+        fitting = [i for i in free if taken + n_clips[i] <= target]
+        if fitting:
+            held_out[min(fitting[:_LOOK_AHEAD], key=device_error)] = True
+            continue
+        nearest = min(free, key=away, default=None)
+        if not taken and nearest is None:
+            raise UserError(
+                f"{SCENES[scene]} has too few recording locations to hold one out: use --val_fraction 0 or more clips"
+            )
+        if nearest is not None and (not taken or away(nearest) < abs(taken - target)):
+            held_out[nearest] = True
+        return
+
+
+def _spare(counts: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """(locations,) bool: not held out yet, and no scene would be left without a training location by holding it out."""
+    has_scene = counts.sum(2) > 0  # (locations, scenes)
+    remaining = (has_scene & ~held_out[:, None]).sum(0)
+    return ~held_out & ~(has_scene & (remaining == 1)).any(1)
+
+
+# Sound
+
+
+def read_samples(path: Path) -> tuple[np.ndarray, int]:
+    """Samples of a sound file, (samples, channels) float32 with full scale 1, and its rate in Hz.
+
+    Raises `UserError` where it is missing, is no sound file or ends early.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            samples = file.read(dtype="float32", always_2d=True)
+            rate, log = file.samplerate, file.extra_info
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: soundfile's, for a name in .raw
+        raise UserError(f"{path} cannot be read ({_one_line(error)}): {_CHECK}") from error
+    # libsndfile reads what is left of a truncated WAV file without an error, but notes it in its log.
+    cut = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    if cut and int(cut[2]) < int(cut[1]) < 0xFFFFFFFF:  # all ones: "length unknown", from programs that write to a pipe
+        raise UserError(f"{path} cannot be read (truncated: {cut[2]} of {cut[1]} bytes of sound): {_CHECK}")
+    return samples, rate
+
+
+def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
+    """A sound file as (1, samples), float32: any bit depth, mixed down to mono, resampled to ``sample_rate`` (Hz).
+
+    Raises `UserError` naming the file where it is missing, unreadable, truncated, empty or not finite.
+    """
+    samples, rate = read_samples(path)
+    if not len(samples):
+        raise UserError(f"{path} is empty: {_CHECK}")
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path} holds NaN or infinite samples: {_CHECK}")
+    waveform = torch.from_numpy(samples.mean(axis=1, keepdims=True).T if samples.shape[1] > 1 else samples.T)
+    if rate == sample_rate:
+        return waveform
+    divisor = math.gcd(rate, sample_rate)
+    if (rate // divisor) * (sample_rate // divisor) > 50_000_000:  # coefficients: 200 MB
+        raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to --sample_rate {sample_rate}: {_CHECK}")
+    return _resampler(rate, sample_rate)(waveform)
+
+
+@lru_cache
+def _resampler(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
+    """Kept, as its coefficients cost eight times as much as resampling a 1-s clip."""
+    return torchaudio.transforms.Resample(rate, sample_rate)
+
+
+class TAU22(Dataset):
+    """Clips with their sound: item i is a `Clip`, its waveform ``(1, n_samples)`` at ``sample_rate`` (Hz).
+
+    Without ``n_samples`` the first clip's length counts, and a clip of another length raises `UserError`;
+    with it, every clip is padded with zeros or cropped at its end to that many samples.
+    """
+
+    def __init__(self, clips: Clips, sample_rate: int, n_samples: int | None = None):
+        if not len(clips):
+            raise UserError(f"no clip of {clips.folder} is left to read: check --subset and the split lists")
+        self.clips = clips
+        self.sample_rate = sample_rate
+        self.fits_length = n_samples is not None
+        self.n_samples = n_samples if self.fits_length else read_wav(clips.path(0), sample_rate).shape[-1]
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Clip:
+        path = self.clips.path(index)
+        waveform = read_wav(path, self.sample_rate)
+        lacking = self.n_samples - waveform.shape[-1]
+        if lacking and not self.fits_length:
+            raise UserError(
+                f"{path} has {waveform.shape[-1]} samples at {self.sample_rate} Hz where {self.clips.name(0)} has "
+                f"{self.n_samples}: give --target_length to pad or crop every clip, or {_CHECK}"
+            )
+        waveform = torch.nn.functional.pad(waveform, (0, lacking))  # a negative pad crops
+        return Clip(waveform, int(self.clips.scene[index]), int(self.clips.device[index]), index)

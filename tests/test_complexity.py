@@ -1,0 +1,301 @@
+"""The counter against figures found by other means: AUM.md's table, FlopCounterMode, CP-Mobile's published cost."""
+
+import json
+import sys
+
+import pytest
+import torch
+import torchinfo
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import aum
+import aum.mamba
+from dcase import complexity
+from dcase.complexity import MAX_MACS, MAX_PARAMS_MEMORY, Complexity, macs_by_part, measure, table
+from dcase.errors import UserError
+
+PRODUCTS = ("patch_embed", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "head")
+
+
+def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    return sum(macs_by_part(model, input_size).values())
+
+
+def tiny(**overrides) -> nn.Module:
+    return aum.create_model("aum_tiny", **{"embed_dim": 32, "depth": 2, "n_mels": 64, "target_length": 33, **overrides})
+
+
+# AuM
+
+
+def test_every_part_of_aum_small_is_the_reference_count():
+    small = aum.create_model("aum_small")
+    parts = macs_by_part(small, (1, 1, 256, 65))
+    assert list(parts.items()) == [  # in the order in which they run
+        ("patch_embed", 6_291_456),
+        ("norms", 1_797_120 + 74_880 + 3 * 384),  # blocks, final, head
+        ("in_proj", 920_125_440),
+        ("conv1d", 9_584_640),
+        ("x_proj", 134_184_960),
+        ("dt_proj", 57_507_840),
+        ("scan", 158_146_560),
+        ("gate", 2_396_160),
+        ("halving", 1_198_080),
+        ("out_proj", 460_062_720),
+        ("head", 384 * 512 + 512 * 10),
+    ]
+    assert sum(parts.values()) == 1_751_572_736
+    assert sum(parts[part] for part in PRODUCTS) == 1_587_958_784
+    longer = macs_by_part(small, (1, 1, 256, 1024))
+    assert sum(longer.values()) == 27_619_410_176
+    assert sum(longer[part] for part in PRODUCTS) == 25_039_361_024
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "frames", "expected"),
+    [
+        ("aum_small", {"direction": "fo_fo", "head": "linear"}, 65, 1_569_265_536),
+        ("aum_small", {"direction": "fo_bi", "head": "linear"}, 65, 1_649_536_896),
+        ("aum_small", {"direction": "bi_bi", "head": "linear"}, 65, 1_751_373_696),
+        ("aum_tiny", {}, 65, 501_987_968),
+        ("aum_base", {}, 65, 6_493_548_032),
+        ("aum_base", {}, 1024, 102_395_244_032),
+    ],
+)
+def test_macs_of_the_other_models_are_the_reference_counts(name, overrides, frames, expected):
+    # Every block costs the same, so models of one and two blocks give the cost of 24, in a fraction of the time.
+    one, two = (macs(aum.create_model(name, depth=depth, **overrides), (1, 1, 256, frames)) for depth in (1, 2))
+    assert one + 23 * (two - one) == expected
+
+
+@pytest.mark.parametrize("direction", ["fo_fo", "fo_bi", "bi_bi"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"embed_dim": 48, "depth": 3, "head": "linear", "cls_position": "none"},
+        {"patch_size": (8, 4), "strides": (4, 3), "d_state": 5, "d_conv": 3, "expand": 3, "paired_layers": True},
+    ],
+)
+def test_products_and_convolutions_agree_with_flop_counter(direction, overrides, monkeypatch):
+    model = tiny(direction=direction, **overrides).eval()
+    parts = macs_by_part(model, (1, 1, 64, 33))
+    monkeypatch.setattr(aum.mamba, "selective_scan_fn", lambda u, *args, **kwargs: u)  # a backend may use products too
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, 1, 64, 33))
+    assert counter.get_total_flops() == 2 * sum(parts[part] for part in PRODUCTS)
+
+
+def test_the_scan_runs_once_per_direction_and_branches_are_shared_in_fo_bi():
+    parts = {d: macs_by_part(tiny(direction=d), (1, 1, 64, 33)) for d in ("fo_fo", "fo_bi", "bi_bi")}
+    for part in ("scan", "gate"):
+        assert parts["bi_bi"][part] == parts["fo_bi"][part] == 2 * parts["fo_fo"][part]
+    for part in ("conv1d", "x_proj", "dt_proj"):
+        assert parts["bi_bi"][part] == 2 * parts["fo_bi"][part] == 2 * parts["fo_fo"][part]
+    assert "halving" in parts["bi_bi"] and "halving" not in parts["fo_bi"]
+
+
+def test_a_mixer_alone_is_counted_for_its_tokens():
+    mixer = aum.BiMamba(32)
+    once, twice = macs(mixer, (1, 7, 32)), macs(mixer, (1, 14, 32))
+    assert twice == 2 * once > 0
+
+
+# Other networks
+
+
+def conv(c_in: int, c_out: int, kernel: int = 1, stride=1, groups: int = 1) -> nn.Sequential:
+    padding = kernel // 2
+    layer = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+def block(c_in: int, width: int, c_out: int, stride=1) -> nn.Sequential:
+    return nn.Sequential(conv(c_in, width), conv(width, width, 3, stride, width), conv(width, c_out))
+
+
+def cp_mobile() -> nn.Sequential:
+    """The layers of the challenge's baseline that cost anything; its shortcuts and activations are free."""
+    return nn.Sequential(
+        nn.Sequential(conv(1, 8, 3, 2), conv(8, 32, 3, 2)),
+        nn.Sequential(block(32, 64, 32), block(32, 64, 32), block(32, 64, 32, (1, 2)), block(32, 64, 56, (2, 1))),
+        nn.Sequential(block(56, 120, 56), block(56, 120, 104)),
+        nn.Sequential(nn.Conv2d(104, 10, 1, bias=False), nn.BatchNorm2d(10), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    )
+
+
+def test_cp_mobile_costs_what_the_challenge_published():
+    baseline = measure(cp_mobile().half(), (1, 1, 256, 65))
+    assert baseline.params == 61_148
+    assert baseline.param_bytes == {"float16": 122_296}
+    assert baseline.macs == baseline.torchinfo_macs == 29_419_156
+    assert baseline.macs - baseline.macs_by_part["norms"] == 29_416_448  # FlopCounterMode / 2
+    assert baseline.within_limits
+
+
+def test_a_linear_layer_counts_at_every_token_and_not_once():
+    linear = measure(nn.Linear(64, 128), (1, 65, 64))
+    assert linear.macs == 532_480
+    assert linear.torchinfo_macs == 64 * 128 + 128  # torchinfo: once, and the bias
+
+
+@pytest.mark.parametrize(
+    ("layer", "input_size", "expected"),
+    [
+        (nn.Conv1d(6, 8, 3, groups=2, padding=1), (1, 6, 10), 8 * 10 * 3 * 3),
+        (nn.Conv2d(3, 8, (3, 5), stride=2), (1, 3, 9, 11), 8 * 4 * 4 * 3 * 3 * 5),
+        (nn.ConvTranspose1d(4, 6, 3, stride=2), (1, 4, 5), 5 * 4 * 6 * 3),
+        (nn.LayerNorm(8), (1, 5, 8), 3 * 40),
+        (nn.RMSNorm(8), (1, 5, 8), 3 * 40),
+        (nn.GroupNorm(2, 8, affine=False), (1, 8, 5), 2 * 40),
+        (nn.BatchNorm2d(8), (1, 8, 5, 5), 16),
+        (nn.ReLU(), (1, 5), 0),
+    ],
+)
+def test_each_rule(layer, input_size, expected):
+    assert macs(layer, input_size) == expected
+
+
+def test_a_layer_called_twice_counts_twice():
+    linear = nn.Linear(8, 8)
+    assert macs(nn.Sequential(linear, linear), (1, 8)) == 2 * 64
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.proj.weight)
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (nn.Sequential(nn.GRU(8, 8)), "GRU"),
+        (SelfAttention(8, 2), "SelfAttention"),
+        (Functional(), "proj"),
+        (torch.ao.nn.quantized.dynamic.Linear(8, 8), "Linear"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_and_not_free(model, named):
+    with pytest.raises(UserError, match=named):
+        macs_by_part(model, (1, 4, 8))
+
+
+# Bytes and limits
+
+
+def test_bytes_follow_the_stored_dtype():
+    model = nn.Sequential(nn.Linear(10, 10).half(), nn.Linear(10, 10, bias=False).bfloat16(), nn.Linear(10, 1))
+    assert complexity.param_bytes(model) == {"float16": 220, "bfloat16": 200, "float32": 44}
+
+
+def test_a_dtype_that_the_challenge_does_not_count_is_refused():
+    with pytest.raises(UserError, match="weight is float64.*float16"):
+        measure(nn.Linear(2, 2).double(), (1, 2))
+
+
+def test_limits_are_the_challenges_and_inclusive():
+    assert (MAX_PARAMS_MEMORY, MAX_MACS) == (128_000, 30_000_000)
+    at = Complexity((1, 1, 256, 65), 64_000, {"float16": 128_000}, {"a": 29_999_999, "b": 1}, 5)
+    assert at.within_limits
+    assert not Complexity(at.input_size, 1, {"float16": 128_000, "int8": 1}, at.macs_by_part, 5).memory_within_limit
+    over = Complexity(at.input_size, 1, at.param_bytes, {"a": 30_000_001}, 5)
+    assert over.memory_within_limit and not over.within_limits  # though the checker would pass it
+
+
+def test_only_one_clip_is_measured():
+    with pytest.raises(ValueError, match="one clip"):
+        measure(nn.Linear(2, 2), (2, 2))
+
+
+def test_measure_joins_our_count_bytes_and_the_challenges_checker():
+    model, input_size = tiny(), (1, 1, 64, 33)
+    cost = measure(model, input_size)
+    assert cost.macs_by_part == macs_by_part(model, input_size) and cost.macs == sum(cost.macs_by_part.values())
+    assert cost.params == sum(p.numel() for p in model.parameters())
+    assert cost.param_bytes == {"float32": 4 * cost.params} and cost.total_param_bytes == 4 * cost.params
+    checker = torchinfo.summary(model, input_size=input_size, verbose=0).total_mult_adds
+    assert 0 < cost.torchinfo_macs == checker < cost.macs  # blind
+
+
+def test_measuring_changes_nothing():
+    model = tiny()
+    model.layers[0].eval()  # modes may be mixed
+    modes = [module.training for module in model.modules()]
+    state, torch_rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
+    measure(model, (1, 1, 64, 33))
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(torch_rng, torch.random.get_rng_state())
+    assert not any(module._forward_hooks or "forward" in vars(module) for module in model.modules())
+
+
+# What the user sees
+
+
+def test_table_in_full():
+    cost = Complexity((1, 1, 256, 65), 40_000, {"float32": 120_000, "float16": 20_000}, {"conv": 15_000_000}, 1_500_000)
+    assert table(cost, "toy") == (
+        "Complexity of toy, one clip of 256 x 65 (mel bins x frames)\n"
+        "\n"
+        "|                           |             Value |        Limit |     Of the limit |\n"
+        "| ------------------------- | ----------------: | -----------: | ---------------: |\n"
+        "| Parameters                |            40,000 |            - |                - |\n"
+        "| Memory, as stored         |         140,000 B |    128,000 B |     1.09 x, over |\n"
+        "| Memory, in 16 bit         |          80,000 B |    128,000 B |  0.625 x, within |\n"
+        "| Memory, in 8 bit          |          40,000 B |    128,000 B |  0.312 x, within |\n"
+        "| MACs                      |        15,000,000 |   30,000,000 |    0.5 x, within |\n"
+        "| MACs, challenge's checker |         1,500,000 |   30,000,000 |   0.05 x, within |\n"
+        "\n"
+        "| MACs by part              |              MACs |   Share |\n"
+        "| ------------------------- | ----------------: | ------: |\n"
+        "| conv                      |        15,000,000 | 100.00% |\n"
+        "\n"
+        "As stored: float32 120,000 B + float16 20,000 B. Within the limits: no.\n"
+        "The challenge's checker (torchinfo) prints 1,500,000 MACs, 10.0% of the true cost: it counts a Linear layer "
+        "once instead of once per token, and 0 for the scan and for whatever else is computed without calling a module."
+    )
+
+
+def test_as_dict_is_plain_and_complete():
+    plain = measure(tiny(), (1, 1, 64, 33)).as_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["macs"] == sum(plain["macs_by_part"].values())
+    assert plain["total_param_bytes"] == 4 * plain["params"]
+
+
+def run_main(monkeypatch, *flags: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["complexity", *flags])
+    complexity.main()
+
+
+def test_command_line_prints_the_table_of_the_overridden_model(monkeypatch, capsys):
+    flags = "--model aum_nano --n_mels 64 --target_length 33 --embed_dim 32 --depth 2 --patch_size 8,4"
+    run_main(monkeypatch, *flags.split(), "--direction", "fo_bi", "--head", "mlp")
+    model = tiny(patch_size=(8, 4), direction="fo_bi")
+    out = capsys.readouterr().out
+    assert f"{macs(model, (1, 1, 64, 33)):,}" in out
+    assert f"{sum(p.numel() for p in model.parameters()):,}" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "aum_huge"], "--model is one of aum_nano, aum_tiny, aum_small, aum_base; got 'aum_huge'"),
+        (["--patch_size", "0,16"], "--patch_size"),
+        (["--patch_size", "16,66"], "--patch_size"),
+    ],
+)
+def test_bad_flags_end_with_one_line(monkeypatch, flags, message):
+    with pytest.raises(UserError) as error:
+        run_main(monkeypatch, *flags)
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)

@@ -1,0 +1,172 @@
+"""Log-mel and augmentation."""
+
+import math
+
+import pytest
+import torch
+import torchaudio
+
+from dcase.augment import AugmentConfig, Masking, freq_mixstyle, roll
+from dcase.errors import UserError
+from dcase.logmel import LogMel, LogMelConfig, frames_of, samples_for
+
+
+def noise(b=2, samples=44100, seed=0):
+    return torch.randn(b, 1, samples, generator=torch.Generator().manual_seed(seed)) * 0.1
+
+
+def test_logmel_is_resample_mel_log_in_float64():
+    """Against the definition: windowed DFT of reflected frames, triangular mel filters, log of the power + 1e-5."""
+    config = LogMelConfig(sample_rate=8000, window_length=200, hop_length=100, n_fft=256, n_mels=20)
+    x = noise(1, 1000)
+    got = LogMel(config, 8000)(x)[0, 0]
+    window = torch.zeros(256, dtype=torch.float64)
+    window[28:228] = torch.hann_window(200, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x.double(), (128, 128), mode="reflect")[0, 0]
+    frames = padded.unfold(0, 256, 100) * window
+    power = torch.fft.rfft(frames).abs().square()  # (frames, 129)
+
+    def mel(hz):
+        return 2595 * math.log10(1 + hz / 700)
+
+    edges = [700 * (10 ** (m / 2595) - 1) for m in torch.linspace(mel(0), mel(4000), 22, dtype=torch.float64).tolist()]
+    hz = torch.arange(129, dtype=torch.float64) * 8000 / 256
+    filters = torch.stack(
+        [
+            torch.minimum((hz - lo) / (mid - lo), (hi - hz) / (hi - mid)).clamp(min=0)
+            for lo, mid, hi in zip(edges, edges[1:], edges[2:], strict=False)
+        ]
+    )
+    expected = torch.log(filters @ power.T + 1e-5)
+    assert got.shape == expected.shape == (20, 11)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_default_shape_is_256_by_65_for_a_second():
+    config = LogMelConfig()
+    module = LogMel(config, 44100)
+    assert module(noise()).shape == (2, 1, 256, 65)
+    assert frames_of(config, 44100, 44100) == 65 and samples_for(config, 44100) is None
+    assert frames_of(config, 441000, 44100) == module(noise(1, 441000)).shape[-1] == 641
+
+
+@pytest.mark.parametrize("samples, rate", [(44100, 44100), (16000, 16000), (48000, 48000), (44099, 44100), (12345, 22050)])
+def test_frames_are_counted_as_they_come(samples, rate):
+    config = LogMelConfig()
+    assert frames_of(config, samples, rate) == LogMel(config, rate)(noise(1, samples)).shape[-1]
+
+
+def test_target_length_crops_and_pads_with_the_log_of_silence():
+    x = noise(1)
+    full = LogMel(LogMelConfig(), 44100)(x)
+    assert torch.equal(LogMel(LogMelConfig(target_length=40), 44100)(x), full[..., :40])
+    padded = LogMel(LogMelConfig(target_length=100), 44100)(x)
+    assert torch.equal(padded[..., :65], full)
+    torch.testing.assert_close(padded[..., 65:], torch.full((1, 1, 256, 35), math.log(1e-5)))
+    silence = LogMel(LogMelConfig(), 44100)(torch.zeros(1, 1, 44100))
+    torch.testing.assert_close(silence, torch.full((1, 1, 256, 65), math.log(1e-5)))
+
+
+@pytest.mark.parametrize("target_length", [1, 40, 65, 100, 1024])
+def test_samples_for_target_length_give_that_many_frames(target_length):
+    config = LogMelConfig(target_length=target_length)
+    samples = samples_for(config, 44100)
+    free = LogMel(LogMelConfig(), 44100)
+    if samples > 2048 * 2:
+        assert free(noise(1, samples)).shape[-1] == target_length
+    assert samples_for(LogMelConfig(target_length=65), 44100) == 44100
+
+
+def test_normalisation_gives_mean_0_and_deviation_1_and_is_all_that_is_stored():
+    module = LogMel(LogMelConfig(), 44100)
+    batches = [noise(3, seed=1), noise(2, seed=2)]
+    module.fit(batches)
+    x = torch.cat([module(batch) for batch in batches]).double()
+    assert abs(x.mean().item()) < 1e-4 and abs(x.std(correction=0).item() - 1) < 1e-4
+    assert set(module.state_dict()) == {"mean", "std"}
+
+
+def test_autocast_does_not_touch_the_front_end():
+    module, x = LogMel(LogMelConfig(), 44100), noise(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(x), module(x.clone())) and module(x).dtype == torch.float32
+        inside = module(x)
+    assert torch.equal(inside, module(x))
+
+
+@pytest.mark.parametrize(
+    "field, value", [("n_mels", 0), ("hop_length", -5), ("f_max", 20000.0), ("window_length", 5000), ("target_length", 0)]
+)
+def test_impossible_front_ends_name_the_flag(field, value):
+    with pytest.raises(UserError, match=f"--{field}"):
+        LogMelConfig(**{field: value})
+
+
+def test_roll_moves_each_clip_by_its_own_shift_and_wraps_around():
+    torch.manual_seed(0)
+    x = torch.arange(50.0).expand(200, 1, 50)
+    y = roll(x, 7)
+    shifts = set()
+    for clip in y[:, 0]:
+        shift = int(clip.argmin())
+        shift = shift - 50 if shift > 25 else shift
+        assert torch.equal(clip, torch.arange(50.0).roll(shift))
+        shifts.add(shift)
+    assert shifts == set(range(-7, 8))
+    assert torch.equal(roll(x, 0), x)
+
+
+def test_mixstyle_keeps_the_content_and_mixes_the_statistics():
+    torch.manual_seed(0)
+    scale = torch.tensor([1.0, 4.0]).view(2, 1, 1, 1)
+    x = torch.randn(2, 1, 6, 200) * scale + 10 * scale
+    y = freq_mixstyle(x, p=1.0, alpha=0.5)
+
+    def standard(v):
+        return (v - v.mean((1, 3), keepdim=True)) / v.std((1, 3), keepdim=True)
+
+    torch.testing.assert_close(standard(y), standard(x), rtol=1e-3, atol=1e-3)
+    means = y.mean((1, 3))
+    low, high = x.mean((1, 3)).min(0).values - 1e-3, x.mean((1, 3)).max(0).values + 1e-3
+    assert ((means >= low) & (means <= high)).all()
+
+
+def test_mixstyle_tosses_one_coin_for_the_batch():
+    torch.manual_seed(0)
+    x = torch.randn(16, 1, 4, 30) * torch.rand(16, 1, 1, 1)
+    changed = [(freq_mixstyle(x, p=0.4, alpha=5.0) != x).flatten(1).any(1).float().mean().item() for _ in range(400)]
+    touched = sum(share > 0 for share in changed) / 400
+    assert 0.32 < touched < 0.48
+    assert all(share == 0 or share > 0.6 for share in changed)  # the whole batch, but for clips paired with themselves
+    assert torch.equal(freq_mixstyle(x, p=0.0, alpha=0.5), x)
+
+
+def test_masks_are_filled_with_0_and_stay_within_their_limits():
+    torch.manual_seed(0)
+    x = torch.ones(300, 1, 256, 65)
+    y = Masking(AugmentConfig(), 256, 65)(x)
+    rows, columns = (y == 0).all(3).sum(2).flatten(), (y == 0).all(2).sum(2).flatten()
+    assert set(y.unique().tolist()) == {0.0, 1.0}
+    assert 40 < rows.max() <= 48 and 10 < columns.max() <= 13  # 13 = a fifth of 65 frames
+    assert len(rows.unique()) > 10  # each clip its own mask
+    uncapped = Masking(AugmentConfig(timem_max_fraction=1.0, freqm=0), 256, 65)(x)
+    assert (uncapped == 0).all(2).sum(2).max() > 50
+    assert torch.equal(Masking(AugmentConfig(freqm=0, timem=0), 256, 65)(x), x)
+
+
+def test_masks_longer_than_the_log_mel_are_cut():
+    torch.manual_seed(0)
+    y = Masking(AugmentConfig(freqm=400, timem=400, timem_max_fraction=1.0), 20, 10)(torch.ones(500, 1, 20, 10))
+    assert (y != 0).any()
+
+
+@pytest.mark.parametrize("field, value", [("mixstyle_p", 1.5), ("roll_sec", -1.0), ("mixstyle_alpha", 0.0), ("timem", -1)])
+def test_impossible_augmentation_names_the_flag(field, value):
+    with pytest.raises(UserError, match=f"--{field}"):
+        AugmentConfig(**{field: value})
+
+
+def test_resampling_is_torchaudios():
+    x = noise(1)
+    expected = torchaudio.functional.resample(x, 44100, 32000)
+    torch.testing.assert_close(LogMel(LogMelConfig(), 44100).resample(x), expected)

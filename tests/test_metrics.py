@@ -1,0 +1,75 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dcase.metrics import SceneMetrics, results
+from dcase.tau22 import DEVICES, SCENES
+
+
+def one_hot_logits(predicted: list[int]) -> torch.Tensor:
+    return 5.0 * F.one_hot(torch.tensor(predicted), len(SCENES)).float()
+
+
+def collect(logits, scene, device, sizes) -> dict:
+    metrics = SceneMetrics()
+    loss = F.cross_entropy(logits, scene, reduction="none")
+    for part in zip(logits.split(sizes), scene.split(sizes), device.split(sizes), loss.split(sizes), strict=True):
+        metrics.update(*part)
+    return metrics.compute()
+
+
+def test_by_hand_where_the_averages_differ():
+    """Three clips of airport on a (2 right), one bus on s4 (wrong): macro 1/3, overall 1/2, devices 2/3 and 0."""
+    scene, device = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 0, 0, DEVICES.index("s4")])
+    got = collect(one_hot_logits([0, 0, 4, 3]), scene, device, 4)
+    assert got["macro_avg_acc"] == pytest.approx(1 / 3)
+    assert got["acc"] == 0.5
+    assert got["device_avg_acc"] == pytest.approx(1 / 3)
+    assert got["scene_acc"]["airport"] == pytest.approx(2 / 3) and got["scene_acc"]["bus"] == 0.0
+    assert got["device_acc"]["a"] == pytest.approx(2 / 3) and got["device_acc"]["s4"] == 0.0
+    assert got["device_group_acc"] == {"real": pytest.approx(2 / 3), "seen": None, "unseen": 0.0}
+    right, wrong = math.log(1 + 9 * math.exp(-5)), 5 + math.log(1 + 9 * math.exp(-5))
+    assert got["loss"] == pytest.approx((2 * right + 2 * wrong) / 4)
+    assert got["n_clips"] == 4
+    assert got["confusion"][0][0] == 2 and got["confusion"][0][4] == 1 and got["confusion"][1][3] == 1
+
+
+def test_what_is_absent_is_none_and_not_averaged():
+    got = collect(one_hot_logits([2, 2]), torch.tensor([2, 2]), torch.tensor([1, 1]), 2)
+    assert got["macro_avg_acc"] == 1.0  # not 0.1
+    assert [s for s, x in got["scene_acc"].items() if x is not None] == ["metro"]
+    assert [d for d, x in got["device_acc"].items() if x is not None] == ["b"]
+
+
+def test_no_clip_at_all():
+    got = results(torch.zeros(len(DEVICES), len(SCENES), len(SCENES), dtype=torch.int64), 0.0)
+    assert got["macro_avg_acc"] is None and got["loss"] is None and got["n_clips"] == 0
+
+
+@pytest.mark.parametrize("sizes", [1, 3, 64, 65])
+def test_any_batch_size_gives_the_same(sizes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(65, len(SCENES), generator=generator)
+    scene = torch.randint(len(SCENES), (65,), generator=generator)
+    device = torch.randint(len(DEVICES), (65,), generator=generator)
+    got, whole = collect(logits, scene, device, sizes), collect(logits, scene, device, 65)
+    assert got["loss"] == pytest.approx(whole["loss"], rel=1e-14)
+    assert {k: v for k, v in got.items() if k != "loss"} == {k: v for k, v in whole.items() if k != "loss"}
+
+
+def test_against_counting():
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(300, len(SCENES), generator=generator)
+    scene = torch.randint(len(SCENES), (300,), generator=generator)
+    device = torch.randint(len(DEVICES), (300,), generator=generator)
+    got = collect(logits, scene, device, 300)
+    right = (logits.argmax(1) == scene).double()
+    for i, name in enumerate(SCENES):
+        assert got["scene_acc"][name] == pytest.approx(right[scene == i].mean().item())
+    for i, name in enumerate(DEVICES):
+        assert got["device_acc"][name] == pytest.approx(right[device == i].mean().item())
+    assert got["device_group_acc"]["unseen"] == pytest.approx(right[device >= 6].mean().item())
+    assert got["acc"] == pytest.approx(right.mean().item())
+    assert got["macro_avg_acc"] == pytest.approx(sum(got["scene_acc"].values()) / len(SCENES))

@@ -1,0 +1,305 @@
+"""The backbone: computation, parameter counts, names, initialisation, and what it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from reference_model import logits as reference_logits
+from torch import nn
+
+import aum
+
+TINY = {"n_mels": 24, "target_length": 20, "patch_size": (8, 5), "embed_dim": 12, "depth": 2, "d_state": 3}
+
+
+def tiny(**overrides) -> aum.AudioMamba:
+    """A small model in float64 with every parameter moved off its initial value, in evaluation."""
+    torch.manual_seed(0)
+    model = aum.AudioMamba(aum.AuMConfig(**{**TINY, **overrides})).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("direction", ["fo_fo", "fo_bi", "bi_bi"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"pool": "cls"},
+        {"pool": "cls", "cls_position": "start", "pos_embed": True, "head": "linear"},
+        {"pool": "cls", "cls_position": "end", "pos_embed": True},
+        {"cls_position": "none", "pos_embed": True},
+        {"cls_position": "none", "head": "linear"},
+        {"patch_size": (8, 4), "strides": (5, 3)},
+        {"paired_layers": True, "depth": 4},
+        {"expand": 1, "d_conv": 2, "embed_dim": 20, "norm_eps": 1e-3},
+    ],
+)
+def test_computation_equals_the_formulas(direction, overrides):
+    model = tiny(direction=direction, **overrides)
+    x = torch.randn(3, 1, 24, 20, dtype=torch.float64)
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    expected = np.stack([reference_logits(state, clip[0].numpy(), model.config) for clip in x])
+    np.testing.assert_allclose(model(x).detach().numpy(), expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("direction", ["fo_fo", "fo_bi", "bi_bi"])
+def test_all_gradients_equal_finite_differences(direction):
+    model = tiny(direction=direction, depth=1, embed_dim=4, d_state=2, head="linear", dropout=0.0)
+    x = torch.randn(1, 1, 24, 20, dtype=torch.float64)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+
+    def loss(*values):
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,)).square().sum()
+
+    assert torch.autograd.gradcheck(loss, parameters, fast_mode=True)
+
+
+def test_forward_branch_is_causal_and_backward_branch_anticausal():
+    x = torch.randn(1, 9, 12, dtype=torch.float64, requires_grad=True)
+    for direction, sees_past, sees_future in (("fo_fo", True, False), ("fo_bi", True, True), ("bi_bi", True, True)):
+        mixer = aum.BiMamba(12, d_state=3, direction=direction).double()
+        (grad,) = torch.autograd.grad(mixer(x)[0, 4].sum(), x)
+        reach = grad[0].abs().sum(-1) > 0
+        assert reach[:4].all().item() is sees_past, direction
+        assert reach[5:].all().item() is sees_future, direction
+    with torch.no_grad():  # without the forward branch's outputs only the future is seen
+        mixer.conv1d.weight.zero_(), mixer.conv1d.bias.zero_()  # u = silu(0) = 0, so the branch gives 0
+    (grad,) = torch.autograd.grad(mixer(x)[0, 4].sum(), x)
+    reach = grad[0].abs().sum(-1) > 0
+    assert not reach[:4].any() and reach[4:].all()
+
+
+def swapped(mixer: aum.BiMamba) -> aum.BiMamba:
+    """The same mixer with its two branches exchanged."""
+    other = aum.BiMamba(mixer.d_model, mixer.d_state, mixer.d_conv, direction="bi_bi").double()
+    state = mixer.state_dict()
+
+    def exchanged(name: str) -> str:
+        head, _, rest = name.partition(".")
+        if head in ("in_proj", "out_proj"):
+            return name
+        if head in ("A_log", "A_b_log"):
+            return {"A_log": "A_b_log", "A_b_log": "A_log"}[head]
+        head = head.removesuffix("_b") if head.endswith("_b") else f"{head}_b"
+        return f"{head}.{rest}" if rest else head
+
+    other.load_state_dict({exchanged(name): value for name, value in state.items()})
+    return other
+
+
+def test_mirror_symmetry():
+    mixer = aum.BiMamba(12, d_state=3).double()
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    x = torch.randn(2, 7, 12, dtype=torch.float64)
+    torch.testing.assert_close(swapped(mixer)(x.flip(1)).flip(1), mixer(x))
+    assert not torch.allclose(mixer(x.flip(1)).flip(1), mixer(x))
+
+
+def test_bi_bi_is_half_the_sum_of_its_branches():
+    """With the branches' weights equal and a palindrome, both branches mirror each other: the sum halved."""
+    one, two = aum.BiMamba(8, d_state=2, direction="fo_fo").double(), aum.BiMamba(8, d_state=2).double()
+    state = one.state_dict()
+    double = {**state, "A_b_log": state["A_log"], "D_b": state["D"]}
+    for name in ("conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"):
+        head, tail = name.split(".")
+        double[f"{head}_b.{tail}"] = state[name]
+    two.load_state_dict(double)
+    x = torch.randn(1, 6, 8, dtype=torch.float64)
+    torch.testing.assert_close(two(x), (one(x) + one(x.flip(1)).flip(1)) / 2)
+
+
+def test_tokens_run_along_time_first_and_the_class_token_stands_in_its_place():
+    model = tiny(embed_dim=6)
+    seen = {}
+    model.layers[0].register_forward_pre_hook(lambda module, args: seen.update(x=args[0].detach()))
+    x = torch.zeros(1, 1, 24, 20, dtype=torch.float64)
+    x[0, 0, 8:16, 5:10] = 1.0  # patch (1, 1) of the 3 x 4 grid
+    model(torch.zeros_like(x))
+    base = seen["x"]
+    model(x)
+    changed = (seen["x"] - base).abs().sum(-1)[0].nonzero().flatten().tolist()
+    assert base.shape[1] == 13
+    assert changed == [1 * 4 + 1]  # before the class token at 6
+    for position, index in (("start", 0), ("middle", 6), ("end", 12)):
+        model = tiny(embed_dim=6, cls_position=position)
+        model.layers[0].register_forward_pre_hook(lambda module, args: seen.update(x=args[0].detach()))
+        model(x)
+        torch.testing.assert_close(seen["x"][0, index], model.cls_token[0, 0].detach())
+
+
+COUNTS = {"aum_tiny": 6_923_210, "aum_small": 25_342_346, "aum_base": 96_685_322}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        model = aum.create_model(name)
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
+    assert len(model.layers) == 24
+
+
+@pytest.mark.parametrize(
+    "direction, n_keys, small, base",
+    [
+        ("fo_fo", 247, 23_640_719, 91_517_711),
+        ("fo_bi", 271, 23_935_631, 92_107_535),
+        ("bi_bi", 415, 25_539_215, 97_084_175),
+    ],
+)
+def test_published_audioset_models(direction, n_keys, small, base):
+    """Counts of the published models on AudioSet: 128 x 1024, 527 classes, position embedding, linear head."""
+    shape = {"n_mels": 128, "target_length": 1024, "n_classes": 527, "pos_embed": True, "head": "linear"}
+    for name, count in (("aum_small", small), ("aum_base", base)):
+        with torch.device("meta"):
+            model = aum.create_model(name, direction=direction, **shape)
+        assert sum(p.numel() for p in model.parameters()) == count
+        assert len(model.state_dict()) == n_keys
+
+
+def published_layout(direction: str, d: int, depth: int, n_tokens: int, n_classes: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the published checkpoints (kaistmm/Audio-Mamba-AuM), 16 x 16 patches."""
+    di, r, n = 2 * d, math.ceil(d / 16), 16
+    branch = {
+        "conv1d.weight": (di, 1, 4),
+        "conv1d.bias": (di,),
+        "x_proj.weight": (r + 2 * n, di),
+        "dt_proj.weight": (di, r),
+        "dt_proj.bias": (di,),
+    }
+    mixer = {"in_proj.weight": (2 * di, d), "out_proj.weight": (d, di), "A_log": (di, n), "D": (di,), **branch}
+    if direction != "fo_fo":
+        mixer["A_b_log"] = (di, n)
+    if direction == "bi_bi":
+        mixer["D_b"] = (di,)
+        mixer |= {name.replace(".", "_b.", 1): shape for name, shape in branch.items()}
+    layout = {
+        "cls_token": (1, 1, d),
+        "norm_f.weight": (d,),
+        "patch_embed.proj.weight": (d, 1, 16, 16),
+        "patch_embed.proj.bias": (d,),
+        "pos_embed.pos_embed": (1, n_tokens + 1, d),
+        "head.weight": (n_classes, d),
+        "head.bias": (n_classes,),
+    }
+    for i in range(depth):
+        layout[f"layers.{i}.norm.weight"] = (d,)
+        layout |= {f"layers.{i}.mixer.{name}": shape for name, shape in mixer.items()}
+    return layout
+
+
+@pytest.mark.parametrize("direction", ["fo_fo", "fo_bi", "bi_bi"])
+def test_published_state_dicts_load_strictly(direction):
+    layout = published_layout(direction, d=32, depth=2, n_tokens=16 * 4, n_classes=10)
+    state = {name: torch.randn(shape) for name, shape in layout.items()}
+    model = aum.AudioMamba(aum.AuMConfig(embed_dim=32, depth=2, direction=direction, pos_embed=True, head="linear"))
+    model.load_state_dict(state, strict=True)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_mlp_head_has_the_earlier_codes_names():
+    names = {name for name in aum.create_model("aum_nano", head="mlp").state_dict() if name.startswith("classifier")}
+    assert names == {f"classifier.{i}.{kind}" for i in (0, 2, 5) for kind in ("weight", "bias")}
+
+
+def test_initialisation():
+    torch.manual_seed(1)
+    model = aum.create_model("aum_tiny", depth=4)
+    for layer in model.layers:
+        mixer = layer.mixer
+        for dt_proj in (mixer.dt_proj, mixer.dt_proj_b):  # the backward branch too
+            delta = nn.functional.softplus(dt_proj.bias)
+            assert 0.9e-3 <= delta.min() and delta.max() <= 0.101
+            assert 0.005 < delta.log().mean().exp() < 0.02  # log-uniform: the geometric mean is 0.01
+            assert dt_proj.weight.abs().max() <= mixer.dt_rank**-0.5
+        for A_log in (mixer.A_log, mixer.A_b_log):
+            torch.testing.assert_close(A_log.exp(), torch.arange(1.0, 17).expand_as(A_log))
+        assert (mixer.D == 1).all() and (mixer.D_b == 1).all() and (layer.norm.weight == 1).all()
+        bound = mixer.d_inner**-0.5 / math.sqrt(4)
+        assert 0.95 * bound < mixer.out_proj.weight.abs().max() <= bound
+    assert abs(model.cls_token.std().item() - 0.02) < 0.005
+    assert abs(model.patch_embed.proj.weight.std().item() - 1 / 16) < 0.002
+    assert (model.patch_embed.proj.bias == 0).all() and (model.classifier[-1].bias == 0).all()
+
+
+def test_parameter_groups_spare_what_decay_would_harm():
+    model = aum.create_model("aum_nano", pos_embed=True, head="mlp")
+    decayed, spared = aum.parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    names = {id(p): name for name, p in model.named_parameters()}
+    spared_names = {names[id(p)] for p in spared["params"]}
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    for ending in ("A_log", "A_b_log", ".D", ".D_b", "bias", "norm.weight", "norm_f.weight", "cls_token", "pos_embed"):
+        matching = {name for name in names.values() if name.endswith(ending)}
+        assert matching and matching <= spared_names, ending
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    assert {n.split(".")[-2] for n in decayed_names} == {
+        "in_proj", "out_proj", "x_proj", "x_proj_b", "dt_proj", "dt_proj_b", "conv1d", "conv1d_b", "proj", "2", "5"
+    }  # fmt: skip
+
+
+def test_dropout_and_drop_path_work_in_training_only():
+    torch.manual_seed(0)
+    model = aum.create_model("aum_nano", dropout=0.5, drop_path=0.5, head="mlp")
+    x = torch.randn(4, 1, 256, 65)
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    assert [layer.drop_path.p for layer in model.layers] == pytest.approx([0, 1 / 6, 1 / 3, 0.5])
+    branch = model.layers[-1].drop_path(torch.ones(1000, 2, 3))
+    assert set(branch.flatten().tolist()) == {0.0, 2.0} and abs(branch.mean() - 1) < 0.15
+
+
+def test_residual_stream_stays_float32_under_autocast():
+    model = aum.create_model("aum_nano").eval()
+    x, streams = torch.randn(2, 1, 256, 65), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda module, args: streams.append(args[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model(x)
+    assert streams == [torch.float32] * 4
+    torch.testing.assert_close(low.float(), model(x), rtol=0.05, atol=0.05)
+
+
+def test_other_lengths_without_a_position_embedding_only():
+    x = torch.randn(1, 1, 256, 100)
+    assert aum.create_model("aum_nano")(x).shape == (1, 10)
+    with pytest.raises(ValueError, match="16 x 6 patches.*16 x 4.*target_length is 65"):
+        aum.create_model("aum_nano", pos_embed=True)(x)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"patch_size": (0, 16)}, "patch_size"),
+        ({"strides": (16, 0)}, "strides"),
+        ({"patch_size": (16, 128)}, "does not fit"),
+        ({"depth": 0}, "depth"),
+        ({"embed_dim": -1}, "embed_dim"),
+        ({"depth": 3, "paired_layers": True}, "even depth"),
+        ({"pool": "cls", "cls_position": "none"}, "cls_position"),
+        ({"direction": "v2"}, "fo_fo"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"widht": 3}, "widht"),
+    ],
+)
+def test_impossible_configurations_name_the_field(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        aum.create_config("aum_nano", **overrides)
+
+
+def test_unknown_model_and_wrong_input():
+    with pytest.raises(ValueError, match="aum_small"):
+        aum.create_model("aum_smal")
+    model = aum.create_model("aum_nano")
+    for shape in ((1, 1, 128, 65), (1, 256, 65), (1, 3, 256, 65)):
+        with pytest.raises(ValueError, match="256"):
+            model(torch.zeros(shape))
+    with pytest.raises(ValueError, match="fewer than the 16"):
+        model(torch.zeros(1, 1, 256, 15))

@@ -1,0 +1,276 @@
+"""``python -m dcase.prepare``: one file of each fault, what is written, what is said."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from data_folder import META_COLUMNS, SAMPLE_RATE, clip_row, noise, write_data_folder, write_lists
+
+from dcase import prepare as module
+from dcase.errors import UserError
+from dcase.prepare import PrepareConfig, prepare
+from dcase.tau22 import load_clips
+
+CONFIG = PrepareConfig(num_workers=2)
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_data_folder(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def faulty(tmp_path):
+    """A folder of 12 good training clips and one of each fault; the last two of them are test clips."""
+    good = [clip_row("bus", "lyon", place, 0, "a") for place in range(12)]
+    faults = {fault: clip_row("tram", "lyon", 50 + i, 0, "b") for i, fault in enumerate(FAULTS)}
+    rows = list(faults.values())
+    write_lists(tmp_path, good + rows[:-2], rows[-2:])
+    (tmp_path / "audio").mkdir()
+    for seed, (name, *_) in enumerate(good):
+        soundfile.write(tmp_path / name, noise(seed), SAMPLE_RATE, subtype="PCM_24")
+    for fault, (name, *_) in faults.items():
+        write_fault(tmp_path / name, fault)
+    return tmp_path
+
+
+FAULTS = {  # how it is made -> the reason given
+    "missing": "missing",
+    "text": "unreadable",
+    "truncated": "unreadable",
+    "no bytes": "empty",
+    "no samples": "empty",
+    "nan": "NaN or infinite",
+    "inf": "NaN or infinite",
+    "silent": "silent",
+    "offset": "silent",
+    "rate": "wrong rate (32000 Hz)",
+    "stereo": "not mono (2 channels)",
+    "short": "other length (4409 samples, not 4410)",
+}
+
+
+def write_fault(path: Path, fault: str) -> None:
+    samples, rate = noise(99), SAMPLE_RATE
+    if fault in ("nan", "inf"):
+        samples[3] = float(fault)
+    samples = {
+        "no samples": np.zeros(0),
+        "silent": np.zeros(4410),
+        "offset": np.full(4410, 0.25),
+        "stereo": np.stack([samples, samples], axis=1),
+        "short": samples[:-1],
+    }.get(fault, samples)
+    soundfile.write(path, samples, 32000 if fault == "rate" else rate, subtype="FLOAT")
+    if fault == "missing":
+        path.unlink()
+    elif fault == "text":
+        path.write_bytes(b"Not Found\n")
+    elif fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif fault == "no bytes":
+        path.write_bytes(b"")
+
+
+def excluded(folder: Path) -> list[list[str]]:
+    header, *rows = (folder / "meta_excluded.csv").read_text().splitlines()
+    assert header == "filename\treason"
+    return [row.split("\t") for row in rows]
+
+
+def test_all_fine(folder, capsys):
+    prepare(folder, CONFIG)
+    assert "All 18 files are fine." in capsys.readouterr().out
+    assert (folder / "meta_clean.csv").read_bytes() == (folder / "meta.csv").read_bytes()
+    assert excluded(folder) == []
+
+
+def test_one_of_each_fault(faulty, capsys):
+    prepare(faulty, CONFIG)
+    names = [clip_row("tram", "lyon", 50 + i, 0, "b")[0] for i in range(len(FAULTS))]
+    assert excluded(faulty) == [list(pair) for pair in zip(names, FAULTS.values(), strict=True)]
+    meta = (faulty / "meta.csv").read_text().splitlines()
+    assert (faulty / "meta_clean.csv").read_text().splitlines() == [line for line in meta if "tram" not in line]
+    said = capsys.readouterr().out
+    assert "12 of 24 clips are at fault" in said
+    for kind in ("missing", "unreadable", "empty", "NaN or infinite", "silent", "wrong rate", "not mono"):
+        assert f"  {kind:<15}  audio/tram-" in said
+    assert "10  of the 22 clips of split25" in said and "2  of the 2 clips of test" in said
+    assert "WARNING: 2 TEST CLIPS ARE EXCLUDED" in said and "NOT COMPARABLE" in said
+
+
+def test_training_uses_what_was_written(faulty, capsys):
+    prepare(faulty, CONFIG)
+    clips = load_clips(faulty, "split25")
+    assert len(clips) == 12 and "leaves out 10 of the 22 clips of split25" in capsys.readouterr().out
+
+
+def test_no_warning_without_a_test_clip_at_fault(folder, capsys):
+    (folder / "audio/tram-lisbon-201-2010-0-a.wav").unlink()
+    prepare(folder, CONFIG)
+    said = capsys.readouterr().out
+    assert "1 of 18 clips are at fault" in said and "WARNING" not in said
+    assert excluded(folder) == [["audio/tram-lisbon-201-2010-0-a.wav", "missing"]]
+
+
+def test_most_common_length_counts_not_the_first(folder):
+    name = "audio/airport-lisbon-101-1010-0-a.wav"
+    soundfile.write(folder / name, noise(0, 4000), SAMPLE_RATE)
+    prepare(folder, CONFIG)
+    assert excluded(folder) == [[name, "other length (4000 samples, not 4410)"]]
+
+
+def test_flags_for_rate_and_silence(folder):
+    name = "audio/airport-lisbon-101-1010-0-a.wav"
+    soundfile.write(folder / name, noise(0) * 0.1, SAMPLE_RATE, subtype="PCM_24")  # -40 dBFS, the others -20
+    prepare(folder, PrepareConfig(num_workers=1, silence_db=-30))
+    assert excluded(folder) == [[name, "silent"]]
+    for path in (folder / "audio").iterdir():
+        soundfile.write(path, noise(0), 16000)
+    prepare(folder, PrepareConfig(num_workers=1, orig_sample_rate=16000))
+    assert excluded(folder) == []
+
+
+def test_crlf_and_further_columns_are_kept(folder):
+    path = folder / "meta.csv"
+    lines = path.read_text().splitlines()
+    path.write_bytes("\r\n".join([f"{lines[0]}\tnote", *(f'{line}\t"quoted' for line in lines[1:])]).encode())
+    (folder / "audio/airport-lisbon-101-1010-0-a.wav").unlink()
+    prepare(folder, CONFIG)
+    expected = [f"{lines[0]}\tnote", *(f'{line}\t"quoted' for line in lines[2:])]
+    assert (folder / "meta_clean.csv").read_bytes() == "".join(f"{line}\n" for line in expected).encode()
+    assert len(load_clips(folder, "split25")) == 15
+
+
+# When most is wrong, something else is
+
+
+def refusal(folder: Path, config: PrepareConfig = CONFIG) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(folder, config)
+    return str(caught.value)
+
+
+def test_sound_not_unpacked(folder, capsys):
+    os.rename(folder / "audio", folder / "elsewhere")
+    message = refusal(folder)
+    assert "more than half" in message and "'missing'" in message and "unpacked" in message and "--force" in message
+    assert "18 of 18 clips are at fault" in capsys.readouterr().out
+    assert not (folder / "meta_clean.csv").exists() and not (folder / "meta_excluded.csv").exists()
+
+
+def test_wrong_rate_everywhere(folder):
+    assert "--orig_sample_rate" in refusal(folder, PrepareConfig(num_workers=1, orig_sample_rate=48000))
+
+
+def test_silence_everywhere(folder):
+    assert "--silence_db" in refusal(folder, PrepareConfig(num_workers=1, silence_db=0))
+
+
+def test_force_writes_all_the_same(folder):
+    for path in sorted((folder / "audio").iterdir())[:10]:
+        path.unlink()
+    refusal(folder)
+    prepare(folder, PrepareConfig(num_workers=1, force=True))
+    assert len(excluded(folder)) == 10
+
+
+# Mistakes in the folder and in the flags
+
+
+def test_lists_are_checked_as_for_training(folder):
+    (folder / "split_setup" / "split5.csv").write_text("filename,scene_label\n")
+    assert "split5.csv is comma-separated" in refusal(folder)
+    (folder / "split_setup" / "split5.csv").unlink()
+    meta = (folder / "meta.csv").read_text()
+    (folder / "meta.csv").write_text(meta + meta.splitlines()[1] + "\n")
+    assert "meta.csv, line 20" in refusal(folder) and "second time" in refusal(folder)
+    (folder / "meta.csv").unlink()
+    assert "meta.csv is missing" in refusal(folder)
+    assert "does not exist" in refusal(folder / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"), [({"num_workers": 0}, "--num_workers"), ({"orig_sample_rate": 0}, "--orig")]
+)
+def test_flag_refused(values, flag):
+    with pytest.raises(UserError, match=flag):
+        PrepareConfig(**values)
+
+
+def kill_own_process(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_worker_is_an_error_not_a_wait(folder, monkeypatch):
+    monkeypatch.setattr(module, "check_file", kill_own_process)
+    assert "--num_workers" in refusal(folder)
+    assert not (folder / "meta_clean.csv").exists()
+
+
+# As a program
+
+
+def start(folder: Path, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dcase.prepare", "--dataset_dir", str(folder), "--num_workers", "1"]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_program(faulty):
+    program = start(faulty)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 0 and "Traceback" not in err
+    assert "12 of 24 clips are at fault" in out and "meta_clean.csv: 12 clips" in out
+    assert "files/s" in err  # the progress bar
+    assert len(excluded(faulty)) == 12
+
+
+def test_program_ends_in_one_line(folder):
+    os.rename(folder / "audio", folder / "elsewhere")
+    program = start(folder)
+    out, err = program.communicate(timeout=60)
+    assert program.returncode == 2 and "18 of 18 clips are at fault" in out
+    assert err.startswith("error: more than half of the clips") and err.count("\n") == 1
+
+
+def test_folder_by_environment(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare", "--num_workers", "1"])
+    monkeypatch.delenv("TAU22_DIR", raising=False)
+    with pytest.raises(UserError, match="--dataset_dir or set TAU22_DIR"):
+        module.main()
+    monkeypatch.setenv("TAU22_DIR", str(folder))
+    module.main()
+    assert excluded(folder) == []
+
+
+def test_interrupted_program_leaves_the_old_list(tmp_path):
+    """Ctrl-C in a terminal reaches the workers too: nothing is written, nothing but one line is said."""
+    rows = [clip_row("bus", "lyon", i, 0, "a") for i in range(3000)]
+    write_lists(tmp_path, rows[1:], rows[:1])
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "long.wav", noise(0, 441000), SAMPLE_RATE)
+    for name, *_ in rows:
+        os.link(tmp_path / "long.wav", tmp_path / name)
+    (tmp_path / "meta_clean.csv").write_text("\t".join(META_COLUMNS) + "\n" + "\t".join(rows[0]) + "\n")
+    old = (tmp_path / "meta_clean.csv").read_bytes()
+    program = start(tmp_path, start_new_session=True)  # a process group of its own, as a terminal gives it
+    said = ""
+    while "checking" not in said:
+        character = program.stderr.read(1)
+        assert character, said  # it has ended
+        said += character
+    time.sleep(0.2)
+    os.killpg(program.pid, signal.SIGINT)
+    said += program.communicate(timeout=60)[1]
+    assert program.returncode == 130 and "Traceback" not in said and "stopped by the keyboard" in said
+    assert (tmp_path / "meta_clean.csv").read_bytes() == old
+    assert not (tmp_path / "meta_excluded.csv").exists()
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
