@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from dcase.cli import parse
 from dcase.errors import UserError, run
-from dcase.tau22 import SPLITS, check_folder, missing_files, read_meta, read_samples, read_split, replace_file
+from dcase.files import replace_file
+from dcase.tau22 import SPLITS, check_folder, missing_files, read_meta, read_samples, read_split
 
 _CHUNK = 64  # files a worker takes at a time
 
@@ -185,7 +186,7 @@ def _cause(kind: str) -> str:
 
 def _write(path: Path, table: pd.DataFrame) -> None:
     text = table.to_csv(sep="\t", index=False, lineterminator="\n", quoting=csv.QUOTE_NONE)  # as tau22 reads it
-    replace_file(path, text.encode())
+    replace_file(path, lambda beside: beside.write_bytes(text.encode()))
 
 
 def main() -> None:

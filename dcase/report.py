@@ -8,9 +8,8 @@ show that as "-", never as 0. They print percent.
 The DCASE baseline's published rows stand beside ours only where the caller says that the data are TAU22.
 """
 
-import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dcase.files import replace_file
 from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 CONFUSION_PNG, DEVICES_PNG, REPORT_MD = "confusion.png", "devices.png", "report.md"
@@ -306,7 +306,7 @@ def _below(figure_of_merit: str, accuracy: float | None, results: dict, note: st
 
 
 def _save(figure: Figure, path: Path) -> None:
-    _replace(path, lambda temporary: figure.savefig(temporary, format="png"))
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 # Report
@@ -334,7 +334,7 @@ def write_report(
     device_png(results, folder / DEVICES_PNG, f"{name}: accuracy per device", note)
     text = _text(results, name, note, beside_baseline, complexity)
     charts = f"![Confusion of scenes]({CONFUSION_PNG})\n\n![Accuracy per device]({DEVICES_PNG})\n"
-    _replace(folder / REPORT_MD, lambda temporary: temporary.write_text(f"{text}\n\n{charts}", encoding="utf-8"))
+    replace_file(folder / REPORT_MD, lambda temporary: temporary.write_text(f"{text}\n\n{charts}", encoding="utf-8"))
     return f"{text}\n\nPlots: {folder / CONFUSION_PNG}, {folder / DEVICES_PNG}"
 
 
@@ -359,13 +359,3 @@ def _text(results: dict, name: str, note: str | None, beside_baseline: bool, com
     if beside_baseline:
         parts.append(BASELINE_NOTE)
     return "\n\n".join(parts)
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside ``path`` and rename, so that a reader sees the old file or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

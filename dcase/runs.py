@@ -12,7 +12,6 @@ of one. Checkpoints are read with ``weights_only=True``: a file that would run c
 
 import csv
 import json
-import os
 import pickle
 import secrets
 import string
@@ -26,6 +25,7 @@ from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.loggers.logger import Logger
 
 from dcase.errors import UserError
+from dcase.files import replace_file
 
 FORMAT = 1  # of our checkpoints
 
@@ -109,26 +109,11 @@ def find_checkpoint(project_name: str, run_id: str) -> Path:
 
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    _write_beside(path, lambda beside: beside.write_text(text))
+    replace_file(path, lambda beside: beside.write_text(text))
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    _write_beside(path, lambda beside: torch.save(checkpoint, beside))
-
-
-def _write_beside(path: Path, write) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        try:
-            write(beside)
-            with open(beside, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        raise UserError(f"{path} cannot be written ({error}): check rights and space there") from error
+    replace_file(path, lambda beside: torch.save(checkpoint, beside))
 
 
 def load_checkpoint(path: Path | str) -> dict:
@@ -194,7 +179,7 @@ class MetricsCsv(Logger):
             header, *rows = csv.reader(file)
         kept = [row for row in rows if len(row) == 3 and (int(row[0]) < step or not row[1].startswith(prefix))]
         lines = "".join(",".join(row) + "\n" for row in [header, *kept])
-        _write_beside(self.path, lambda beside: beside.write_text(lines))
+        replace_file(self.path, lambda beside: beside.write_text(lines))
 
 
 def wandb_logger(config: RunConfig, run: Run, name: str, content: dict) -> Logger | None:

@@ -32,6 +32,7 @@ import torchaudio
 from torch.utils.data import Dataset
 
 from dcase.errors import UserError
+from dcase.files import replace_file
 
 # Fixed here and never derived from a csv, so that an index means the same in every checkpoint and on every subset.
 SCENES = (
@@ -206,20 +207,6 @@ def missing_files(folder: Path, filenames: Sequence[str]) -> list[str]:
     return [name for name, parent, base in split_names if base not in present[parent]]
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file beside its place, then rename it: a reader sees the old or the new one, never half of one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(exist_ok=True)
-        try:
-            beside.write_bytes(content)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): check rights and space there") from error
-
-
 def _meta_of(folder: Path, rows: pd.DataFrame, split: str) -> pd.DataFrame:
     """meta's rows for the rows of a split list, in the list's order, less what meta_clean.csv leaves out."""
     names = _listing(folder)
@@ -266,7 +253,7 @@ def _read_or_fetch_split(folder: Path, split: str) -> pd.DataFrame:
         rows = read_split(path, content)
     except UserError as error:
         raise UserError(f"{path} is missing and what came for it is no split list ({error}): {by_hand}") from error
-    replace_file(path, content)
+    replace_file(path, lambda beside: beside.write_bytes(content))
     print(f"{path} was missing: fetched from {address}")
     return rows
 

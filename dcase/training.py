@@ -37,9 +37,15 @@ class KeepCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         score = module.results[MONITOR]
-        if not trainer.sanity_checking and (self.best_score is None or score > self.best_score):
+        better = self.best_score is None or score > self.best_score
+        if better:
             self.best_score, self.best_epoch = score, trainer.current_epoch
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        loss = module.results["loss"]
+        trainer.progress_bar_callback.print(
+            f"epoch {trainer.current_epoch + 1}: validation macro_avg_acc {100 * score:.2f} %, loss {loss:.4f}"
+            + (" (best so far: kept)" if better else "")
+        )
 
     def on_train_start(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         for logger in trainer.loggers:

@@ -1,0 +1,197 @@
+"""The three scripts as a user runs them: two stages, evaluation, kill and resume."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIT, ROOT, SMALL, only_run, read_results
+
+DEVICE_FIT = "--n_epochs 2 --batch_size 8 --lr 0.003 --warmup_steps 2 --check_val_every_n_epoch 1".split()
+QUIET = "--num_workers 0 --wandb_mode disabled --accelerator cpu".split()
+
+
+def kill_and_resume(name: str, args: list, project: Path, wait_for: str, seconds: float) -> Path:
+    """Start a script, kill -9 it ``seconds`` after a file appears in its run's folder, resume it; the run's folder."""
+    command = [sys.executable, str(ROOT / name)]
+    started = subprocess.Popen(
+        [*command, *map(str, args), "--project_name", project.name],
+        cwd=project.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not list(project.glob(f"*/{wait_for}")) and started.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(seconds)
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    (run,) = [path for path in project.iterdir() if not (path / "ckpt_only").exists() and path.name != "general"]
+    resumed = subprocess.run(
+        [*command, "--resume", run.name, "--project_name", project.name, "--accelerator", "cpu"],
+        cwd=project.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    return run
+
+
+def weights(path: Path) -> dict:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_stage_1_leaves_everything_it_promises(general_run):
+    results = read_results(general_run)
+    assert results["n_clips"] == 32 and results["macro_avg_acc"] > 0.4  # chance is 0.25 of these four scenes
+    assert results["scene_acc"]["metro"] is None and results["device_acc"]["s4"] is not None
+    assert set(results["device_group_acc"]) == {"real", "seen", "unseen"}
+    assert results["complexity"]["macs"] > 0 and results["data"] == "data"
+    assert {path.name for path in (general_run / "report").iterdir()} == {"report.md", "confusion.png", "devices.png"}
+    assert {path.name for path in (general_run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    config = json.loads((general_run / "config.json").read_text())
+    assert config["config"]["model"]["embed_dim"] == 16 and config["versions"]["torch"] == torch.__version__
+    logged = (general_run / "metrics.csv").read_text()
+    for name in ("train/loss", "val/macro_avg_acc", "test/macro_avg_acc", "lr-AdamW"):
+        assert name in logged, name
+
+
+def test_checkpoints_load_safely_and_carry_their_configuration(general_run):
+    checkpoint = torch.load(general_run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["config"]["logmel"]["n_mels"] == 32 and checkpoint["frames"] == 32
+    names = set(checkpoint["state_dict"])
+    assert {"logmel.mean", "logmel.std", "model.cls_token", "model.layers.0.mixer.A_b_log"} <= names
+    assert not [name for name in names if not name.startswith(("model.", "logmel.mean", "logmel.std"))]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(general_run, learnable, tmp_path, seed):
+    seconds = random.Random(time.time() * seed).uniform(0, 1.0)
+    print(f"killed {seconds:.3f} s after the first checkpoint")
+    args = ["--dataset_dir", learnable, *SMALL, *FIT]
+    run = kill_and_resume("train_base.py", args, tmp_path / "P", "checkpoints/last.ckpt", seconds)
+    assert (run / "results.json").read_bytes() == (general_run / "results.json").read_bytes()
+    for name in ("best.ckpt", "last.ckpt"):
+        resumed, undisturbed = weights(run / "checkpoints" / name), weights(general_run / "checkpoints" / name)
+        assert all(torch.equal(value, undisturbed[key]) for key, value in resumed.items())
+    rows = [(run / "metrics.csv").read_text(), (general_run / "metrics.csv").read_text()]
+    assert rows[0] == rows[1]  # nothing is logged twice, nothing is lost
+
+
+def test_killed_before_the_first_checkpoint_starts_again_under_the_same_id(general_run, learnable, tmp_path):
+    args = ["--dataset_dir", learnable, *SMALL, *FIT]
+    run = kill_and_resume("train_base.py", args, tmp_path / "P", "config.json", 0.0)
+    assert (run / "results.json").read_bytes() == (general_run / "results.json").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def device_run(general_run, learnable):
+    """A finished run of train_device_specific.py."""
+    project = general_run.parent
+    args = ["--ckpt_id", general_run.name, "--dataset_dir", learnable, "--project_name", project.name]
+    command = [sys.executable, str(ROOT / "train_device_specific.py"), *map(str, args), *DEVICE_FIT, *QUIET]
+    done = subprocess.run(command, cwd=project.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (run,) = [path.parent for path in project.glob("*/config.json") if path.parent != general_run]
+    return run, done.stdout
+
+
+def test_stage_2_keeps_what_beats_the_general_model_and_says_so(device_run, general_run):
+    run, out = device_run
+    fine_tuning = read_results(run)["fine_tuning"]
+    assert set(fine_tuning) == {"a", "b", "c", "s1", "s2", "s3"}
+    for device_id, outcome in fine_tuning.items():
+        said = "own model kept" if outcome["kept"] else "general model stays"
+        assert f"device {device_id}: {said}" in out
+        if device_id in ("a", "b", "s1"):
+            assert outcome["kept"] == (outcome["fine_tuned"] > outcome["general"])
+            assert outcome["n_train"] == 16 and outcome["n_val"] == 8
+        else:
+            assert outcome["reason"] == "no training clip of this device"
+    state = weights(run / "checkpoints" / "best.ckpt")
+    general = weights(general_run / "checkpoints" / "best.ckpt")
+    assert all(torch.equal(state[name], value) for name, value in general.items())  # the general model is as it was
+    kept = {device_id for device_id, outcome in fine_tuning.items() if outcome["kept"]}
+    assert {name.split(".")[1] for name in state if name.startswith("device_models.")} == kept
+
+
+def test_fine_tuning_starts_from_the_general_model_and_moves_every_tensor(device_run, general_run):
+    run, _ = device_run
+    tuned = weights(run / "checkpoints" / "a" / "last.ckpt")
+    general = weights(general_run / "checkpoints" / "best.ckpt")
+    for name, value in general.items():
+        if name.startswith("model."):
+            assert not torch.equal(tuned[name], value), f"{name} did not move"
+            assert (tuned[name] - value).abs().max() < 0.2, f"{name} did not start from the general model's"
+        else:
+            assert torch.equal(tuned[name], value), f"{name} is the general model's"
+
+
+def test_stage_2_killed_and_resumed_equals_undisturbed(device_run, general_run, learnable, tmp_path):
+    project = tmp_path / "P"
+    kept = project / "general"
+    (kept / "checkpoints").mkdir(parents=True)
+    (kept / "config.json").write_bytes((general_run / "config.json").read_bytes())
+    (kept / "checkpoints" / "best.ckpt").write_bytes((general_run / "checkpoints" / "best.ckpt").read_bytes())
+    args = ["--ckpt_id", "general", "--dataset_dir", learnable, *DEVICE_FIT, *QUIET]
+    seconds = random.Random(time.time()).uniform(0, 1.0)
+    print(f"killed {seconds:.3f} s into device b")
+    run = kill_and_resume("train_device_specific.py", args, project, "checkpoints/a/outcome.json", seconds)
+    assert (run / "results.json").read_bytes() == (device_run[0] / "results.json").read_bytes()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_test_only_repeats_the_figures_of_either_stage(stage, device_run, general_run, learnable, script, tmp_path):
+    run = general_run if stage == 1 else device_run[0]
+    path = run / "checkpoints" / "best.ckpt"
+    args = ["--ckpt_path", path, "--dataset_dir", learnable, "--batch_size", "7", "--project_name", "T", *QUIET]
+    done = script("test_only.py", *args, "--embed_dim", "16", "--depth", "1", "--patch_size", "8,4")
+    assert done.code == 0, done.err
+    again, before = read_results(only_run(tmp_path / "T")), read_results(run)
+    again_loss, before_loss = again.pop("loss"), before.pop("loss")
+    before.pop("fine_tuning", None)
+    assert again == before
+    assert again_loss == pytest.approx(before_loss, rel=1e-6)  # another batch size, other roundings
+
+
+def test_wandb_offline_under_the_runs_own_id(learnable, script, tmp_path):
+    small = [*SMALL, "--wandb_mode", "offline"]
+    done = script("train_base.py", "--dataset_dir", learnable, *small, *FIT, "--n_epochs", "1", "--project_name", "P")
+    assert done.code == 0, done.err
+    run = only_run(tmp_path / "P")
+    assert len(list(run.glob(f"wandb/offline-run-*-{run.name}/run-{run.name}.wandb"))) == 1
+
+
+def test_without_validation_the_last_epoch_is_kept(learnable, script, tmp_path):
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--n_epochs", "1", "--val_fraction", "0", "--project_name", "P"]
+    done = script("train_base.py", *args)
+    assert done.code == 0, done.err
+    run = only_run(tmp_path / "P")
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt"}
+    assert read_results(run)["n_clips"] == 32
+    done = script(
+        "train_device_specific.py", "--ckpt_id", run.name, "--dataset_dir", learnable, "--project_name", "P",
+        *DEVICE_FIT, *QUIET, "--n_epochs", "1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "device a: own model kept: nothing was held out to compare on" in done.out
+
+
+def test_choosing_on_the_test_split_says_that_the_figure_is_optimistic(learnable, script):
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--n_epochs", "1", "--val_split", "test"]
+    done = script("train_base.py", *args)
+    assert done.code == 0 and "OPTIMISTIC" in done.out
+
+
+def test_bf16_and_other_options_train(learnable, script, tmp_path):
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--n_epochs", "1", "--project_name", "P"]
+    done = script("train_base.py", *args, "--precision", "bf16-mixed", "--pos_embed", "True", "--target_length", "40")
+    assert done.code == 0, done.err
+    checkpoint = torch.load(only_run(tmp_path / "P") / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["frames"] == 40 and "model.pos_embed.pos_embed" in checkpoint["state_dict"]
+    assert all(value.dtype == torch.float32 for value in checkpoint["state_dict"].values())
