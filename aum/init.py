@@ -2,15 +2,15 @@
 
 | parameter | initial value | source |
 |---|---|---|
-| ``patch_embed.proj.weight``, ``.bias`` | normal, variance 1 / fan-in (LeCun); 0 | Vim, arXiv:2401.09417, its code |
+| ``patch_embed.proj.weight``, ``.bias`` | normal, variance 1 / fan-in (LeCun); 0 | Vim, arXiv:2401.09417 |
 | ``cls_token``, ``pos_embed.pos_embed`` | normal of deviation 0.02, cut at 2 | the same |
 | ``norm.weight``, ``norm_f.weight`` | 1 | |
-| ``in_proj``, ``x_proj``, ``conv1d``: weight, bias | uniform within 1 / sqrt(fan-in) (PyTorch's own) | Mamba, arXiv:2312.00752, its code |
+| ``in_proj``, ``x_proj``, ``conv1d`` | uniform within 1 / sqrt(fan-in) (PyTorch's own) | Mamba, arXiv:2312.00752 |
 | ``dt_proj.weight`` | uniform within dt_rank^-1/2, so that delta keeps its variance | the same |
 | ``dt_proj.bias`` | softplus^-1 of a step size drawn log-uniformly from 0.001 ... 0.1 | the same |
 | ``A_log`` | log(1 ... d_state): A is the real part of S4D, A_n = -n | S4D-Real, arXiv:2206.11893 |
 | ``D`` | 1 | Mamba |
-| ``out_proj.weight`` | uniform within 1 / sqrt(fan-in), over sqrt(depth), so that the residual stream does not grow | GPT-2, via Mamba |
+| ``out_proj.weight`` | PyTorch's own over sqrt(depth): the residual stream does not grow | GPT-2, via Mamba |
 | classifier's hidden layer | PyTorch's own | |
 | last linear layer: weight, bias | normal of deviation 0.02, cut at 2; 0 | Vim |
 

@@ -7,8 +7,10 @@ from pytorch_lightning.loggers.logger import Logger
 
 from dcase import complexity, report
 from dcase.config import EvalConfig
+from dcase.errors import UserError
 from dcase.lit import SceneClassifier
 from dcase.loading import Source, loader
+from dcase.logmel import frames_of
 from dcase.runs import Run, write_json
 from dcase.tau22 import TAU22, load_clips
 from dcase.training import make_trainer
@@ -35,6 +37,12 @@ def evaluate(
     """
     clips = load_clips(source.folder, "test")
     test = TAU22(clips, config.data.orig_sample_rate, n_samples)
+    frames = frames_of(config.logmel, test.n_samples, config.data.orig_sample_rate)
+    if frames != module.frames:
+        raise UserError(
+            f"the test clips ({clips.name(0)}) make {frames} frames, but the model was trained on {module.frames}: "
+            "give data of the same clip length, or train with --target_length"
+        )
     trainer = make_trainer(config.machine, run.folder, list(loggers))
     trainer.test(module, loader(test, config.machine), verbose=False)
     measured = measure(module).as_dict()

@@ -1,6 +1,5 @@
 """Stage 2: one recording device's model from the general one, kept only where it is better."""
 
-import copy
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -88,8 +87,9 @@ def _decide(
     seed = mixed_seed(config.fit.seed, DEVICES.index(device_id)) % 2**32
     config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, seed=seed))
     pl.seed_everything(seed, workers=True, verbose=False)
-    module = copy.deepcopy(general)
-    module.config, module.log_prefix = config, f"{device_id}/"
+    module = SceneClassifier(config, general.frames)
+    module.load_state_dict(general.state_dict())
+    module.log_prefix = f"{device_id}/"
     print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
     best = train(module, train_set, val_set, config, folder, loggers)
 

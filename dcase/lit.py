@@ -85,8 +85,8 @@ class SceneClassifier(pl.LightningModule):
         clips = self.trainer.train_dataloader.dataset.clips
         names = [clips.name(i) for i in batch.index.tolist()]
         raise UserError(
-            f"the loss is not finite in epoch {self.current_epoch}, step {self.global_step}; nothing was saved since the "
-            f"last epoch. Lower --lr, use --precision 32, or look at the batch's clips: {', '.join(names)}"
+            f"the loss is not finite in epoch {self.current_epoch}, step {self.global_step}; nothing was saved since "
+            f"the last epoch. Lower --lr, use --precision 32, or look at the batch's clips: {', '.join(names)}"
         )
 
     def _evaluate(self, batch: Clip) -> None:

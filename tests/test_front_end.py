@@ -50,7 +50,9 @@ def test_default_shape_is_256_by_65_for_a_second():
     assert frames_of(config, 441000, 44100) == module(noise(1, 441000)).shape[-1] == 641
 
 
-@pytest.mark.parametrize("samples, rate", [(44100, 44100), (16000, 16000), (48000, 48000), (44099, 44100), (12345, 22050)])
+@pytest.mark.parametrize(
+    "samples, rate", [(44100, 44100), (16000, 16000), (48000, 48000), (44099, 44100), (12345, 22050)]
+)
 def test_frames_are_counted_as_they_come(samples, rate):
     config = LogMelConfig()
     assert frames_of(config, samples, rate) == LogMel(config, rate)(noise(1, samples)).shape[-1]
@@ -95,7 +97,8 @@ def test_autocast_does_not_touch_the_front_end():
 
 
 @pytest.mark.parametrize(
-    "field, value", [("n_mels", 0), ("hop_length", -5), ("f_max", 20000.0), ("window_length", 5000), ("target_length", 0)]
+    "field, value",
+    [("n_mels", 0), ("hop_length", -5), ("f_max", 20000.0), ("window_length", 5000), ("target_length", 0)],
 )
 def test_impossible_front_ends_name_the_flag(field, value):
     with pytest.raises(UserError, match=f"--{field}"):
@@ -160,7 +163,9 @@ def test_masks_longer_than_the_log_mel_are_cut():
     assert (y != 0).any()
 
 
-@pytest.mark.parametrize("field, value", [("mixstyle_p", 1.5), ("roll_sec", -1.0), ("mixstyle_alpha", 0.0), ("timem", -1)])
+@pytest.mark.parametrize(
+    "field, value", [("mixstyle_p", 1.5), ("roll_sec", -1.0), ("mixstyle_alpha", 0.0), ("timem", -1)]
+)
 def test_impossible_augmentation_names_the_flag(field, value):
     with pytest.raises(UserError, match=f"--{field}"):
         AugmentConfig(**{field: value})

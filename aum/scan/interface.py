@@ -17,7 +17,7 @@ def _torch(*args) -> tuple[Tensor, Tensor]:
     return SelectiveScan.apply(*args)
 
 
-# Each takes u, delta (l, b, d), A (d, n), B, C (l, b, g, n) and reverse; gives y (l, b, d) and the last state (b, d, n).
+# Each takes u, delta (l, b, d), A (d, n), B, C (l, b, g, n), reverse; gives y (l, b, d) and the last state (b, d, n).
 _BACKENDS = {"torch": _torch}
 
 

@@ -1,0 +1,245 @@
+"""Bad input ends a script with one clear line, exit code 2 and no traceback, and loses nothing that was written."""
+
+import hashlib
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+from conftest import FIT, SMALL, Finished
+
+import test_only
+import train_base
+import train_device_specific
+from dcase import errors
+
+MAINS = {script.__name__: script.main for script in (train_base, train_device_specific, test_only)}
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run a script in this process, in a folder of its own: call("train_base", "--lr", "1")."""
+
+    def run(name: str, *args) -> Finished:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        code = 0
+        try:
+            errors.run(MAINS[name])
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        return Finished(code, shown.out, shown.err)
+
+    return run
+
+
+@pytest.fixture
+def project(general_run, tmp_path) -> Path:
+    """A project folder "P" with one run, "general"."""
+    shutil.copytree(general_run, tmp_path / "P" / "general")
+    return tmp_path / "P"
+
+
+@pytest.fixture
+def data(learnable, tmp_path) -> Path:
+    """A copy of the learnable folder, to be damaged."""
+    return Path(shutil.copytree(learnable, tmp_path / "data"))
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+TRAIN = ["--project_name", "P", *SMALL, *FIT]
+BEST = "P/general/checkpoints/best.ckpt"
+
+
+def test_unknown_flag_suggests_the_right_one(call, learnable):
+    done = call("train_base", "--embd_dim", "3")
+    assert done.code == 2 and "--embed_dim" in done.err and "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    "args, parts",
+    [
+        (["--patch_size", "0,16"], ["--patch_size", "(0, 16)"]),
+        (["--patch_size", "64,4"], ["patch_size", "32 mel bins"]),
+        (["--model", "aum_smal"], ["--model", "aum_small"]),
+        (["--n_classes", "11"], ["--n_classes", "10"]),
+        (["--subset", "30"], ["--subset", "30"]),
+        (["--val_fraction", "1.5"], ["--val_fraction"]),
+        (["--n_epochs", "0"], ["--n_epochs"]),
+        (["--lr", "-1"], ["--lr"]),
+        (["--batch_size", "0"], ["--batch_size"]),
+        (["--mixstyle_p", "2"], ["--mixstyle_p"]),
+        (["--f_max", "9000"], ["--f_max", "4000"]),
+        (["--dropout", "1.5"], ["--dropout"]),
+        (["--paired_layers", "True"], ["--paired_layers", "even depth"]),
+        (["--wandb_mode", "sometimes"], ["--wandb_mode"]),
+        (["--accelerator", "tpux"], ["--accelerator"]),
+        (["--devices", "2"], ["--devices"]),
+    ],
+)
+def test_flags_that_make_no_sense(call, learnable, project, args, parts):
+    before = fingerprint(project / "general")
+    call("train_base", "--dataset_dir", learnable, *TRAIN, *args).refused(*parts)
+    assert fingerprint(project / "general") == before
+
+
+def test_wrong_ckpt_id_lists_the_runs_there_are(call, learnable, project):
+    done = call("train_device_specific", "--ckpt_id", "nonsense", "--dataset_dir", learnable, "--project_name", "P")
+    done.refused("--ckpt_id nonsense", "general")
+    call("train_device_specific", "--dataset_dir", learnable).refused("--ckpt_id")
+    call("train_base", "--resume", "nonsense", "--project_name", "P").refused("--resume nonsense", "general")
+    call("train_device_specific", "--resume", "general", "--project_name", "P").refused("another script")
+
+
+def test_checkpoint_that_is_not_there(call):
+    call("test_only", "--ckpt_path", "nowhere.ckpt").refused("nowhere.ckpt", "--ckpt_path")
+    call("test_only").refused("--ckpt_path")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9, 0.999])
+def test_truncated_checkpoint(call, learnable, project, keep):
+    path = project.parent / BEST
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content))])
+    before = fingerprint(project)
+    call("test_only", "--ckpt_path", BEST, "--dataset_dir", learnable, "--project_name", "P").refused(BEST)
+    call("train_device_specific", "--ckpt_id", "general", "--dataset_dir", learnable, "--project_name", "P").refused(
+        BEST
+    )
+    assert fingerprint(project) == before
+
+
+class Runs:
+    """Unpickling it would write a file."""
+
+    def __reduce__(self):
+        return Path("it_ran").touch, ()
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_checkpoint_that_carries_code_is_refused_and_does_not_run(call, tmp_path, how):
+    if how == "torch":
+        torch.save({"state_dict": {}, "config": Runs()}, tmp_path / "evil.ckpt")
+    else:
+        (tmp_path / "evil.ckpt").write_bytes(pickle.dumps(Runs()))
+    call("test_only", "--ckpt_path", "evil.ckpt").refused("evil.ckpt", "refused")
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_checkpoint_of_something_else(call, tmp_path):
+    torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "other.ckpt")
+    call("test_only", "--ckpt_path", "other.ckpt").refused("other.ckpt", "train_base.py")
+
+
+def test_weights_that_do_not_fit_their_configuration(call, learnable, project):
+    checkpoint = torch.load(project.parent / BEST, weights_only=True)
+    del checkpoint["state_dict"]["model.cls_token"]
+    torch.save(checkpoint, project.parent / BEST)
+    call("test_only", "--ckpt_path", BEST, "--dataset_dir", learnable).refused("model.cls_token")
+
+
+@pytest.mark.parametrize(
+    "flag, given, has",
+    [("embed_dim", "32", "16"), ("depth", "24", "1"), ("patch_size", "16,16", "8,4"), ("n_mels", "64", "32")],
+)
+def test_flags_that_contradict_the_checkpoint_show_both_values(call, learnable, project, flag, given, has):
+    args = ["--dataset_dir", learnable, "--project_name", "P", f"--{flag}", given]
+    call("test_only", "--ckpt_path", BEST, *args).refused(f"--{flag} {given}", has, BEST)
+    call("train_device_specific", "--ckpt_id", "general", *args).refused(f"--{flag} {given}", has)
+
+
+def test_stage_2_may_not_move_the_validation_part(call, learnable, project):
+    args = ["--ckpt_id", "general", "--dataset_dir", learnable, "--project_name", "P", "--val_fraction", "0.5"]
+    call("train_device_specific", *args).refused("--val_fraction 0.5", "0.34")
+
+
+def test_clips_of_another_length_than_the_model_was_trained_on(call, data, project):
+    for path in (data / "audio").glob("*-paris-*"):
+        soundfile.write(path, torch.rand(8000).numpy(), 8000)
+    call("test_only", "--ckpt_path", BEST, "--dataset_dir", data).refused("63 frames", "32", "--target_length")
+
+
+def test_resuming_with_other_flags(call, learnable, project):
+    done = call("train_base", "--resume", "general", "--project_name", "P", "--lr", "0.5", "--wandb_mode", "disabled")
+    done.refused("--lr 0.5", "0.01", "--resume general")
+
+
+def test_empty_split(call, data):
+    (data / "split_setup" / "split25.csv").write_text("filename\tscene_label\n")
+    call("train_base", "--dataset_dir", data, *TRAIN).refused("split25.csv", "empty")
+
+
+def test_data_folder_that_is_not_there(call):
+    call("train_base", "--dataset_dir", "nowhere", *TRAIN).refused("nowhere", "--dataset_dir")
+
+
+def test_missing_recordings(call, data):
+    for path in sorted((data / "audio").glob("bus-*"))[:3]:
+        path.unlink()
+    call("train_base", "--dataset_dir", data, *TRAIN).refused("3 of the", "dcase.prepare")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_recording_of_another_length_names_the_file_from_any_process(call, data, workers):
+    path = sorted((data / "audio").glob("tram-lyon-*-b.wav"))[-1]
+    soundfile.write(path, torch.zeros(1234).numpy() + 0.1, 8000)
+    done = call("train_base", "--dataset_dir", data, *TRAIN, "--val_fraction", "0", "--num_workers", workers)
+    done.refused(path.name, "--target_length")
+
+
+def test_recording_cut_short(call, data):
+    path = sorted((data / "audio").glob("bus-paris-*"))[0]  # in the test split: found after training
+    path.write_bytes(path.read_bytes()[:900])
+    done = call("train_base", "--dataset_dir", data, *TRAIN, "--n_epochs", "1")
+    done.refused(path.name, "dcase.prepare")
+    (last,) = (data.parent / "P").glob("*/checkpoints/last.ckpt")  # the training is not lost
+    assert torch.load(last, weights_only=True)["epoch"] == 0
+
+
+def test_loss_that_turns_nan_names_the_batch_and_keeps_the_last_good_checkpoint(call, learnable, tmp_path, monkeypatch):
+    from dcase.lit import SceneClassifier
+
+    step = SceneClassifier.training_step
+
+    def poisoned(self, batch, batch_idx):
+        if self.current_epoch == 2:
+            with torch.no_grad():
+                self.model.norm_f.weight.fill_(float("nan"))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SceneClassifier, "training_step", poisoned)
+    done = call("train_base", "--dataset_dir", learnable, *TRAIN)
+    done.refused("loss is not finite", "--lr", "audio/")
+    (last,) = (tmp_path / "P").glob("*/checkpoints/last.ckpt")
+    state = torch.load(last, weights_only=True)
+    assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def test_learning_rate_that_explodes(call, learnable):
+    call("train_base", "--dataset_dir", learnable, *TRAIN, "--lr", "1e30", "--gradient_clip_val", "0").refused(
+        "not finite"
+    )
+
+
+def test_project_folder_that_cannot_be_made(call, learnable, tmp_path):
+    (tmp_path / "P").write_text("a file")
+    call("train_base", "--dataset_dir", learnable, *TRAIN).refused("--project_name P")
+
+
+def test_wandb_that_cannot_start_does_not_stop_training(call, learnable, monkeypatch):
+    import wandb
+
+    def broken(**kwargs):
+        raise RuntimeError("no room for W&B")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    done = call("train_base", "--dataset_dir", learnable, *TRAIN, "--n_epochs", "1", "--wandb_mode", "offline")
+    assert done.code == 0 and "no room for W&B" in done.out

@@ -1,0 +1,116 @@
+"""Flags: the users' document's names and defaults hold, and every command of the README parses."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from dcase import cli, config
+from dcase.complexity import ComplexityConfig
+from dcase.prepare import PrepareConfig
+from dcase.synth import SynthConfig
+
+CONFIGS = {
+    "train_base.py": config.TrainConfig,
+    "train_device_specific.py": config.DeviceConfig,
+    "test_only.py": config.TestConfig,
+    "dcase.prepare": PrepareConfig,
+    "dcase.synth": SynthConfig,
+    "dcase.complexity": ComplexityConfig,
+}
+
+# The flags that other people's scripts may rely on. A name may be added here, with a reason; none may go.
+MODEL = "model embed_dim depth patch_size strides n_classes d_state d_conv expand direction paired_layers pool cls_position pos_embed head dropout drop_path"  # noqa: E501
+LOGMEL = "sample_rate window_length hop_length n_fft n_mels f_min f_max target_length"
+EVALUATION = f"project_name experiment_name wandb_mode dataset_dir orig_sample_rate {MODEL} {LOGMEL} batch_size precision num_workers accelerator devices num_nodes strategy"  # noqa: E501
+TRAINING = f"{EVALUATION} resume subset val_fraction val_split roll_sec mixstyle_p mixstyle_alpha freqm timem timem_max_fraction n_epochs lr warmup_steps weight_decay gradient_clip_val check_val_every_n_epoch seed"  # noqa: E501
+FLAGS = {
+    "train_base.py": TRAINING,
+    "train_device_specific.py": f"{TRAINING} ckpt_id",
+    "test_only.py": f"{EVALUATION} ckpt_path",
+}
+DOCUMENT_DEFAULTS = (
+    "project_name DCASE25_Task1 num_workers 8 precision 32 check_val_every_n_epoch 10 orig_sample_rate 44100 subset 25 "
+    "n_epochs 150 batch_size 64 mixstyle_p 0.6 mixstyle_alpha 0.5 weight_decay 0.0001 roll_sec 0.1 lr 0.0005 "
+    "warmup_steps 4000 sample_rate 32000 window_length 3072 hop_length 500 n_fft 4096 n_mels 256 target_length None "
+    "freqm 48 timem 64 f_min 0.0 f_max None"
+).split()
+
+
+def flat(parsed) -> dict:
+    """Field name -> value of a configuration and its parts."""
+    values = {}
+    for name, value in vars(parsed).items():
+        values |= vars(value) if hasattr(value, "__dataclass_fields__") else {name: value}
+    return values
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_the_list_of_flags_is_frozen(script):
+    assert set(flat(CONFIGS[script]())) == set(FLAGS[script].split())
+
+
+def test_the_documents_defaults():
+    got = flat(cli.parse(config.TrainConfig, "", args=[]))
+    for name, value in zip(DOCUMENT_DEFAULTS[::2], DOCUMENT_DEFAULTS[1::2], strict=True):
+        assert str(got[name]) == value, name
+    from dcase.models import fill
+
+    small = fill(cli.parse(config.TrainConfig, "", args=[]).model, 256, 65)
+    assert (small.embed_dim, small.depth, small.patch_size, small.n_classes) == (384, 24, (16, 16), 10)
+    stage_2 = flat(cli.parse(config.DeviceConfig, "", args=[]))
+    assert (stage_2["n_epochs"], stage_2["warmup_steps"], stage_2["lr"]) == (50, 100, 0.0005)
+
+
+DOCUMENT_COMMANDS = """
+train_base.py --project_name "DCASE25_Task1" --experiment_name "AUM_Small_Scratch" --embed_dim 384 --depth 24 --patch_size "16,16" --n_epochs 150 --batch_size 64 --lr 0.0005 --precision "32"
+train_device_specific.py --ckpt_id abc --experiment_name "AUM_Small_DeviceSpecific" --embed_dim 384 --depth 24 --n_epochs 50 --lr 0.0005
+test_only.py --ckpt_path "path/to/best-checkpoint.ckpt" --embed_dim 384 --depth 24 --patch_size "16,16" --batch_size 64 --precision "32"
+"""  # noqa: E501
+
+
+def parses(command: str) -> None:
+    script, *args = shlex.split(command, comments=True)
+    args = ["1" if "$" in arg else arg for arg in args]
+    cli.parse(CONFIGS[script], "", args=args)
+
+
+@pytest.mark.parametrize("command", DOCUMENT_COMMANDS.strip().splitlines())
+def test_the_documents_commands_parse(command):
+    parses(command)
+
+
+def readme_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    return re.findall(r"^(?:\w+=\S+ )*python (?:-m )?((?:train|test|dcase)\S.*)$", blocks, re.MULTILINE)
+
+
+def test_the_readme_shows_every_script():
+    assert {command.split()[0] for command in readme_commands()} == set(CONFIGS)
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_parse(command):
+    parses(command)
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+@pytest.mark.parametrize("script", CONFIGS)
+def test_help_explains_every_flag(script):
+    command = [sys.executable, *(["-m", script] if script.startswith("dcase.") else [script]), "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in flat(CONFIGS[script]()):
+        assert f"--{name}" in done.stdout
+    # A flag without help shows its default at once.
+    bare = re.findall(r"--(\w+)[^\n│]*\s*│?\n?│?\s*\(default", done.stdout)
+    assert not bare, f"no help: {bare}"
