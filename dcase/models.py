@@ -65,10 +65,12 @@ def build(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
 
 def _shape(config: ModelConfig, n_mels: int, frames: int) -> aum.AuMConfig:
     overrides = {name: value for name, value in vars(config).items() if name != "model" and value is not None}
+    if config.model not in aum.list_models():
+        raise UserError(f"--model is one of {', '.join(aum.list_models())}; got {config.model!r}")
     try:
         shape = aum.create_config(config.model, n_mels=n_mels, target_length=frames, **overrides)
-    except ValueError as error:
-        raise UserError(f"--{error}" if not str(error).startswith("no model") else f"--model: {error}") from error
+    except ValueError as error:  # its message begins with the field's name, which is the flag's
+        raise UserError(f"--{error}") from error
     if shape.n_classes != len(SCENES):
         raise UserError(f"--n_classes is {len(SCENES)}, the scenes of TAU22; got {shape.n_classes}")
     return shape

@@ -72,6 +72,21 @@ def class_table(results: dict, name: str, beside_baseline: bool) -> str:
     return _markdown(header, [*theirs, ours])
 
 
+def fine_tuning_table(outcomes: dict[str, dict]) -> str:
+    """Markdown table of what stage 2 came to: macro-average accuracy on each device's validation clips, in percent.
+
+    ``outcomes``: device_id -> {"n_train", "n_val", "general", "fine_tuned", "kept", "reason"}.
+    """
+    header = ["Device", "Training Clips", "Validation Clips", "General", "Fine-Tuned", "Own Model Kept"]
+    rows = []
+    for device_id, outcome in outcomes.items():
+        kept = "yes" if outcome["kept"] else f"no: {outcome['reason']}"
+        clips = [f"{outcome[name]:,}" for name in ("n_train", "n_val")]
+        accuracies = [_percent(outcome[name]) for name in ("general", "fine_tuned")]
+        rows.append([device_id, *clips, *accuracies, kept])
+    return _markdown(header, rows)
+
+
 def device_table(results: dict, name: str, beside_baseline: bool) -> str:
     """Two Markdown tables, in percent: the accuracy per device, and per group of devices.
 
@@ -352,6 +367,8 @@ def _text(results: dict, name: str, note: str | None, beside_baseline: bool, com
         "## Device-wise Results",
         device_table(results, name, beside_baseline),
     ]
+    if "fine_tuning" in results:
+        parts += ["## Fine-Tuning per Device", fine_tuning_table(results["fine_tuning"])]
     if complexity is not None:
         title = "Comparison with the DCASE2025 Baseline and Limits" if beside_baseline else "Complexity"
         table = complexity_comparison(complexity, name, beside_baseline, results["macro_avg_acc"])

@@ -281,7 +281,7 @@ def run_main(monkeypatch, *flags: str) -> None:
 def test_command_line_prints_the_table_of_the_overridden_model(monkeypatch, capsys):
     flags = "--model aum_nano --n_mels 64 --target_length 33 --embed_dim 32 --depth 2 --patch_size 8,4"
     run_main(monkeypatch, *flags.split(), "--direction", "fo_bi", "--head", "mlp")
-    model = tiny(patch_size=(8, 4), direction="fo_bi")
+    model = tiny(patch_size=(8, 4), direction="fo_bi", d_state=8, pos_embed=True)
     out = capsys.readouterr().out
     assert f"{macs(model, (1, 1, 64, 33)):,}" in out
     assert f"{sum(p.numel() for p in model.parameters()):,}" in out
