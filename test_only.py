@@ -10,16 +10,21 @@ from dcase.config import parse_test, start_run
 from dcase.lit import SceneClassifier
 from dcase.loading import find_source
 from dcase.logmel import samples_for
+from dcase.tau22 import TAU22
 
 
 def main() -> None:
     config, checkpoint = parse_test(__doc__)
+    training.check_machine(config.machine)
     source = find_source(config.data)
+    rate = config.data.orig_sample_rate
+    test = TAU22(source.test, rate, samples_for(config.logmel, rate))
     module = SceneClassifier.from_checkpoint(checkpoint, config)
+    module.refuse_other_frames(test)
     run = start_run(config, None)
-    n_samples = samples_for(config.logmel, config.data.orig_sample_rate)
     with training.loggers(config, run) as loggers:
-        evaluation.evaluate(module, source, n_samples, config, run, loggers)
+        optimistic = checkpoint["config"]["split"]["val_split"] == "test"
+        evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 from dcase import errors, evaluation, models, training
 from dcase.config import parse_base, start_run
 from dcase.lit import SceneClassifier
-from dcase.loading import find_source, training_clips
+from dcase.loading import clips_id, find_source, training_clips
 from dcase.logmel import frames_of, samples_for
 from dcase.runs import find_checkpoint, load_checkpoint
 from dcase.tau22 import TAU22
@@ -22,26 +22,29 @@ from dcase.tau22 import TAU22
 
 def main() -> None:
     config, run = parse_base(__doc__)
+    training.check_machine(config.machine)
     source = find_source(config.data)
     train_clips, val_clips = training_clips(source, config.split)
     rate = config.data.orig_sample_rate
     train = TAU22(train_clips, rate, samples_for(config.logmel, rate))
-    val = TAU22(val_clips, rate, train.n_samples) if val_clips else None
+    val = TAU22(val_clips, rate, like=train) if val_clips else None
+    test = TAU22(source.test, rate, like=train)
 
     frames = frames_of(config.logmel, train.n_samples, rate)
     config = dataclasses.replace(config, model=models.fill(config.model, config.logmel.n_mels, frames))
     pl.seed_everything(config.fit.seed, workers=True, verbose=False)
     module = SceneClassifier(config, frames)
+    module.clips_id = clips_id(train_clips, val_clips)
     run = start_run(config, run)
     if not run.last.exists():
         training.fit_normalisation(module, train, config.machine)
 
     with training.loggers(config, run) as loggers:
         training.train(module, train, val, config, run.checkpoints, loggers)
-        best = SceneClassifier.from_checkpoint(
-            load_checkpoint(find_checkpoint(config.run.project_name, run.id)), config
-        )
-        evaluation.evaluate(best, source, train.n_samples, config, run, loggers)
+        best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))
+        module = SceneClassifier.from_checkpoint(best, config)
+        optimistic = config.split.val_split == "test"
+        evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
     print(f"next: python train_device_specific.py --ckpt_id {run.id}")
 
 

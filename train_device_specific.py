@@ -14,7 +14,7 @@ from dcase import errors, evaluation, fine_tuning, training
 from dcase.config import parse_device_specific, start_run
 from dcase.errors import UserError
 from dcase.lit import SceneClassifier
-from dcase.loading import find_source, training_clips
+from dcase.loading import clips_id, find_source, training_clips
 from dcase.logmel import samples_for
 from dcase.runs import save_checkpoint
 from dcase.tau22 import TAU22, TRAIN_DEVICES
@@ -24,23 +24,31 @@ def main() -> None:
     config, run, checkpoint = parse_device_specific(__doc__)
     if checkpoint["device_ids"]:
         raise UserError(f"--ckpt_id {config.ckpt_id} is a device-specific run: give the id of a run of train_base.py")
+    training.check_machine(config.machine)
     source = find_source(config.data)
     clips = training_clips(source, config.split)
     rate = config.data.orig_sample_rate
-    n_samples = TAU22(clips[0], rate, samples_for(config.logmel, rate)).n_samples
+    train = TAU22(clips[0], rate, samples_for(config.logmel, rate))
+    test = TAU22(source.test, rate, like=train)
+
     module = SceneClassifier.from_checkpoint(checkpoint, config)
+    module.refuse_other_frames(train)
+    module.clips_id = clips_id(*clips)
+    module.refuse_other_clips(checkpoint, f"the general model --ckpt_id {config.ckpt_id}")
     run = start_run(config, run)
 
     with training.loggers(config, run) as loggers:
         outcomes, weights = {}, {}
         for device_id in TRAIN_DEVICES:
-            outcomes[device_id], kept = fine_tuning.fine_tune(device_id, module, clips, n_samples, config, run, loggers)
+            outcome, kept = fine_tuning.fine_tune(device_id, module, clips, train, config, run, loggers)
+            outcomes[device_id] = dataclasses.asdict(outcome)
             if kept:
                 weights[device_id] = kept
         module.set_device_models(weights)
         save_checkpoint(module.as_checkpoint(), run.best)
-        more = {"fine_tuning": {device_id: dataclasses.asdict(outcome) for device_id, outcome in outcomes.items()}}
-        evaluation.evaluate(module, source, n_samples, config, run, loggers, more)
+        optimistic = config.split.val_split == "test"
+        more = {"fine_tuning": outcomes}
+        evaluation.evaluate(module, source, test, config, run, loggers, more, optimistic)
     print(f"next: python test_only.py --ckpt_path {run.best}")
 
 

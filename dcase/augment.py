@@ -43,12 +43,15 @@ class AugmentConfig:
             raise UserError(f"--mixstyle_alpha is above 0; got {self.mixstyle_alpha} (--mixstyle_p 0 turns it off)")
 
 
-def roll(waveform: Tensor, max_shift: int) -> Tensor:
-    """Roll every clip of (b, 1, samples) by its own shift of up to ``max_shift`` samples either way."""
+def roll(waveform: Tensor, max_shift: int, length: Tensor) -> Tensor:
+    """Roll every clip of (b, 1, samples) by its own shift of up to ``max_shift`` samples either way.
+
+    ``length`` (b,): samples of each clip; what follows is padding and stays where it is.
+    """
     b, _, samples = waveform.shape
     shift = torch.randint(-max_shift, max_shift + 1, (b, 1, 1), device=waveform.device)
-    index = (torch.arange(samples, device=waveform.device) - shift) % samples
-    return waveform.gather(2, index)
+    place, length = torch.arange(samples, device=waveform.device), length.view(-1, 1, 1)
+    return waveform.gather(2, torch.where(place < length, (place - shift) % length, place))
 
 
 def freq_mixstyle(x: Tensor, p: float, alpha: float) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from dcase import cli
+from dcase import cli, models
 from dcase.augment import AugmentConfig
 from dcase.errors import UserError
 from dcase.logmel import LogMelConfig
@@ -43,8 +43,10 @@ class FitConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is at least 1; got {getattr(self, name)}")
         for name in ("lr", "warmup_steps", "weight_decay", "gradient_clip_val", "seed"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"--{name} is not below 0; got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"--{name} is a number not below 0; got {getattr(self, name)}")
+        if self.seed >= 2**32:
+            raise UserError(f"--seed is below 2^32; got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,21 @@ class DeviceConfig(TrainConfig):
 
 Config = TypeVar("Config", bound=EvalConfig)
 
-# What a resumed run may change: none of it changes the figures, but the length of the run, which the user asks for.
+# What a resumed run may change: none of it changes the figures.
 _FREE_ON_RESUME = {
-    "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode", "n_epochs"
+    "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode"
 }  # fmt: skip
 
 
 def parse_base(description: str, args: list[str] | None = None) -> tuple[TrainConfig, Run | None]:
     """train_base.py's configuration, and the run where one is resumed."""
     resumed = _resumed(TrainConfig, description, args)
-    return resumed or (cli.parse(TrainConfig, description, args=args), None)
+    if resumed:
+        return resumed
+    config = cli.parse(TrainConfig, description, args=args)
+    # Before any data is looked for: the clips' length is not known yet, so a patch may be of any length.
+    models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or 10**9)
+    return config, None
 
 
 def parse_device_specific(description: str, args: list[str] | None = None) -> tuple[DeviceConfig, Run | None, dict]:

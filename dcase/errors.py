@@ -1,5 +1,6 @@
 """The one exception for what a user can put right: its message is all that they see, and it says what to do."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -20,5 +21,7 @@ def run(main: Callable[[], None]) -> None:
         print(f"error: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped by the keyboard", file=sys.stderr)
+        print("stopped by the keyboard; a training run goes on with --resume and its run id", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

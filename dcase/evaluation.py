@@ -1,18 +1,17 @@
 """The end of every script: test once, write results.json and the report, show the tables."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 
 from dcase import complexity, report
 from dcase.config import EvalConfig
-from dcase.errors import UserError
 from dcase.lit import SceneClassifier
 from dcase.loading import Source, loader
-from dcase.logmel import frames_of
-from dcase.runs import Run, write_json
-from dcase.tau22 import TAU22, load_clips
+from dcase.runs import MetricsCsv, Run, write_json
+from dcase.tau22 import TAU22
 from dcase.training import make_trainer
 
 
@@ -24,30 +23,29 @@ def measure(module: SceneClassifier) -> complexity.Complexity:
 def evaluate(
     module: SceneClassifier,
     source: Source,
-    n_samples: int | None,
+    test: TAU22,
     config: EvalConfig,
     run: Run,
     loggers: Sequence[Logger],
     more: dict | None = None,
+    optimistic: bool = False,
 ) -> dict:
     """Run the test split through the module; write and show the results. Returns the content of results.json.
 
-    ``n_samples`` is what each clip is padded or cropped to, None for the clips' own length; ``more`` goes into
-    results.json beside the figures.
+    ``more`` goes into results.json beside the figures; ``optimistic``: the model was chosen on the test split, which
+    results.json and the report then say.
     """
-    clips = load_clips(source.folder, "test")
-    test = TAU22(clips, config.data.orig_sample_rate, n_samples)
-    frames = frames_of(config.logmel, test.n_samples, config.data.orig_sample_rate)
-    if frames != module.frames:
-        raise UserError(
-            f"the test clips ({clips.name(0)}) make {frames} frames, but the model was trained on {module.frames}: "
-            "give data of the same clip length, or train with --target_length"
-        )
-    trainer = make_trainer(config.machine, run.folder, list(loggers))
-    trainer.test(module, loader(test, config.machine), verbose=False)
+    module.refuse_other_frames(test)
+    for logger in loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.drop_from(0, "test/")  # of an earlier end of this run
+    make_trainer(config.machine, run.folder, list(loggers)).test(module, loader(test, config.machine), verbose=False)
+    chosen = "The model was chosen on the test split: its figures are optimistic." if optimistic else ""
+    note = " ".join(text for text in (source.note, chosen) if text)
     measured = measure(module).as_dict()
     results = {
         "data": source.name,
+        "note": note,
         **module.results,
         "device_models": list(module.device_models),
         "complexity": measured,
@@ -56,10 +54,22 @@ def evaluate(
     write_json(run.folder / "results.json", results)
     name = config.run.experiment_name or config.model.model
     folder = run.folder / "report"
-    print("\n" + report.write_report(results, folder, name, source.note, source.is_tau22, measured))
+    print("\n" + report.write_report(results, folder, name, note, source.comparable, measured))
     print(f"Figures: {run.folder / 'results.json'}")
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            for chart in (report.CONFUSION_PNG, report.DEVICES_PNG):
-                logger.log_image(key=f"test/{chart.removesuffix('.png')}", images=[str(folder / chart)])
+            _show_in_wandb(logger, results, name, folder)
     return results
+
+
+def _show_in_wandb(logger: WandbLogger, results: dict, name: str, folder: Path) -> None:
+    """Charts, the two tables and the complexity; the accuracies are there already, as metrics."""
+    for chart in (report.CONFUSION_PNG, report.DEVICES_PNG):
+        logger.log_image(key=f"test/{chart.removesuffix('.png')}", images=[str(folder / chart)])
+    for table in ("scene_acc", "device_acc"):
+        columns, values = zip(*results[table].items(), strict=True)
+        row = [name, *values, results["macro_avg_acc"]]
+        logger.log_table(key=f"test/{table}_table", columns=["model", *columns, "macro_avg_acc"], data=[row])
+    measured = results["complexity"]
+    figures = ("params", "total_param_bytes", "macs", "torchinfo_macs", "within_limits")
+    logger.experiment.summary.update({f"complexity/{figure}": measured[figure] for figure in figures})

@@ -41,13 +41,14 @@ def fine_tune(
     device_id: str,
     general: SceneClassifier,
     clips: tuple[Clips, Clips | None],
-    n_samples: int,
+    like: TAU22,
     config: DeviceConfig,
     run: Run,
     loggers: Sequence[Logger],
 ) -> tuple[Outcome, dict[str, Tensor] | None]:
     """Fine-tune every tensor of the general model on one device's clips; (outcome, the model's weights if kept).
 
+    ``clips`` are (training, validation) of all devices; ``like`` is their data set, for the clips' length.
     A device that an interrupted run has finished is not trained again; one that it was in goes on where it was.
     """
     folder = run.checkpoints / device_id
@@ -55,7 +56,7 @@ def fine_tune(
     if decision.is_file():
         outcome = Outcome(**json.loads(decision.read_text()))
     else:
-        outcome = _decide(device_id, general, clips, n_samples, config, folder, list(loggers))
+        outcome = _decide(device_id, general, clips, like, config, folder, list(loggers))
         write_json(decision, dataclasses.asdict(outcome))
     print(outcome.line(device_id))
     return outcome, _weights(folder) if outcome.kept else None
@@ -65,7 +66,7 @@ def _decide(
     device_id: str,
     general: SceneClassifier,
     clips: tuple[Clips, Clips | None],
-    n_samples: int,
+    like: TAU22,
     config: DeviceConfig,
     folder: Path,
     loggers: list[Logger],
@@ -76,8 +77,8 @@ def _decide(
     if val_clips is not None and not len(val_clips):
         return Outcome(False, "no validation clip of this device to compare on", len(train_clips))
     rate = config.data.orig_sample_rate
-    train_set = TAU22(train_clips, rate, n_samples)
-    val_set = TAU22(val_clips, rate, n_samples) if val_clips is not None else None
+    train_set = TAU22(train_clips, rate, like=like)
+    val_set = TAU22(val_clips, rate, like=like) if val_clips is not None else None
 
     general_acc = None
     if val_set is not None:
@@ -89,7 +90,7 @@ def _decide(
     pl.seed_everything(seed, workers=True, verbose=False)
     module = SceneClassifier(config, general.frames)
     module.load_state_dict(general.state_dict())
-    module.log_prefix = f"{device_id}/"
+    module.log_prefix, module.clips_id = f"{device_id}/", general.clips_id
     print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
     best = train(module, train_set, val_set, config, folder, loggers)
 

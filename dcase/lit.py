@@ -14,11 +14,11 @@ from dcase.config import EvalConfig, TrainConfig, from_plain, to_plain
 from dcase.devices import forward_by_device
 from dcase.errors import UserError
 from dcase.loading import mixed_seed
-from dcase.logmel import LogMel
+from dcase.logmel import LogMel, frames_of
 from dcase.metrics import SceneMetrics
 from dcase.models import build
 from dcase.runs import FORMAT
-from dcase.tau22 import DEVICES, Clip
+from dcase.tau22 import DEVICES, TAU22, Clip
 
 WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach the learning rate asked for
 
@@ -41,6 +41,8 @@ class SceneClassifier(pl.LightningModule):
         self.metrics = SceneMetrics()
         self.results: dict = {}  # of the last validation or test
         self.log_prefix = ""  # "a/" while the model of device a is trained
+        self.clips_id = ""  # which clips were trained and chosen on: loading.clips_id
+        self.total_steps = 0  # optimiser steps of the run, for the schedule
         if isinstance(config, TrainConfig):
             self.masking = Masking(config.augment, config.logmel.n_mels, frames)
 
@@ -57,58 +59,54 @@ class SceneClassifier(pl.LightningModule):
             ) from error
         return module
 
-    def forward(self, waveform: Tensor, device: Tensor) -> Tensor:
-        return forward_by_device(self.model, self.device_models, self.logmel(waveform), device)
+    def forward(self, waveform: Tensor, device: Tensor, length: Tensor | None = None) -> Tensor:
+        """``length`` (b,): samples of each clip, where some are padded at their end."""
+        return forward_by_device(self.model, self.device_models, self.logmel(waveform, length), device)
 
     def training_step(self, batch: Clip, batch_idx: int) -> Tensor:
         augment = self.config.augment
         # Augmentation and dropout depend on the seed, the epoch and the batch alone, wherever a run was interrupted.
         torch.manual_seed(mixed_seed(self.config.fit.seed, self.current_epoch, batch_idx))
-        waveform = roll(batch.waveform, round(augment.roll_sec * self.config.data.orig_sample_rate))
-        x = self.logmel(waveform)
+        shift = round(augment.roll_sec * self.config.data.orig_sample_rate)  # samples
+        x = self.logmel(roll(batch.waveform, shift, batch.length), batch.length)
         x = freq_mixstyle(x, augment.mixstyle_p, augment.mixstyle_alpha)
         logits = self.model(self.masking(x))
         loss = F.cross_entropy(logits.float(), batch.scene)
-        if not loss.isfinite():
-            self._stop_at(batch)
-        self.log(
-            f"{self.log_prefix}train/loss",
-            loss,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=len(batch.scene),
-        )
+        self._refuse_non_finite(loss, batch, self.trainer.train_dataloader)
+        size = len(batch.scene)
+        self.log(f"{self.log_prefix}lr", self.optimizers().param_groups[0]["lr"], on_step=False, on_epoch=True)
+        self.log(f"{self.log_prefix}train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
         return loss
 
-    def _stop_at(self, batch: Clip) -> None:
-        clips = self.trainer.train_dataloader.dataset.clips
-        names = [clips.name(i) for i in batch.index.tolist()]
-        raise UserError(
-            f"the loss is not finite in epoch {self.current_epoch}, step {self.global_step}; nothing was saved since "
-            f"the last epoch. Lower --lr, use --precision 32, or look at the batch's clips: {', '.join(names)}"
-        )
+    def _refuse_non_finite(self, loss: Tensor, batch: Clip, dataloader) -> None:
+        if not loss.isfinite().all():
+            names = [dataloader.dataset.clips.name(i) for i in batch.index.tolist()]
+            raise UserError(
+                f"the loss is not finite in epoch {self.current_epoch + 1}, step {self.global_step}; the checkpoints "
+                f"are of before. Lower --lr, use --precision 32, or look at the batch's clips: {', '.join(names)}"
+            )
 
-    def _evaluate(self, batch: Clip) -> None:
-        logits = self(batch.waveform, batch.device).float()
+    def _evaluate(self, batch: Clip, dataloader) -> None:
+        logits = self(batch.waveform, batch.device, batch.length).float()
         loss = F.cross_entropy(logits, batch.scene, reduction="none")
+        self._refuse_non_finite(loss, batch, dataloader)
         self.metrics.update(logits, batch.scene, batch.device, loss)
 
     def _finish(self, stage: str) -> None:
         self.results = self.metrics.compute()
         self.metrics.reset()
         shown = {name: self.results[name] for name in ("macro_avg_acc", "acc", "loss")}
-        shown |= {f"device_acc/{name}": value for name, value in self.results["device_acc"].items()}
-        shown |= {f"device_group_acc/{name}": value for name, value in self.results["device_group_acc"].items()}
+        for table in ("scene_acc", "device_acc", "device_group_acc"):
+            shown |= {f"{table}/{name}": value for name, value in self.results[table].items()}
         for name, value in shown.items():
             if value is not None:
                 self.log(f"{self.log_prefix}{stage}/{name}", value, prog_bar=name in ("macro_avg_acc", "loss"))
 
     def validation_step(self, batch: Clip, batch_idx: int) -> None:
-        self._evaluate(batch)
+        self._evaluate(batch, self.trainer.val_dataloaders)
 
     def test_step(self, batch: Clip, batch_idx: int) -> None:
-        self._evaluate(batch)
+        self._evaluate(batch, self.trainer.test_dataloaders)
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
@@ -122,7 +120,8 @@ class SceneClassifier(pl.LightningModule):
     def configure_optimizers(self):
         fit = self.config.fit
         optimizer = torch.optim.AdamW(aum.parameter_groups(self.model, fit.weight_decay), lr=fit.lr)
-        total = int(self.trainer.estimated_stepping_batches)
+        # Not trainer.estimated_stepping_batches: it would start the loader before a resumed run knows its epoch.
+        total = self.total_steps
         warmup = min(fit.warmup_steps, int(WARMUP_SHARE * total))
         if warmup < fit.warmup_steps:
             print(f"--warmup_steps {fit.warmup_steps} is more than a fifth of the run's {total} steps: {warmup} used")
@@ -134,6 +133,27 @@ class SceneClassifier(pl.LightningModule):
         checkpoint["config"] = to_plain(self.config)
         checkpoint["frames"] = self.frames
         checkpoint["device_ids"] = list(self.device_models)
+        checkpoint["clips_id"] = self.clips_id
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.refuse_other_clips(checkpoint, "the run that is resumed")
+
+    def refuse_other_clips(self, checkpoint: dict, what: str) -> None:
+        """Raise `UserError` where the clips of this run are not those that a checkpoint was trained and chosen on."""
+        if checkpoint["clips_id"] != self.clips_id:
+            raise UserError(
+                f"the training and validation clips are not those of {what}: give its --dataset_dir, and leave "
+                "meta_clean.csv as it was (clips held out for validation could else be trained on)"
+            )
+
+    def refuse_other_frames(self, dataset: TAU22) -> None:
+        """Raise `UserError` where the data set's clips make another number of frames than the model was made for."""
+        frames = frames_of(self.config.logmel, dataset.n_samples, self.config.data.orig_sample_rate)
+        if frames != self.frames:
+            raise UserError(
+                f"the clips ({dataset.measured}) make {frames} frames, but the model was trained on {self.frames}: "
+                "give data of the same clip length, or train with --target_length"
+            )
 
     def as_checkpoint(self) -> dict:
         """The module as a checkpoint without optimiser or loops."""

@@ -10,17 +10,28 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dcase import synth
 from dcase.config import MachineConfig
-from dcase.tau22 import Clips, DataConfig, SplitConfig, is_tau22, load_clips, split_by_location
+from dcase.tau22 import (
+    TEST_CLIPS,
+    Clips,
+    DataConfig,
+    SplitConfig,
+    check_folder,
+    collate,
+    is_tau22,
+    load_clips,
+    split_by_location,
+)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data folder, and what may be said of figures from it."""
+    """A data folder, its test clips, and what may be said of figures from it."""
 
     folder: Path
+    test: Clips
     name: str  # for tables and charts
-    is_tau22: bool  # figures compare with published ones
-    note: str  # "" for TAU22
+    comparable: bool  # with published figures: TAU22, the whole test split
+    note: str  # why they are not; "" where they are
 
 
 def find_source(config: DataConfig) -> Source:
@@ -29,11 +40,15 @@ def find_source(config: DataConfig) -> Source:
     if not given:
         print("neither --dataset_dir nor TAU22_DIR is given: using SynthTAU, a synthetic stand-in for TAU22")
     folder = Path(given).expanduser() if given else synth.ensure_default()
-    if is_tau22(folder):
-        return Source(folder, "TAU22", True, "")
-    if (folder / "SYNTHETIC.md").exists():
-        return Source(folder, "SynthTAU", False, "Synthetic data: not comparable with figures from TAU22.")
-    return Source(folder, folder.name, False, "Not TAU22: not comparable with figures from it.")
+    check_folder(folder)
+    test = load_clips(folder, "test")  # before training: a mistake in the list is found now, and it is TAU22's mark
+    if not is_tau22(folder):
+        synthetic = (folder / synth.MARK).exists()
+        note = f"{'Synthetic data' if synthetic else 'Not TAU22'}: not comparable with figures from TAU22."
+        return Source(folder, test, "SynthTAU" if synthetic else folder.name, False, note)
+    left_out = TEST_CLIPS - len(test)
+    note = f"{left_out} test clips are left out (meta_excluded.csv): not comparable with published figures."
+    return Source(folder, test, "TAU22", not left_out, note if left_out else "")
 
 
 def training_clips(source: Source, split: SplitConfig) -> tuple[Clips, Clips | None]:
@@ -41,7 +56,7 @@ def training_clips(source: Source, split: SplitConfig) -> tuple[Clips, Clips | N
     clips = load_clips(source.folder, f"split{split.subset}")
     if split.val_split == "test":
         print("--val_split test: the model is chosen on the test split, so its test figures are OPTIMISTIC")
-        return clips, load_clips(source.folder, "test")
+        return clips, source.test
     if split.val_fraction == 0:
         print(
             "--val_fraction 0: training on every clip; the last epoch's model is kept, as nothing can tell a better one"
@@ -68,6 +83,11 @@ class EpochOrder(Sampler[int]):
         return iter(torch.randperm(self.n, generator=generator).tolist())
 
 
+def clips_id(train: Clips, val: Clips | None) -> str:
+    """Which clips were trained and chosen on, so that a resumed run or stage 2 can tell that they are the same."""
+    return f"{train.fingerprint()}-{val.fingerprint() if val is not None else 'none'}"
+
+
 def mixed_seed(*numbers: int) -> int:
     """One 63-bit seed from several numbers: neighbours in any of them give unrelated seeds."""
     state = 0
@@ -87,6 +107,7 @@ def loader(dataset: Dataset, machine: MachineConfig, order: Sampler | None = Non
         batch_size=machine.batch_size,
         sampler=order,
         num_workers=workers,
+        collate_fn=collate,
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
     )

@@ -54,17 +54,27 @@ class LogMelConfig:
 
 
 def frames_of(config: LogMelConfig, samples: int, orig_sample_rate: int) -> int:
-    """Frames of a clip's log-mel: --target_length, else 1 + resampled samples // hop_length."""
+    """Frames of a clip's log-mel: --target_length, else 1 + resampled samples // hop_length.
+
+    Raises `UserError` for a clip that is too short for one window.
+    """
+    resampled = math.ceil(samples * config.sample_rate / orig_sample_rate)
+    if resampled <= config.n_fft // 2:
+        raise UserError(f"clips of {samples} samples at {orig_sample_rate} Hz are too short for --n_fft {config.n_fft}")
     if config.target_length is not None:
         return config.target_length
-    return 1 + math.ceil(samples * config.sample_rate / orig_sample_rate) // config.hop_length
+    return 1 + resampled // config.hop_length
 
 
 def samples_for(config: LogMelConfig, orig_sample_rate: int) -> int | None:
-    """Samples at the recordings' rate that give ``target_length`` frames; None where the clip's own length counts."""
+    """Samples at the recordings' rate that the first ``target_length`` frames can depend on: no more need be read.
+
+    None where the clip's own length counts.
+    """
     if config.target_length is None:
         return None
-    return max(1, (config.target_length - 1) * config.hop_length * orig_sample_rate // config.sample_rate)
+    samples = (config.target_length - 1) * config.hop_length + config.n_fft  # half a window more than the last frame's
+    return math.ceil(samples * orig_sample_rate / config.sample_rate)
 
 
 class LogMel(nn.Module):
@@ -93,26 +103,37 @@ class LogMel(nn.Module):
         self.register_buffer("mean", torch.tensor(0.0))
         self.register_buffer("std", torch.tensor(1.0))
 
-    def forward(self, waveform: Tensor) -> Tensor:
-        return (self.raw(waveform) - self.mean) / self.std
+    def forward(self, waveform: Tensor, length: Tensor | None = None) -> Tensor:
+        """``length`` (b,): samples of each clip, where some are padded at their end; None: none is."""
+        return (self.raw(waveform, length) - self.mean) / self.std
 
-    def raw(self, waveform: Tensor) -> Tensor:
-        """The log-mel before normalisation, always computed in float32."""
+    def raw(self, waveform: Tensor, length: Tensor | None = None) -> Tensor:
+        """The log-mel before normalisation, always computed in float32, each clip's at its own length."""
+        if self.config.target_length is None or length is None:
+            return self._whole(waveform)
+        x = waveform.new_empty(len(waveform), 1, self.config.n_mels, self.config.target_length, dtype=torch.float32)
+        for samples in length.unique().tolist():
+            rows = length == samples
+            x[rows] = self._whole(waveform[rows, :, :samples])
+        return x
+
+    def _whole(self, waveform: Tensor) -> Tensor:
+        """(b, 1, samples), nothing of it padding -> (b, 1, n_mels, frames), cut or padded to ``target_length``."""
         with torch.autocast(waveform.device.type, enabled=False):
             spectrum = self.spectrogram(self.resample(waveform.float()))
             power = spectrum.real.square() + spectrum.imag.square()  # a third faster than torchaudio's abs().pow(2)
             x = torch.log(self.mel_scale(power) + LOG_OFFSET)
-        length = self.config.target_length
-        if length is None:
+        frames = self.config.target_length
+        if frames is None:
             return x
-        return nn.functional.pad(x[..., :length], (0, max(0, length - x.shape[-1])), value=math.log(LOG_OFFSET))
+        return nn.functional.pad(x[..., :frames], (0, max(0, frames - x.shape[-1])), value=math.log(LOG_OFFSET))
 
     @torch.no_grad()
-    def fit(self, waveforms: Iterable[Tensor]) -> None:
-        """Set ``mean`` and ``std`` over every value of the given batches' log-mels. Sums run in float64."""
+    def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Set ``mean`` and ``std`` over every value of the log-mels of (waveform, length). Sums run in float64."""
         total = squares = count = 0
-        for waveform in waveforms:
-            x = self.raw(waveform.to(self.mean.device)).double()
+        for waveform, length in batches:
+            x = self.raw(waveform.to(self.mean.device), length).double()
             total, squares, count = total + x.sum().item(), squares + x.square().sum().item(), count + x.numel()
         mean = total / count
         self.mean.fill_(mean)

@@ -15,7 +15,6 @@ import json
 import pickle
 import secrets
 import string
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +126,8 @@ def load_checkpoint(path: Path | str) -> dict:
         raise UserError(
             f"checkpoint {path} is refused: it is damaged, or holds more than weights and could run code"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # a damaged file can make torch raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
@@ -159,6 +158,7 @@ class MetricsCsv(Logger):
         self.path = path
 
     name = version = None
+    columns = ("step", "name", "value")
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
         pass  # config.json has them
@@ -168,17 +168,17 @@ class MetricsCsv(Logger):
         with open(self.path, "a", newline="") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(("step", "name", "value"))
-            writer.writerows((step, name, value) for name, value in metrics.items())
+                writer.writerow(self.columns)
+            writer.writerows((step, name, value) for name, value in metrics.items() if name != "epoch")
 
     def drop_from(self, step: int, prefix: str) -> None:
         """Drop what was logged at this optimiser step or later under names that start with ``prefix``."""
         if not self.path.exists():
             return
         with open(self.path, newline="") as file:
-            header, *rows = csv.reader(file)
+            rows = list(csv.reader(file))[1:]
         kept = [row for row in rows if len(row) == 3 and (int(row[0]) < step or not row[1].startswith(prefix))]
-        lines = "".join(",".join(row) + "\n" for row in [header, *kept])
+        lines = "".join(",".join(row) + "\n" for row in [self.columns, *kept])
         replace_file(self.path, lambda beside: beside.write_text(lines))
 
 
@@ -204,13 +204,21 @@ def wandb_logger(config: RunConfig, run: Run, name: str, content: dict) -> Logge
             mode=mode,
             resume="allow",
             config=content,
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                x_save_requirements=False,
+                x_disable_meta=True,
+                x_disable_stats=True,
+            ),
         )
+        # Lightning does this only for runs that it starts itself; without it a curve's x-axis would be W&B's own count.
+        experiment.define_metric("trainer/global_step")
+        experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     except Exception as error:  # whatever ails W&B, its folder or the network, the run goes on
-        print(f"W&B cannot be used ({type(error).__name__}: {str(error).splitlines()[0]}); metrics go to {run.folder}")
+        print(f"W&B cannot be used ({type(error).__name__}: {error}); metrics go to {run.folder}")
         return None
-    print(
-        f"W&B: {mode}, run id {run.id}"
-        + (f" (send it with: wandb sync {experiment.dir}/..)" if mode == "offline" else "")
-    )
+    sync = f" (send it with: wandb sync {Path(experiment.dir).parent})" if mode == "offline" else ""
+    print(f"W&B: {mode}, run id {run.id}{sync}")
     return WandbLogger(experiment=experiment)

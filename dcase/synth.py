@@ -410,7 +410,7 @@ def write_all(folder: Path, config: SynthConfig) -> None:
     (folder / "split_setup").mkdir()
     write_lists(folder, train, [name for names in test for name in names], config)
     jobs = [(name,) for name in train] + test
-    n_workers = len(os.sched_getaffinity(0)) if config.num_workers is None else config.num_workers
+    n_workers = (os.cpu_count() or 1) if config.num_workers is None else config.num_workers
     with tqdm(total=len(train) + len(test) * len(DEVICES), desc="SynthTAU", unit="clip") as bar:
         write = partial(write_clips, folder, config.seed)
         if n_workers == 0:

@@ -29,7 +29,7 @@ import pandas as pd
 import soundfile
 import torch
 import torchaudio
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dcase.errors import UserError
 from dcase.files import replace_file
@@ -50,6 +50,7 @@ SCENES = (
 DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
 TRAIN_DEVICES = ("a", "b", "c", "s1", "s2", "s3")
 DEVICE_GROUPS = {"real": ("a", "b", "c"), "seen": ("s1", "s2", "s3"), "unseen": ("s4", "s5", "s6")}
+TEST_CLIPS = 29_680  # in TAU22's test.csv
 SUBSETS = (5, 10, 25, 50, 100)  # percent of TAU22's training clips
 SPLITS = (*(f"split{subset}" for subset in SUBSETS), "test")
 
@@ -70,6 +71,7 @@ class Clip(NamedTuple):
     scene: int  # in SCENES
     device: int  # in DEVICES
     index: int  # row in its Clips
+    length: int  # samples of the waveform; in a batch the rest of a shorter one is zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +93,10 @@ class Clips:
         rows = rows if rows.dtype == bool else rows.astype(np.int64)  # an empty list would be float
         columns = ("filenames", "scene", "device", "location")
         return replace(self, **{column: getattr(self, column)[rows] for column in columns})
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change when a clip is added, lost or moved."""
+        return hashlib.sha256(b"\n".join(self.filenames.tolist())).hexdigest()[:16]
 
     def of_device(self, device_id: str) -> "Clips":
         """The clips recorded with ``device_id``, one of `DEVICES`."""
@@ -454,31 +460,42 @@ def _resampler(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
 
 
 class TAU22(Dataset):
-    """Clips with their sound: item i is a `Clip`, its waveform ``(1, n_samples)`` at ``sample_rate`` (Hz).
+    """Clips with their sound: item i is a `Clip`, its waveform ``(1, samples)`` at ``sample_rate`` (Hz).
 
-    Without ``n_samples`` the first clip's length counts, and a clip of another length raises `UserError`;
-    with it, every clip is padded with zeros or cropped at its end to that many samples.
+    All clips must be as long as the first one, or as those of the data set ``like``: another length raises `UserError`.
+    With ``max_samples`` any length will do, and what is longer is cut at its end.
     """
 
-    def __init__(self, clips: Clips, sample_rate: int, n_samples: int | None = None):
+    def __init__(self, clips: Clips, sample_rate: int, max_samples: int | None = None, like: "TAU22 | None" = None):
         if not len(clips):
             raise UserError(f"no clip of {clips.folder} is left to read: check --subset and the split lists")
         self.clips = clips
         self.sample_rate = sample_rate
-        self.fits_length = n_samples is not None
-        self.n_samples = n_samples if self.fits_length else read_wav(clips.path(0), sample_rate).shape[-1]
+        if like is not None:
+            self.max_samples, self.n_samples, self.measured = like.max_samples, like.n_samples, like.measured
+        else:
+            self.max_samples, self.measured = max_samples, clips.name(0)
+            self.n_samples = read_wav(clips.path(0), sample_rate)[:, :max_samples].shape[-1]
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, index: int) -> Clip:
         path = self.clips.path(index)
-        waveform = read_wav(path, self.sample_rate)
-        lacking = self.n_samples - waveform.shape[-1]
-        if lacking and not self.fits_length:
+        waveform = read_wav(path, self.sample_rate)[:, : self.max_samples]
+        length = waveform.shape[-1]
+        if length != self.n_samples and self.max_samples is None:
             raise UserError(
-                f"{path} has {waveform.shape[-1]} samples at {self.sample_rate} Hz where {self.clips.name(0)} has "
-                f"{self.n_samples}: give --target_length to pad or crop every clip, or {_CHECK}"
+                f"{path} has {length} samples at {self.sample_rate} Hz where {self.measured} has {self.n_samples}: "
+                f"give --target_length to pad or crop every clip, or {_CHECK}"
             )
-        waveform = torch.nn.functional.pad(waveform, (0, lacking))  # a negative pad crops
-        return Clip(waveform, int(self.clips.scene[index]), int(self.clips.device[index]), index)
+        return Clip(waveform, int(self.clips.scene[index]), int(self.clips.device[index]), index, length)
+
+
+def collate(clips: Sequence[Clip]) -> Clip:
+    """A batch: waveform (b, 1, samples) as long as the longest clip, the rest of a shorter one zeros."""
+    longest = max(clip.length for clip in clips)
+    padded = [
+        clip._replace(waveform=torch.nn.functional.pad(clip.waveform, (0, longest - clip.length))) for clip in clips
+    ]
+    return default_collate(padded)

@@ -1,6 +1,7 @@
 """What both training scripts need around the module: the Trainer, its checkpoints, and the normalisation."""
 
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, TQDMProgressBar
+from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers.logger import Logger
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+import aum
 from dcase.config import EvalConfig, MachineConfig, TrainConfig, to_plain
 from dcase.errors import UserError
 from dcase.lit import SceneClassifier
@@ -57,6 +59,12 @@ class KeepCheckpoints(Checkpoint):
             trainer.check_val_every_n_epoch = 1  # the last epoch is always validated
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
+        for name, parameter in module.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(
+                    f"{name} is not finite after epoch {trainer.current_epoch + 1}; the checkpoints are of before. "
+                    "Lower --lr, clip the gradient (--gradient_clip_val 1) or use --precision 32"
+                )
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def state_dict(self) -> dict:
@@ -64,6 +72,14 @@ class KeepCheckpoints(Checkpoint):
 
     def load_state_dict(self, state: dict) -> None:
         self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
+
+
+def check_machine(machine: MachineConfig) -> None:
+    """Raise `UserError` for flags that do not fit this machine, before anything is made or read."""
+    make_trainer(machine, Path("."), [])
+    backend = os.environ.get("AUM_SCAN_BACKEND")
+    if backend and backend not in aum.available_backends():
+        raise UserError(f"AUM_SCAN_BACKEND is {backend}; there is {', '.join(aum.available_backends())}")
 
 
 def make_trainer(
@@ -77,7 +93,7 @@ def make_trainer(
             "max_epochs": config.fit.n_epochs,
             "check_val_every_n_epoch": config.fit.check_val_every_n_epoch,
             "gradient_clip_val": config.fit.gradient_clip_val or None,
-            "callbacks": [checkpoints, *([LearningRateMonitor("epoch")] if loggers else [])],
+            "callbacks": [checkpoints],
         }
     fit["callbacks"] = [*fit.get("callbacks", []), TQDMProgressBar(leave=False)]
     try:
@@ -122,6 +138,8 @@ def quieten() -> None:
     """Leave the terminal to what matters: our lines, progress bars and real warnings."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("aum").setLevel(logging.INFO)  # which scan backend is used, and why
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*lower value for log_every_n_steps.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -131,7 +149,8 @@ def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineCon
     """Set the log-mel's mean and deviation from the training clips: all of them, or 5,000 evenly spaced ones."""
     step = -(-len(train) // NORMALISATION_CLIPS)
     batches = loader(Subset(train, range(0, len(train), step)), machine)
-    module.logmel.fit(batch.waveform for batch in tqdm(batches, desc="mean and deviation of the log-mel", leave=False))
+    shown = tqdm(batches, desc="mean and deviation of the log-mel", leave=False)
+    module.logmel.fit((batch.waveform, batch.length) for batch in shown)
 
 
 def train(
@@ -146,12 +165,18 @@ def train(
     checkpoints = KeepCheckpoints(folder)
     trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
     last = folder / "last.ckpt"
-    order = EpochOrder(len(train_clips), config.fit.seed, lambda: trainer.current_epoch)
-    trainer.fit(
-        module,
-        loader(train_clips, config.machine, order),
-        loader(val_clips, config.machine) if val_clips else None,
-        ckpt_path=last if last.exists() else None,
-        weights_only=True,
-    )
+    progress = trainer.fit_loop.epoch_progress.current  # trainer.current_epoch is one behind where a run is resumed
+    order = EpochOrder(len(train_clips), config.fit.seed, lambda: progress.processed)
+    batches = loader(train_clips, config.machine, order)
+    module.total_steps = len(batches) * config.fit.n_epochs
+    try:
+        trainer.fit(
+            module,
+            batches,
+            loader(val_clips, config.machine) if val_clips else None,
+            ckpt_path=last if last.exists() else None,
+            weights_only=True,
+        )
+    except SystemExit as end:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from end
     return checkpoints

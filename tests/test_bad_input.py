@@ -83,12 +83,15 @@ def test_unknown_flag_suggests_the_right_one(call, learnable):
         (["--wandb_mode", "sometimes"], ["--wandb_mode"]),
         (["--accelerator", "tpux"], ["--accelerator"]),
         (["--devices", "2"], ["--devices"]),
+        (["--seed", "5000000000"], ["--seed"]),
+        (["--lr", "nan"], ["--lr"]),
+        (["--target_length", "3"], ["patch_size", "3 frames"]),
     ],
 )
 def test_flags_that_make_no_sense(call, learnable, project, args, parts):
-    before = fingerprint(project / "general")
+    before = fingerprint(project)
     call("train_base", "--dataset_dir", learnable, *TRAIN, *args).refused(*parts)
-    assert fingerprint(project / "general") == before
+    assert fingerprint(project) == before  # not even a folder of the run that never began
 
 
 def test_wrong_ckpt_id_lists_the_runs_there_are(call, learnable, project):
@@ -102,6 +105,12 @@ def test_wrong_ckpt_id_lists_the_runs_there_are(call, learnable, project):
 def test_checkpoint_that_is_not_there(call):
     call("test_only", "--ckpt_path", "nowhere.ckpt").refused("nowhere.ckpt", "--ckpt_path")
     call("test_only").refused("--ckpt_path")
+
+
+@pytest.mark.parametrize("content", [b".", b"\x80\x02.", b"RIFF1234WAVE", b"text"])
+def test_file_that_is_no_checkpoint(call, tmp_path, content):
+    (tmp_path / "some.ckpt").write_bytes(content)
+    call("test_only", "--ckpt_path", "some.ckpt").refused("some.ckpt")
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 0.9, 0.999])
@@ -181,6 +190,47 @@ def test_data_folder_that_is_not_there(call):
     call("train_base", "--dataset_dir", "nowhere", *TRAIN).refused("nowhere", "--dataset_dir")
 
 
+def test_data_folder_without_read_rights(call, learnable, monkeypatch):
+    def locked(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr("os.scandir", locked)  # root, as CI is, may read anything
+    call("train_base", "--dataset_dir", learnable, *TRAIN).refused(str(learnable), "rights")
+
+
+def test_backend_that_does_not_exist(call, learnable, monkeypatch):
+    monkeypatch.setenv("AUM_SCAN_BACKEND", "nonsense")
+    call("train_base", "--dataset_dir", learnable, *TRAIN).refused("AUM_SCAN_BACKEND", "torch")
+
+
+def test_mistake_in_the_test_list_is_found_before_training(call, data):
+    path = data / "split_setup" / "test.csv"
+    path.write_text(path.read_text().replace("\tbus", "\tbuss"))
+    call("train_base", "--dataset_dir", data, *TRAIN).refused("test.csv", "buss")
+    assert not (data.parent / "P").exists()
+
+
+def test_stage_2_on_other_clips_than_the_general_model_was_trained_on(call, data, project):
+    path = data / "split_setup" / "split25.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-6]))
+    args = ["--ckpt_id", "general", "--dataset_dir", data, "--project_name", "P", "--wandb_mode", "disabled"]
+    call("train_device_specific", *args).refused("--ckpt_id general", "--dataset_dir")
+
+
+def test_test_clip_of_another_length_names_the_file(call, data, project):
+    path = sorted((data / "audio").glob("*-paris-*"))[-1]
+    soundfile.write(path, torch.zeros(1234).numpy() + 0.1, 8000)
+    done = call("train_base", "--dataset_dir", data, *TRAIN, "--n_epochs", "1")
+    done.refused(path.name, "--target_length")
+
+
+def test_resuming_on_other_clips(call, data, project):
+    path = data / "split_setup" / "split25.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-6]))
+    args = ["--resume", "general", "--dataset_dir", data, "--project_name", "P"]
+    call("train_base", *args).refused("the run that is resumed")
+
+
 def test_missing_recordings(call, data):
     for path in sorted((data / "audio").glob("bus-*"))[:3]:
         path.unlink()
@@ -221,6 +271,24 @@ def test_loss_that_turns_nan_names_the_batch_and_keeps_the_last_good_checkpoint(
     (last,) = (tmp_path / "P").glob("*/checkpoints/last.ckpt")
     state = torch.load(last, weights_only=True)
     assert state["epoch"] == 1 and all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def test_explosion_in_the_last_step_of_an_epoch_does_not_overwrite_the_checkpoint(
+    call, learnable, tmp_path, monkeypatch
+):
+    from dcase.lit import SceneClassifier
+
+    def poison(self):
+        if self.current_epoch == 1:
+            with torch.no_grad():
+                self.model.norm_f.weight.fill_(float("inf"))
+
+    monkeypatch.setattr(SceneClassifier, "on_train_epoch_end", poison)
+    done = call("train_base", "--dataset_dir", learnable, *TRAIN, "--val_fraction", "0")
+    done.refused("norm_f.weight is not finite after epoch 2", "--lr")
+    (last,) = (tmp_path / "P").glob("*/checkpoints/last.ckpt")
+    state = torch.load(last, weights_only=True)
+    assert state["epoch"] == 0 and all(value.isfinite().all() for value in state["state_dict"].values())
 
 
 def test_learning_rate_that_explodes(call, learnable):

@@ -69,20 +69,33 @@ def test_target_length_crops_and_pads_with_the_log_of_silence():
     torch.testing.assert_close(silence, torch.full((1, 1, 256, 65), math.log(1e-5)))
 
 
-@pytest.mark.parametrize("target_length", [1, 40, 65, 100, 1024])
-def test_samples_for_target_length_give_that_many_frames(target_length):
-    config = LogMelConfig(target_length=target_length)
-    samples = samples_for(config, 44100)
-    free = LogMel(LogMelConfig(), 44100)
-    if samples > 2048 * 2:
-        assert free(noise(1, samples)).shape[-1] == target_length
-    assert samples_for(LogMelConfig(target_length=65), 44100) == 44100
+@pytest.mark.parametrize("target_length, rate, hop", [(20, 44100, 500), (40, 16000, 501), (60, 32000, 512)])
+def test_what_is_not_read_for_a_target_length_does_not_matter(target_length, rate, hop):
+    config = LogMelConfig(target_length=target_length, hop_length=hop)
+    x = noise(1, 2 * rate)
+    samples = samples_for(config, rate)
+    assert samples < x.shape[-1]
+    module = LogMel(config, rate)
+    torch.testing.assert_close(module(x[..., :samples]), module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_clips_of_several_lengths_in_one_batch_are_each_taken_at_their_own():
+    module = LogMel(LogMelConfig(target_length=80), 44100)
+    clips = [noise(1, samples, seed) for seed, samples in enumerate((44100, 30000, 60000, 30000))]
+    length = torch.tensor([clip.shape[-1] for clip in clips])
+    batch = torch.cat([torch.nn.functional.pad(clip, (0, 60000 - clip.shape[-1])) for clip in clips])
+    torch.testing.assert_close(module(batch, length), torch.cat([module(clip) for clip in clips]))
+
+
+def test_clips_too_short_for_a_window():
+    with pytest.raises(UserError, match="too short for --n_fft 4096"):
+        frames_of(LogMelConfig(target_length=65), 2000, 32000)
 
 
 def test_normalisation_gives_mean_0_and_deviation_1_and_is_all_that_is_stored():
     module = LogMel(LogMelConfig(), 44100)
     batches = [noise(3, seed=1), noise(2, seed=2)]
-    module.fit(batches)
+    module.fit((batch, None) for batch in batches)
     x = torch.cat([module(batch) for batch in batches]).double()
     assert abs(x.mean().item()) < 1e-4 and abs(x.std(correction=0).item() - 1) < 1e-4
     assert set(module.state_dict()) == {"mean", "std"}
@@ -108,7 +121,8 @@ def test_impossible_front_ends_name_the_flag(field, value):
 def test_roll_moves_each_clip_by_its_own_shift_and_wraps_around():
     torch.manual_seed(0)
     x = torch.arange(50.0).expand(200, 1, 50)
-    y = roll(x, 7)
+    whole = torch.full((200,), 50)
+    y = roll(x, 7, whole)
     shifts = set()
     for clip in y[:, 0]:
         shift = int(clip.argmin())
@@ -116,7 +130,15 @@ def test_roll_moves_each_clip_by_its_own_shift_and_wraps_around():
         assert torch.equal(clip, torch.arange(50.0).roll(shift))
         shifts.add(shift)
     assert shifts == set(range(-7, 8))
-    assert torch.equal(roll(x, 0), x)
+    assert torch.equal(roll(x, 0, whole), x)
+
+
+def test_roll_leaves_padding_where_it_is():
+    torch.manual_seed(0)
+    x = torch.cat([torch.arange(1.0, 31), torch.zeros(20)]).expand(50, 1, 50)
+    y = roll(x, 9, torch.full((50,), 30))
+    assert (y[..., 30:] == 0).all() and not torch.equal(x, y)
+    assert torch.equal(y[..., :30].sort(-1).values, x[..., :30])
 
 
 def test_mixstyle_keeps_the_content_and_mixes_the_statistics():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def kill_and_resume(name: str, args: list, project: Path, wait_for: str, seconds
     time.sleep(seconds)
     started.send_signal(signal.SIGKILL)
     started.wait()
-    (run,) = [path for path in project.iterdir() if not (path / "ckpt_only").exists() and path.name != "general"]
+    (run,) = [path for path in project.iterdir() if path.name != "general"]
     resumed = subprocess.run(
         [*command, "--resume", run.name, "--project_name", project.name, "--accelerator", "cpu"],
         cwd=project.parent,
@@ -57,7 +58,7 @@ def test_stage_1_leaves_everything_it_promises(general_run):
     config = json.loads((general_run / "config.json").read_text())
     assert config["config"]["model"]["embed_dim"] == 16 and config["versions"]["torch"] == torch.__version__
     logged = (general_run / "metrics.csv").read_text()
-    for name in ("train/loss", "val/macro_avg_acc", "test/macro_avg_acc", "lr-AdamW"):
+    for name in ("train/loss", "val/macro_avg_acc", "test/macro_avg_acc", "lr,"):
         assert name in logged, name
 
 
@@ -69,11 +70,11 @@ def test_checkpoints_load_safely_and_carry_their_configuration(general_run):
     assert not [name for name in names if not name.startswith(("model.", "logmel.mean", "logmel.std"))]
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_and_resumed_equals_undisturbed_bit_for_bit(general_run, learnable, tmp_path, seed):
-    seconds = random.Random(time.time() * seed).uniform(0, 1.0)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(general_run, learnable, tmp_path, workers):
+    seconds = random.Random(time.time()).uniform(0, 1.0)
     print(f"killed {seconds:.3f} s after the first checkpoint")
-    args = ["--dataset_dir", learnable, *SMALL, *FIT]
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--num_workers", workers]
     run = kill_and_resume("train_base.py", args, tmp_path / "P", "checkpoints/last.ckpt", seconds)
     assert (run / "results.json").read_bytes() == (general_run / "results.json").read_bytes()
     for name in ("best.ckpt", "last.ckpt"):
@@ -142,7 +143,8 @@ def test_stage_2_killed_and_resumed_equals_undisturbed(device_run, general_run, 
     seconds = random.Random(time.time()).uniform(0, 1.0)
     print(f"killed {seconds:.3f} s into device b")
     run = kill_and_resume("train_device_specific.py", args, project, "checkpoints/a/outcome.json", seconds)
-    assert (run / "results.json").read_bytes() == (device_run[0] / "results.json").read_bytes()
+    for name in ("results.json", "metrics.csv"):
+        assert (run / name).read_bytes() == (device_run[0] / name).read_bytes()
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -182,10 +184,20 @@ def test_without_validation_the_last_epoch_is_kept(learnable, script, tmp_path):
     assert "device a: own model kept: nothing was held out to compare on" in done.out
 
 
-def test_choosing_on_the_test_split_says_that_the_figure_is_optimistic(learnable, script):
-    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--n_epochs", "1", "--val_split", "test"]
+def test_choosing_on_the_test_split_says_that_the_figure_is_optimistic(learnable, script, tmp_path):
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--n_epochs", "1", "--val_split", "test", "--project_name", "P"]
     done = script("train_base.py", *args)
     assert done.code == 0 and "OPTIMISTIC" in done.out
+    run = only_run(tmp_path / "P")
+    assert "optimistic" in read_results(run)["note"] and "optimistic" in (run / "report" / "report.md").read_text()
+
+
+def test_the_last_epoch_is_always_validated(learnable, script, tmp_path):
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--n_epochs", "5", "--check_val_every_n_epoch", "3"]
+    done = script("train_base.py", *args, "--project_name", "P")
+    assert done.code == 0, done.err
+    validated = re.findall(r"epoch (\d+): validation", done.out + done.err)
+    assert validated == ["3", "5"]
 
 
 def test_bf16_and_other_options_train(learnable, script, tmp_path):

@@ -199,9 +199,7 @@ def small_default(tmp_path, monkeypatch) -> Path:
     """A cache of its own, and a default SynthTAU of the smallest size."""
     whole = synth.make
     monkeypatch.setenv("AUDIO_MAMBA_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        synth, "make", lambda out: whole(out, train_clips=10, test_clips_per_device=10, num_workers=0)
-    )
+    monkeypatch.setattr(synth, "make", lambda out: whole(out, train_clips=10, test_clips_per_device=10, num_workers=0))
     return synth.default_folder()
 
 

@@ -18,7 +18,18 @@ from torch.utils.data import DataLoader, default_collate
 
 from dcase import tau22
 from dcase.errors import UserError
-from dcase.tau22 import DEVICES, SCENES, TAU22, Clips, DataConfig, SplitConfig, load_clips, read_wav, split_by_location
+from dcase.tau22 import (
+    DEVICES,
+    SCENES,
+    TAU22,
+    Clips,
+    DataConfig,
+    SplitConfig,
+    collate,
+    load_clips,
+    read_wav,
+    split_by_location,
+)
 
 
 @pytest.fixture
@@ -607,12 +618,27 @@ def test_clip_of_another_length(clips, n_samples):
     assert str(clips.path(5)) in message and "--target_length" in message and str(n_samples) in message
 
 
-def test_given_length_pads_and_crops_at_the_end(clips):
-    whole = TAU22(clips, SAMPLE_RATE)[2].waveform
-    longer = TAU22(clips, SAMPLE_RATE, n_samples=5000)
-    assert longer.n_samples == 5000
-    assert torch.equal(longer[2].waveform[:, :4410], whole) and not longer[2].waveform[:, 4410:].any()
-    assert torch.equal(TAU22(clips, SAMPLE_RATE, n_samples=1000)[2].waveform, whole[:, :1000])
+def test_with_max_samples_any_length_will_do_and_longer_ones_are_cut(clips):
+    soundfile.write(clips.path(5), noise(5, 3000), SAMPLE_RATE)
+    dataset = TAU22(clips, SAMPLE_RATE, max_samples=4000)
+    whole = read_wav(clips.path(2), SAMPLE_RATE)
+    assert dataset.n_samples == 4000 and torch.equal(dataset[2].waveform, whole[:, :4000])
+    batch = collate([dataset[2], dataset[5]])
+    assert batch.waveform.shape == (2, 1, 4000) and batch.length.tolist() == [4000, 3000]
+    assert (batch.waveform[1, :, 3000:] == 0).all()
+
+
+def test_like_asks_for_the_length_of_another_data_set(clips):
+    train = TAU22(clips.select([0, 1]), SAMPLE_RATE)
+    for row in (2, 3):
+        soundfile.write(clips.path(row), noise(row, 3000), SAMPLE_RATE)
+    with pytest.raises(UserError, match="--target_length"):
+        TAU22(clips.select([2, 3]), SAMPLE_RATE, like=train)[0]
+
+
+def test_fingerprint_tells_sets_of_clips_apart(clips):
+    assert clips.fingerprint() == clips.select(range(len(clips))).fingerprint()
+    assert len({clips.select(rows).fingerprint() for rows in ([0], [1], [0, 1], [1, 0])}) == 4
 
 
 def test_ten_second_clips(tmp_path):
