@@ -62,9 +62,9 @@ class MachineConfig:
     devices: str = "1"
     """Which accelerators, as Lightning's Trainer takes it: 1, or "2," for the third GPU."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of machines; 1 in this version."""
     strategy: str = "auto"
-    """Lightning's strategy."""
+    """Lightning's strategy; all of one process in this version."""
 
     def __post_init__(self):
         if self.batch_size < 1:

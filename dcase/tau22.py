@@ -112,7 +112,7 @@ class Clips:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the recordings are. Raises `UserError` for a value that makes no sense."""
+    """Where the recordings are."""
 
     dataset_dir: str | None = None
     """TAU22 folder; without it TAU22_DIR, and without that SynthTAU, a small synthetic stand-in"""
@@ -126,7 +126,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Which clips to train and to choose the model on. Raises `UserError` for a value that makes no sense."""
+    """Which clips to train and to choose the model on."""
 
     subset: int = 25
     """part of TAU22's training clips to train on: 5, 10, 25, 50 or 100 (percent)"""

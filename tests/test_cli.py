@@ -123,7 +123,6 @@ def test_help_explains_every_flag(script):
     names = [name for name in names_of(CONFIGS[script]) if name != "fit"]  # a part made by a lambda
     assert len(names) > 2
     for name in names:
-        explained = re.search(rf"--{name} (.*?)\((?:default|required)", shown)
-        assert explained, name
-        words = re.findall(r"\b[a-z]{2,}\b", re.sub(r"\{[^}]*\}", "", explained[1]))
-        assert len(words) >= 1, f"--{name} has no help: {explained[1]}"
+        shown_at = re.findall(rf"--{name}\b(.*?)\((?:default|required)", shown)  # other flags' help may name it too
+        without_type = [re.sub(r"\{[^}]*\}", "", text) for text in shown_at]
+        assert any(re.search(r"\b[a-z]{2,}\b", text) for text in without_type), f"--{name} has no help: {shown_at}"

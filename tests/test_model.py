@@ -102,7 +102,7 @@ def test_mirror_symmetry():
 
 
 def test_bi_bi_is_half_the_sum_of_its_branches():
-    """With equal weights the backward branch is the forward one on the flipped sequence; the mixer gives half the sum."""
+    """With equal weights the backward branch is the forward one on the flipped sequence; half the sum comes out."""
     one, two = aum.BiMamba(8, d_state=2, direction="fo_fo").double(), aum.BiMamba(8, d_state=2).double()
     state = one.state_dict()
     double = {**state, "A_b_log": state["A_log"], "D_b": state["D"]}
