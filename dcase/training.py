@@ -53,10 +53,14 @@ class KeepCheckpoints(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv):
                 logger.drop_from(trainer.global_step, module.log_prefix)  # a resumed run logs it again
+        self._validate_the_last_epoch(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
-        if trainer.current_epoch + 1 == trainer.max_epochs:
-            trainer.check_val_every_n_epoch = 1  # the last epoch is always validated
+        self._validate_the_last_epoch(trainer)
+
+    def _validate_the_last_epoch(self, trainer: pl.Trainer) -> None:
+        if epochs_done(trainer) + 1 >= trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         for name, parameter in module.named_parameters():
@@ -72,6 +76,11 @@ class KeepCheckpoints(Checkpoint):
 
     def load_state_dict(self, state: dict) -> None:
         self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
+
+
+def epochs_done(trainer: pl.Trainer) -> int:
+    """Whole epochs behind a run. ``trainer.current_epoch`` is one less while a run is being resumed."""
+    return trainer.fit_loop.epoch_progress.current.processed
 
 
 def check_machine(machine: MachineConfig) -> None:
@@ -165,8 +174,7 @@ def train(
     checkpoints = KeepCheckpoints(folder)
     trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
     last = folder / "last.ckpt"
-    progress = trainer.fit_loop.epoch_progress.current  # trainer.current_epoch is one behind where a run is resumed
-    order = EpochOrder(len(train_clips), config.fit.seed, lambda: progress.processed)
+    order = EpochOrder(len(train_clips), config.fit.seed, lambda: epochs_done(trainer))
     batches = loader(train_clips, config.machine, order)
     module.total_steps = len(batches) * config.fit.n_epochs
     try:

@@ -25,7 +25,7 @@ SMALL = (
     "--window_length 256 --n_fft 256 --hop_length 128 --n_mels 32 --freqm 4 --timem 4 --num_workers 0 "
     "--wandb_mode disabled --accelerator cpu"
 ).split()
-FIT = "--n_epochs 4 --batch_size 16 --lr 0.01 --warmup_steps 5 --check_val_every_n_epoch 1 --val_fraction 0.34".split()
+FIT = "--n_epochs 4 --batch_size 16 --lr 0.01 --warmup_steps 5 --check_val_every_n_epoch 3 --val_fraction 0.34".split()
 
 
 def tone(scene: str, device: str, seed: int) -> np.ndarray:
