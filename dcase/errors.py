@@ -17,11 +17,11 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        # From a reading process torch hands the message on behind a traceback.
-        print(f"error: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
+        # The line break ends a progress bar's line. A reading process hands its message on behind a traceback.
+        print(f"\nerror: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped by the keyboard; a training run goes on with --resume and its run id", file=sys.stderr)
+        print("\nstopped by the keyboard; a training run goes on with --resume and its run id", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # the reader of a pipe, as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
