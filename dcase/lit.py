@@ -74,8 +74,10 @@ class SceneClassifier(pl.LightningModule):
         loss = F.cross_entropy(logits.float(), batch.scene)
         self._refuse_non_finite(loss, batch, self.trainer.train_dataloader)
         size = len(batch.scene)
-        self.log(f"{self.log_prefix}lr", self.optimizers().param_groups[0]["lr"], on_step=False, on_epoch=True)
-        self.log(f"{self.log_prefix}train/loss", loss, on_step=True, on_epoch=True, prog_bar=True, batch_size=size)
+        self.log(f"{self.log_prefix}train/loss_step", loss, prog_bar=True, batch_size=size)
+        # Without the logger: KeepCheckpoints writes the epoch's mean before it saves last.ckpt.
+        epoch_mean = {"on_step": False, "on_epoch": True, "logger": False}
+        self.log(f"{self.log_prefix}train/loss", loss, prog_bar=True, batch_size=size, **epoch_mean)
         return loss
 
     def _refuse_non_finite(self, loss: Tensor, batch: Clip, dataloader) -> None:

@@ -69,6 +69,12 @@ class KeepCheckpoints(Checkpoint):
                     f"{name} is not finite after epoch {trainer.current_epoch + 1}; the checkpoints are of before. "
                     "Lower --lr, clip the gradient (--gradient_clip_val 1) or use --precision 32"
                 )
+        # Lightning would log these after the checkpoint is saved: a kill in between would lose them.
+        name = f"{module.log_prefix}train/loss"
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        metrics = {name: trainer.callback_metrics[name].item(), f"{module.log_prefix}lr": lr}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step - 1)
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def state_dict(self) -> dict:

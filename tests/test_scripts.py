@@ -58,7 +58,7 @@ def test_stage_1_leaves_everything_it_promises(general_run):
     config = json.loads((general_run / "config.json").read_text())
     assert config["config"]["model"]["embed_dim"] == 16 and config["versions"]["torch"] == torch.__version__
     logged = (general_run / "metrics.csv").read_text()
-    for name in ("train/loss", "val/macro_avg_acc", "test/macro_avg_acc", "lr,"):
+    for name in ("train/loss,", "val/macro_avg_acc,", "test/macro_avg_acc,", "lr,"):
         assert name in logged, name
 
 
