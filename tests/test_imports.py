@@ -19,7 +19,7 @@ TIERS = {
     "training": 5,
     "fine_tuning": 6, "evaluation": 6,
 }  # fmt: skip
-THIRD_PARTY_OF_AUM = {"torch"}
+THIRD_PARTY_OF_AUM = {"torch", "triton", "causal_conv1d"}
 
 
 def imported(path: Path) -> set[str]:
