@@ -1,0 +1,114 @@
+"""Compile cpu_kernels.c once per machine, at first use, and load it."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch  # noqa: F401  (brings the OpenMP runtime that the kernels then share)
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu_kernels.c")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wno-psabi")  # -O2 makes slower code by half
+MACHINE = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler knows
+TIMEOUT = 300  # seconds; 3 to 7 are usual
+
+
+class NotAvailable(Exception):
+    """Why a backend cannot be used on this machine, in words for its user."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernels. Raises `NotAvailable` where there is no compiler, or it fails.
+
+    The file is kept in ``audio_mamba`` below $AUDIO_MAMBA_CACHE, $XDG_CACHE_HOME or ~/.cache, under a name made of the
+    source, the compiler and the processor's instruction set, so that a home folder shared between machines serves all.
+    """
+    compiler = _compiler()
+    machine, built_for = _instruction_set(compiler)
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(compiler).encode(), built_for])).hexdigest()[:16]
+    name = f"cpu_kernels-{key}.so"
+    folder = _cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / name
+        if not path.exists():
+            _compile(compiler, machine, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # not writable, full, or mounted noexec: compile for this process alone
+        log.warning(
+            "%s cannot keep the compiled CPU kernels (%s): compiling them for this run only. "
+            "AUDIO_MAMBA_CACHE names another folder",
+            folder,
+            error,
+        )
+    with tempfile.TemporaryDirectory(prefix="audio_mamba-") as private:
+        path = Path(private) / name
+        try:
+            _compile(compiler, machine, path)
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NotAvailable(f"the compiled kernels cannot be loaded from {private}: {error}") from error
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("AUDIO_MAMBA_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().absolute() / "audio_mamba"
+
+
+def _compiler() -> list[str]:
+    """The command of the C compiler: ``CC``, or what Linux systems call it."""
+    asked = os.environ.get("CC")
+    for command in [shlex.split(asked)] if asked else (["cc"], ["gcc"], ["clang"]):
+        if command and shutil.which(command[0]):
+            return command
+    raise NotAvailable(
+        f"CC is {asked}, which is not on PATH"
+        if asked
+        else "no C compiler on PATH: install one (apt install gcc, or conda install gcc) for training that is many "
+        "times faster on the CPU"
+    )
+
+
+def _instruction_set(compiler: list[str]) -> tuple[tuple[str, ...], bytes]:
+    """Flags for this processor, and the macros that the compiler then sets, which say what code it will make."""
+    for flags in MACHINE:
+        done = subprocess.run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
+        if done.returncode == 0:
+            return flags, done.stdout
+    raise NotAvailable(f"the C compiler does not work: {' '.join(compiler)}: {_last_line(done.stderr)}")
+
+
+def _compile(compiler: list[str], machine: tuple[str, ...], path: Path) -> None:
+    """Write ``path``, beside its place and then renamed: several processes may compile at once."""
+    log.info("compiling the CPU kernels of the selective scan, once (about 5 s), to %s", path)
+    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    os.close(handle)
+    try:
+        for threads in (("-fopenmp",), ()):
+            command = [*compiler, *FLAGS, *machine, *threads, str(SOURCE), "-o", beside, "-lm"]
+            done = subprocess.run(command, capture_output=True, timeout=TIMEOUT)
+            if done.returncode == 0:
+                break
+        else:
+            raise NotAvailable(f"the C compiler fails: {shlex.join(command)}: {_last_line(done.stderr)}")
+        if not threads:
+            log.warning("%s knows no -fopenmp: the CPU kernels will use one thread", " ".join(compiler))
+        os.chmod(beside, 0o755)
+        os.replace(beside, path)
+    except subprocess.TimeoutExpired as error:
+        raise NotAvailable(f"the C compiler took more than {TIMEOUT} s") from error
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+def _last_line(stderr: bytes) -> str:
+    return (stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
