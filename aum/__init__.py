@@ -9,7 +9,7 @@ from aum.model import (
     list_models,
     parameter_groups,
 )
-from aum.scan import available_backends, selective_scan_fn
+from aum.scan import available_backends, selective_scan_fn, use_backend
 
 __all__ = [
     "AuMConfig",
@@ -21,4 +21,5 @@ __all__ = [
     "list_models",
     "parameter_groups",
     "selective_scan_fn",
+    "use_backend",
 ]

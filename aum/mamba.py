@@ -5,6 +5,7 @@ code (kaistmm/Audio-Mamba-AuM, hustvl/Vim), so that its checkpoints load.
 """
 
 import math
+import operator
 from typing import Literal
 
 import torch
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aum.init import a_log, init_dt_proj
-from aum.scan import selective_scan_fn
+from aum.scan import BACKENDS, causal_conv1d, choose, selective_scan_fn
+from aum.scan.fused import mixer
 
 Direction = Literal["fo_fo", "fo_bi", "bi_bi"]
 
@@ -64,7 +66,34 @@ class BiMamba(nn.Module):
             self.A_log = a_log(d, n)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        x, z = self.in_proj(hidden).transpose(1, 2).chunk(2, dim=1)  # (b, d, l) each: x first, the gate z last
+        xz = self.in_proj(hidden)  # (b, l, 2d): x first, the gate z last
+        backend = choose(xz.device.type, xz.dtype)
+        y = self._fused(xz, backend) if BACKENDS[backend].fused else self._composed(xz)
+        return self.out_proj(y)
+
+    def _fused(self, xz: Tensor, backend: str) -> Tensor:
+        """All that lies between the projections as one operation: (b, l, 2d) -> (b, l, d)."""
+
+        def both(name: str) -> Tensor:
+            suffixes = ("", "_b") if self.direction == "bi_bi" else ("",)
+            return torch.stack([operator.attrgetter(name.format(suffix))(self) for suffix in suffixes])
+
+        A_logs = [self.A_log] if self.direction == "fo_fo" else [self.A_log, self.A_b_log]
+        parameters = (
+            both("conv1d{}.weight").squeeze(2),
+            both("conv1d{}.bias"),
+            both("x_proj{}.weight"),
+            both("dt_proj{}.weight"),
+            both("dt_proj{}.bias"),
+            torch.stack(A_logs),
+            both("D{}"),
+        )
+        keep = torch.is_grad_enabled() and (xz.requires_grad or any(x.requires_grad for x in parameters))
+        return mixer(xz, *parameters, keep, backend)[0]
+
+    def _composed(self, xz: Tensor) -> Tensor:
+        """The same, operation by operation, for backends that only scan."""
+        x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (b, d, l) each
         if self.direction == "bi_bi":
             y = (self._branch(x, z, "", reverse=False) + self._branch(x, z, "_b", reverse=True)) / 2
         elif self.direction == "fo_bi":
@@ -73,22 +102,16 @@ class BiMamba(nn.Module):
             y = y + self._scan(inputs, self.A_b_log, z, "", reverse=True)
         else:
             y = self._branch(x, z, "", reverse=False)
-        return self.out_proj(y.transpose(1, 2))
+        return y.transpose(1, 2)
 
     def _branch(self, x: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
         A_log = self.A_b_log if suffix else self.A_log
         return self._scan(self._scan_inputs(x, suffix, reverse), A_log, z, suffix, reverse)
 
     def _scan_inputs(self, x: Tensor, suffix: str, reverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (b, d, l) -> u (b, d, l), delta (b, d, l) before its bias, B and C (b, n, l).
-
-        ``reverse`` convolves against time: output t sees inputs t ... t + d_conv - 1, which is what flipping,
-        convolving and flipping back gives, but only the kernel of d_conv taps is flipped.
-        """
+        """x (b, d, l) -> u (b, d, l), delta (b, d, l) before its bias, B and C (b, n, l)."""
         conv1d, x_proj, dt_proj = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
-        kernel = conv1d.weight.flip(-1) if reverse else conv1d.weight
-        pad = (0, self.d_conv - 1) if reverse else (self.d_conv - 1, 0)
-        u = F.silu(F.conv1d(F.pad(x, pad), kernel, conv1d.bias, groups=self.d_inner))
+        u = causal_conv1d(x, conv1d.weight.squeeze(1), conv1d.bias, reverse)
         projected = x_proj(u.transpose(1, 2))  # (b, l, r + 2n)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = F.linear(dt, dt_proj.weight)  # its bias is added in the scan, in float32

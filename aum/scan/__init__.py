@@ -1,5 +1,6 @@
 """The selective scan, and the only place that chooses how it is computed."""
 
-from aum.scan.interface import available_backends, selective_scan_fn
+from aum.scan.backends import BACKENDS, available_backends, choose, use_backend
+from aum.scan.interface import causal_conv1d, selective_scan_fn
 
-__all__ = ["available_backends", "selective_scan_fn"]
+__all__ = ["BACKENDS", "available_backends", "causal_conv1d", "choose", "selective_scan_fn", "use_backend"]

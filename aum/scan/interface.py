@@ -1,46 +1,17 @@
-"""`selective_scan_fn`: shapes, semantics and argument order of ``mamba_ssm``'s function of that name."""
+"""`selective_scan_fn`: shapes, semantics and argument order of ``mamba_ssm``'s function of that name.
+
+Also the causal convolution before it, for the backends that are not fused with it.
+"""
 
 import functools
-import logging
-import os
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aum.scan.torch_scan import SelectiveScan
-
-log = logging.getLogger(__name__)
-
-
-def _torch(*args) -> tuple[Tensor, Tensor]:
-    return SelectiveScan.apply(*args)
-
-
-# Each takes u, delta (l, b, d), A (d, n), B, C (l, b, g, n), reverse; gives y (l, b, d) and the last state (b, d, n).
-_BACKENDS = {"torch": _torch}
-
-
-def available_backends() -> tuple[str, ...]:
-    """Names that ``backend=`` and the environment variable ``AUM_SCAN_BACKEND`` take on this machine."""
-    return tuple(_BACKENDS)
-
-
-@functools.cache
-def _say_once(backend: str, why: str) -> None:
-    log.info("selective scan: backend %r (%s)", backend, why)
-
-
-def _choose(backend: str | None) -> str:
-    name, why = backend, "asked for"
-    if name is None:
-        name, why = os.environ.get("AUM_SCAN_BACKEND") or None, "AUM_SCAN_BACKEND"
-    if name is None:
-        name, why = "torch", "the only one in this version"
-    if name not in _BACKENDS:
-        raise ValueError(f"no scan backend {name!r} ({why}); there is {', '.join(available_backends())}")
-    _say_once(name, why)
-    return name
+from aum.scan import cuda_kernels, fused, torch_scan
+from aum.scan.backends import choose
 
 
 def selective_scan_fn(
@@ -75,13 +46,13 @@ def selective_scan_fn(
             Its gradient is the true one (``mamba_ssm`` leaves it out).
         reverse: scan from the last step to the first; the last state is then the one after step 0.
         backend: one of `available_backends()`; ``None``: the environment variable ``AUM_SCAN_BACKEND``, else the
-            fastest that fits the tensors.
+            fastest that fits the tensors. ``mamba_ssm`` gives the last state no gradient.
 
     Returns:
         y (b, d, l), or (y, last state). The state is float32, or float64 where an input is float64.
 
     Raises:
-        ValueError: shapes that do not fit each other, a complex A, or a backend that does not exist.
+        ValueError: shapes that do not fit each other, a complex A, or a backend that does not exist or does not fit.
 
     Source: Algorithm 2 of arXiv:2312.00752; the signature is that of state-spaces/mamba,
     mamba_ssm/ops/selective_scan_interface.py, but for the keyword-only arguments.
@@ -95,23 +66,52 @@ def selective_scan_fn(
     _expect("D", D, (d,))
     _expect("z", z, (b, d, l))
     _expect("delta_bias", delta_bias, (d,))
-    name = _choose(backend)
-
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, A, B, C)), torch.float32)
-    with torch.autocast(u.device.type, enabled=False):  # the state, A, D and the bias stay in `dtype`
-        u_, delta_ = (x.permute(2, 0, 1).to(dtype).contiguous() for x in (u, delta))  # (l, b, d)
-        if delta_bias is not None:
-            delta_ = delta_ + delta_bias.to(dtype)
-        if delta_softplus:
-            delta_ = F.softplus(delta_)
-        B_, C_ = _grouped(_time_first("B", B, b, d, n, l).to(dtype), _time_first("C", C, b, d, n, l).to(dtype))
-        y, last_state = _BACKENDS[name](u_, delta_, A.to(dtype).contiguous(), B_, C_, reverse)
-        if D is not None:
-            y = torch.addcmul(y, u_, D.to(dtype))
-        if z is not None:
-            y = y * F.silu(z.permute(2, 0, 1).to(dtype))
-        y = y.permute(1, 2, 0).to(u.dtype)
+    B, C = _grouped("B", B, b, d, n, l), _grouped("C", C, b, d, n, l)
+    data = [x for x in (u, delta, B, C, z) if x is not None]
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in data))
+    state = functools.reduce(torch.promote_types, (x.dtype for x in (A, D, delta_bias) if x is not None), torch.float32)
+    if state != torch.float32:
+        dtype = torch.promote_types(dtype, state)
+    name = choose(u.device.type, dtype, backend)
+    with torch.autocast(u.device.type, enabled=False):  # the state, A, D and the bias stay in float32
+        data = [x if x is None else x.to(dtype) for x in (u, delta, B, C, z)]
+        u_, delta_, B, C, z = data
+        A, D, delta_bias = (x if x is None else x.to(state) for x in (A, D, delta_bias))
+        scan = _SCANS.get(name) or functools.partial(_channel_last, name)
+        y, last_state = scan(u_, delta_, A, *_same_groups(B, C), D, z, delta_bias, delta_softplus, reverse)
+        y = y.to(u.dtype)
     return (y, last_state) if return_last_state else y
+
+
+_SCANS = {"torch": torch_scan.scan, "mamba_ssm": cuda_kernels.scan}  # the others are fused
+
+
+def _channel_last(backend: str, u, delta, A, B, C, D, z, bias, softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:
+    """The scan of `aum.scan.fused`, whose data have stride 1 along the channels."""
+
+    def turned(x: Tensor | None) -> Tensor | None:
+        x = x if x is None else x.transpose(1, 2)
+        return x if x is None or x.stride(2) == 1 else x.contiguous()
+
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (u, delta, A, B, C, D, z, bias))
+    B, C = (x.permute(0, 3, 1, 2) for x in (B, C))
+    A, D, bias = (x if x is None else x.contiguous() for x in (A, D, bias))
+    y, last, _ = fused.scan(turned(u), turned(delta), A, B, C, D, turned(z), bias, softplus, reverse, keep, backend)
+    return y.transpose(1, 2), last.transpose(1, 2)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+    """SiLU of a depthwise convolution in time: x (b, d, l), weight (d, w), bias (d,) -> (b, d, l).
+
+    ``reverse`` convolves against time: output t sees inputs t ... t + w - 1, which is what flipping, convolving and
+    flipping back gives, but only the kernel of w taps is flipped.
+    """
+    published = cuda_kernels.causal_conv1d(x, weight, bias, reverse)
+    if published is not None:
+        return published
+    (d, w), kernel = weight.shape, weight.flip(-1) if reverse else weight
+    pad = (0, w - 1) if reverse else (w - 1, 0)
+    return F.silu(F.conv1d(F.pad(x, pad), kernel.unsqueeze(1), bias, groups=d))
 
 
 def _expect(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
@@ -119,25 +119,23 @@ def _expect(name: str, x: Tensor | None, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; {shape} fits the other arguments")
 
 
-def _time_first(name: str, x: Tensor, b: int, d: int, n: int, l: int) -> Tensor:
-    """(d, n), (b, n, l) or (b, g, n, l) -> (l, b, g, n)."""
+def _grouped(name: str, x: Tensor, b: int, d: int, n: int, l: int) -> Tensor:
+    """(d, n), (b, n, l) or (b, g, n, l) -> (b, g, n, l), a view."""
     if x.dim() == 2:
         _expect(name, x, (d, n))
-        return x.expand(l, b, d, n)
+        return x.unsqueeze(-1).expand(b, d, n, l)
     if x.dim() == 3:
         _expect(name, x, (b, n, l))
-        return x.permute(2, 0, 1).unsqueeze(2)
+        return x.unsqueeze(1)
     if x.dim() != 4 or d % x.shape[1]:
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}; it is (d, n), (b, n, l) or (b, g, n, l), g a divisor of {d}"
         )
     _expect(name, x, (b, x.shape[1], n, l))
-    return x.permute(3, 0, 1, 2)
+    return x
 
 
-def _grouped(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Give B and C, each (l, b, g, n), one number of groups, and a layout the backends can read."""
-    gB, gC = B.shape[2], C.shape[2]
-    groups = torch.lcm(torch.tensor(gB), torch.tensor(gC)).item() if gB != gC else gB
-    B, C = (x if x.shape[2] == groups else x.repeat_interleave(groups // x.shape[2], 2) for x in (B, C))
-    return B.contiguous(), C.contiguous()
+def _same_groups(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+    """Give B and C, each (b, g, n, l), one number of groups."""
+    groups = math.lcm(B.shape[1], C.shape[1])
+    return tuple(x if x.shape[1] == groups else x.repeat_interleave(groups // x.shape[1], 1) for x in (B, C))

@@ -1,0 +1,145 @@
+"""The ways to compute the scan, and the choice between them: by the tensors' device and dtype, at the time of the call.
+
+| name | runs on | what it is | same bits every time |
+|---|---|---|---|
+| ``cpu`` | CPU, float32 and bfloat16 | C, compiled at first use (cpu_kernels.c) | yes, with any number of threads |
+| ``triton`` | NVIDIA GPUs, float32, bfloat16, float16 | Triton (triton_kernels.py) | yes |
+| ``mamba_ssm`` | NVIDIA GPUs, the same | the published CUDA kernels, where they are installed | no: atomic additions |
+| ``torch`` | everything, float64 too | plain PyTorch, the reference (torch_scan.py) | yes |
+"""
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from aum.scan import build, cuda_kernels
+
+log = logging.getLogger(__name__)
+
+_16_AND_32 = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Backend:
+    name: str
+    devices: tuple[str, ...] | None
+    """Types of device; None: any."""
+    dtypes: tuple[torch.dtype, ...] | None
+    """Of the data, the state being float32; None: any."""
+    deterministic: bool
+    fused: bool
+    """Whether it has the kernels of `aum.scan.fused`."""
+    missing: Callable[[], str | None]
+    """Why it cannot be used on this machine; None where it can."""
+
+    def why_not(self, device: str, dtype: torch.dtype, deterministic: bool = False) -> str | None:
+        """Why it does not serve these tensors; None where it does."""
+        if self.devices and device not in self.devices:
+            return f"runs on {', '.join(self.devices)} only"
+        if self.dtypes and dtype not in self.dtypes:
+            return f"takes {', '.join(map(_short, self.dtypes))} only"
+        if deterministic and not self.deterministic:
+            return "does not give the same bits every time, and deterministic algorithms were asked for"
+        return self.missing()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def _cpu_missing() -> str | None:
+    try:
+        build.library()
+    except build.NotAvailable as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    try:
+        from aum.scan import triton_kernels  # noqa: F401
+    except Exception as error:  # a broken installation raises anything
+        return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
+def _interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter, on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", ("cpu",), (torch.float32, torch.bfloat16), True, True, _cpu_missing),
+        Backend("triton", ("cpu", "cuda") if _interpreted() else ("cuda",), _16_AND_32, True, True, _triton_missing),
+        Backend("mamba_ssm", ("cuda",), _16_AND_32, False, False, cuda_kernels.missing),
+        Backend("torch", None, None, True, False, lambda: None),
+    )
+}
+_ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}  # the fastest first
+
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Inside this context every scan uses the backend ``name``, whatever AUM_SCAN_BACKEND says."""
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names that ``backend=`` and the environment variable ``AUM_SCAN_BACKEND`` take on this machine.
+
+    To know, this compiles the CPU kernels where that has not been done yet (about 5 s, once).
+    """
+    return tuple(name for name, backend in BACKENDS.items() if not backend.missing())
+
+
+@torch.compiler.assume_constant_result
+def choose(device: str, dtype: torch.dtype, asked: str | None = None) -> str:
+    """The backend for tensors on a type of device, of a dtype; says once which, and why not another.
+
+    ``asked``, `use_backend` and the environment variable ``AUM_SCAN_BACKEND`` decide, in this order; else the fastest
+    that fits is taken. Raises ValueError where what was asked for does not exist or does not fit.
+    """
+    name, who = asked, "backend="
+    if name is None and _forced:
+        name, who = _forced[-1], "use_backend"
+    if name is None:
+        name, who = os.environ.get("AUM_SCAN_BACKEND") or None, "AUM_SCAN_BACKEND"
+    return _choose(device, dtype, name, who, torch.are_deterministic_algorithms_enabled())
+
+
+@functools.cache
+def _choose(device: str, dtype: torch.dtype, name: str | None, who: str, deterministic: bool) -> str:
+    if name is not None:
+        if name not in BACKENDS:
+            raise ValueError(f"no scan backend {name!r} ({who}); there is {', '.join(BACKENDS)}")
+        reason = BACKENDS[name].why_not(device, dtype, deterministic)
+        if reason:
+            raise ValueError(f"scan backend {name!r} ({who}) cannot be used for {_short(dtype)} on {device}: {reason}")
+        log.info("selective scan: backend %r for %s on %s, by %s", name, _short(dtype), device, who)
+        return name
+    passed = {}
+    for name in _ORDER.get(device, ("torch",)):
+        reason = BACKENDS[name].why_not(device, dtype, deterministic)
+        if reason is None:
+            break
+        passed[name] = reason
+    reasons = "".join(f"; not {other!r}: {reason}" for other, reason in passed.items())
+    slower = name == "torch" and any(BACKENDS[other].missing() for other in passed)
+    level = logging.WARNING if slower else logging.INFO
+    log.log(level, "selective scan: backend %r for %s on %s%s", name, _short(dtype), device, reasons)
+    return name
