@@ -10,6 +10,7 @@ from aum.model import (
     parameter_groups,
 )
 from aum.scan import available_backends, selective_scan_fn, use_backend
+from aum.self_test import self_test
 
 __all__ = [
     "AuMConfig",
@@ -21,5 +22,6 @@ __all__ = [
     "list_models",
     "parameter_groups",
     "selective_scan_fn",
+    "self_test",
     "use_backend",
 ]

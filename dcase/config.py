@@ -65,6 +65,12 @@ class MachineConfig:
     """Number of machines; 1 in this version."""
     strategy: str = "auto"
     """Lightning's strategy; all of one process in this version."""
+    scan_backend: Literal["auto", "cpu", "triton", "mamba_ssm", "torch"] = "auto"
+    """What computes the selective scan; auto: AUM_SCAN_BACKEND, else the fastest that fits. The log says which."""
+    deterministic: bool = False
+    """Refuse whatever does not give the same bits every time on one machine: mamba_ssm's scan, some of CUDA."""
+    compile: bool = False
+    """torch.compile the model for training: a minute or more at the start, on GPUs fewer launches after it."""
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -108,7 +114,8 @@ Config = TypeVar("Config", bound=EvalConfig)
 
 # What a resumed run may change: none of it changes the figures.
 _FREE_ON_RESUME = {
-    "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode"
+    "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
+    "scan_backend", "deterministic", "compile",
 }  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers.logger import Logger
@@ -15,6 +17,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 import aum
+from aum.scan import choose
 from dcase.config import EvalConfig, MachineConfig, TrainConfig, to_plain
 from dcase.errors import UserError
 from dcase.lit import SceneClassifier
@@ -22,6 +25,7 @@ from dcase.loading import EpochOrder, loader
 from dcase.runs import MetricsCsv, Run, SafeCheckpoints, wandb_logger
 from dcase.tau22 import TAU22
 
+DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the data in the scan
 MONITOR = "macro_avg_acc"  # on the validation clips
 NORMALISATION_CLIPS = 5000  # at most: enough for four digits of the mean
 
@@ -91,10 +95,16 @@ def epochs_done(trainer: pl.Trainer) -> int:
 
 def check_machine(machine: MachineConfig) -> None:
     """Raise `UserError` for flags that do not fit this machine, before anything is made or read."""
-    make_trainer(machine, Path("."), [])
-    backend = os.environ.get("AUM_SCAN_BACKEND")
-    if backend and backend not in aum.available_backends():
-        raise UserError(f"AUM_SCAN_BACKEND is {backend}; there is {', '.join(aum.available_backends())}")
+    if machine.scan_backend != "auto":
+        os.environ["AUM_SCAN_BACKEND"] = machine.scan_backend  # for the processes that this one starts, too
+    trainer = make_trainer(machine, Path("."), [])
+    device = trainer.strategy.root_device.type
+    try:
+        choose(device, DTYPES[machine.precision])
+    except ValueError as error:
+        raise UserError(f"--scan_backend: {error}") from error
+    if machine.compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile needs a C++ compiler on the CPU: install one (apt install g++), or leave it out")
 
 
 def make_trainer(
@@ -118,6 +128,7 @@ def make_trainer(
             num_nodes=machine.num_nodes,
             strategy=machine.strategy,
             precision=machine.precision,
+            deterministic=machine.deterministic or None,
             default_root_dir=folder,
             logger=loggers,
             plugins=[SafeCheckpoints()],
@@ -168,6 +179,18 @@ def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineCon
     module.logmel.fit((batch.waveform, batch.length) for batch in shown)
 
 
+def _prepare_model(module: SceneClassifier, trainer: pl.Trainer, machine: MachineConfig) -> None:
+    """Test the scan on the device that is to train, and compile the model where asked to."""
+    device = trainer.strategy.root_device
+    try:
+        aum.self_test(device, DTYPES[machine.precision])
+    except RuntimeError as error:
+        raise UserError(f"{error}. Train with --scan_backend torch, and please report this") from error
+    if machine.compile:
+        # In place, so that checkpoints keep their names. 65 tokens are bound by launches: on GPUs replay CUDA graphs.
+        module.model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
+
+
 def train(
     module: SceneClassifier,
     train_clips: TAU22,
@@ -179,6 +202,7 @@ def train(
     """Train into ``folder``/{last,best}.ckpt, from last.ckpt where there is one; says which epoch was best."""
     checkpoints = KeepCheckpoints(folder)
     trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
+    _prepare_model(module, trainer, config.machine)
     last = folder / "last.ckpt"
     order = EpochOrder(len(train_clips), config.fit.seed, lambda: epochs_done(trainer))
     batches = loader(train_clips, config.machine, order)

@@ -130,7 +130,8 @@ def _choose(device: str, dtype: torch.dtype, name: str | None, who: str, determi
         reason = BACKENDS[name].why_not(device, dtype, deterministic)
         if reason:
             raise ValueError(f"scan backend {name!r} ({who}) cannot be used for {_short(dtype)} on {device}: {reason}")
-        log.info("selective scan: backend %r for %s on %s, by %s", name, _short(dtype), device, who)
+        level = logging.DEBUG if who == "use_backend" else logging.INFO
+        log.log(level, "selective scan: backend %r for %s on %s, by %s", name, _short(dtype), device, who)
         return name
     passed = {}
     for name in _ORDER.get(device, ("torch",)):

@@ -29,20 +29,21 @@ class NotAvailable(Exception):
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises `NotAvailable` where there is no compiler, or it fails.
 
-    The file is kept in ``audio_mamba`` below $AUDIO_MAMBA_CACHE, $XDG_CACHE_HOME or ~/.cache, under a name made of the
-    source, the compiler and the processor's instruction set, so that a home folder shared between machines serves all.
+    The file is kept in ``audio_mamba`` below $AUDIO_MAMBA_CACHE, $XDG_CACHE_HOME or ~/.cache. Its name is made of the
+    source, the compiler and the processor's instruction set, so that a home folder shared between machines serves all,
+    and of its own content, because loading a damaged library would end the process.
     """
     compiler = _compiler()
     machine, built_for = _instruction_set(compiler)
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(compiler).encode(), built_for])).hexdigest()[:16]
-    name = f"cpu_kernels-{key}.so"
+    name = "cpu_kernels-" + _digest(b" ".join([SOURCE.read_bytes(), *map(str.encode, compiler), built_for]))
     folder = _cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / name
-        if not path.exists():
-            _compile(compiler, machine, path)
-        return ctypes.CDLL(str(path))
+        for path in folder.glob(f"{name}-*.so"):
+            if path.stem.endswith(_digest(path.read_bytes())):
+                return ctypes.CDLL(str(path))
+            log.warning("%s is damaged: compiling it again", path)
+        return ctypes.CDLL(str(_compile(compiler, machine, folder, name)))
     except OSError as error:  # not writable, full, or mounted noexec: compile for this process alone
         log.warning(
             "%s cannot keep the compiled CPU kernels (%s): compiling them for this run only. "
@@ -51,12 +52,14 @@ def library() -> ctypes.CDLL:
             error,
         )
     with tempfile.TemporaryDirectory(prefix="audio_mamba-") as private:
-        path = Path(private) / name
         try:
-            _compile(compiler, machine, path)
-            return ctypes.CDLL(str(path))
+            return ctypes.CDLL(str(_compile(compiler, machine, Path(private), name)))
         except OSError as error:
             raise NotAvailable(f"the compiled kernels cannot be loaded from {private}: {error}") from error
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _cache_folder() -> Path:
@@ -84,13 +87,13 @@ def _instruction_set(compiler: list[str]) -> tuple[tuple[str, ...], bytes]:
         done = subprocess.run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
         if done.returncode == 0:
             return flags, done.stdout
-    raise NotAvailable(f"the C compiler does not work: {' '.join(compiler)}: {_last_line(done.stderr)}")
+    raise NotAvailable(f"the C compiler does not work: {' '.join(compiler)}: {_complaint(done.stderr)}")
 
 
-def _compile(compiler: list[str], machine: tuple[str, ...], path: Path) -> None:
-    """Write ``path``, beside its place and then renamed: several processes may compile at once."""
-    log.info("compiling the CPU kernels of the selective scan, once (about 5 s), to %s", path)
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+def _compile(compiler: list[str], machine: tuple[str, ...], folder: Path, name: str) -> Path:
+    """Compile into ``folder``, beside its place and then renamed: several processes may compile at once."""
+    log.info("compiling the CPU kernels of the selective scan, once (about 5 s), into %s", folder)
+    handle, beside = tempfile.mkstemp(dir=folder, prefix=name, suffix=".tmp")
     os.close(handle)
     try:
         for threads in (("-fopenmp",), ()):
@@ -99,16 +102,20 @@ def _compile(compiler: list[str], machine: tuple[str, ...], path: Path) -> None:
             if done.returncode == 0:
                 break
         else:
-            raise NotAvailable(f"the C compiler fails: {shlex.join(command)}: {_last_line(done.stderr)}")
+            raise NotAvailable(f"the C compiler fails: {shlex.join(command)}: {_complaint(done.stderr)}")
         if not threads:
             log.warning("%s knows no -fopenmp: the CPU kernels will use one thread", " ".join(compiler))
         os.chmod(beside, 0o755)
+        path = folder / f"{name}-{_digest(Path(beside).read_bytes())}.so"
         os.replace(beside, path)
+        return path
     except subprocess.TimeoutExpired as error:
         raise NotAvailable(f"the C compiler took more than {TIMEOUT} s") from error
     finally:
         Path(beside).unlink(missing_ok=True)
 
 
-def _last_line(stderr: bytes) -> str:
-    return (stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+def _complaint(stderr: bytes) -> str:
+    """The first line that says what is wrong, or the last one."""
+    lines = stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[-1])
