@@ -17,6 +17,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 import aum
+from aum.allocator import keep_freed_memory
 from aum.scan import choose
 from dcase.config import EvalConfig, MachineConfig, TrainConfig, to_plain
 from dcase.errors import UserError
@@ -94,7 +95,10 @@ def epochs_done(trainer: pl.Trainer) -> int:
 
 
 def check_machine(machine: MachineConfig) -> None:
-    """Raise `UserError` for flags that do not fit this machine, before anything is made or read."""
+    """Raise `UserError` for flags that do not fit this machine, before anything is made or read.
+
+    Says which scan will run, and why.
+    """
     if machine.scan_backend != "auto":
         os.environ["AUM_SCAN_BACKEND"] = machine.scan_backend  # for the processes that this one starts, too
     trainer = make_trainer(machine, Path("."), [])
@@ -103,6 +107,8 @@ def check_machine(machine: MachineConfig) -> None:
         choose(device, DTYPES[machine.precision])
     except ValueError as error:
         raise UserError(f"--scan_backend: {error}") from error
+    if device == "cpu":
+        keep_freed_memory()
     if machine.compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler on the CPU: install one (apt install g++), or leave it out")
 

@@ -88,6 +88,10 @@ INLINE void store(void *base, int64_t at, vf x, int lanes, int half) {
     }
 }
 
+/* Neighbouring tiles of a step are neighbouring cache lines, but a tile's steps are pages apart, where no hardware
+ * prefetcher follows. So while one tile is computed, the rows of the next are asked for, one a step. */
+INLINE void ask_for_line(const char *address) { __builtin_prefetch(address, 0, 2); }
+
 INLINE float load1(const void *base, int64_t at, int half) {
     return half ? widen(((const uint16_t *)base)[at]) : ((const float *)base)[at];
 }
@@ -98,32 +102,42 @@ INLINE float sum(vf x) {
     return y;
 }
 
-/* 2^x to 1e-7: x is split into its nearest integer and a rest within 1/2, whose power is a polynomial of degree 5
- * (minimax for the relative error among those with p(0) = 1: 9.1e-8). Beyond float32's range: 0 or infinity. NaN stays. */
-INLINE vf exp2v(vf x) {
+/* 2^x to 1e-7. Beyond float32's range: 0 or infinity. NaN stays. */
 #if defined(__AVX512F__)
-    vf whole = (vf)_mm512_roundscale_ps((__m512)x, 0);
+static const float POWERS[32] __attribute__((aligned(64))) = { /* 2^(j/32) */
+    1.f, 1.02189715f, 1.04427378f, 1.0671404f, 1.09050773f, 1.11438674f, 1.13878863f, 1.16372486f,
+    1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f,
+    1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f, 1.61049033f, 1.64575548f,
+    1.68179283f, 1.7186193f, 1.75625216f, 1.79470908f, 1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
+
+/* x is rounded to 32nds, whose powers are in two registers; the rest, within 1/64, needs but two terms (minimax for the
+ * relative error: 5.3e-8). Multiplications are what the scan has most of, and this has few. */
+INLINE vf exp2v(vf x) {
+    vf shifted = x + 393216.f; /* 1.5 * 2^18: its last five bits are now the number of 32nds */
+    vf whole = shifted - 393216.f, f = x - whole;
+    vf power = (vf)_mm512_permutex2var_ps(_mm512_load_ps(POWERS), (__m512i)shifted, _mm512_load_ps(POWERS + 16));
+    vf p = f * (0.240226507f * f + 0.693157344f);
+    return (vf)_mm512_scalef_ps((__m512)(p * power + power), (__m512)whole); /* times 2^floor(whole) */
+}
 #else
+/* x is split into its nearest integer and a rest within 1/2, whose power is a polynomial of degree 5 (minimax for the
+ * relative error among those with p(0) = 1: 9.1e-8). */
+INLINE vf exp2v(vf x) {
 #if defined(__AVX__)
     x = (vf)_mm256_max_ps(_mm256_set1_ps(-126.f), _mm256_min_ps(_mm256_set1_ps(128.f), (__m256)x));
 #else
     x = pick(x < -126.f, splat(-126.f), pick(x > 128.f, splat(128.f), x));
 #endif
     vf shifted = x + 12582912.f; /* 1.5 * 2^23: its last bits are now the nearest integer */
-    vf whole = shifted - 12582912.f;
-#endif
-    vf f = x - whole;
+    vf f = x - (shifted - 12582912.f);
     vf p = 1.3264727247e-3f * f + 9.6715126882e-3f;
     p = p * f + 5.5507337436e-2f;
     p = p * f + 2.4022242085e-1f;
     p = p * f + 6.9314697760e-1f;
     p = p * f + 1.0f;
-#if defined(__AVX512F__)
-    return (vf)_mm512_scalef_ps((__m512)p, (__m512)whole);
-#else
     return p * (vf)(((vi)shifted + 127) << 23);
-#endif
 }
+#endif
 
 /* exp(-|x|) gives both of these without overflow and without cancellation. */
 INLINE vf exp_minus_abs(vf x) { return exp2v((vf)((vu)x | 0x80000000u) * LOG2E); }
@@ -241,31 +255,35 @@ INLINE vf row(const Conv *p, const void *x, int64_t base, int64_t stride, int64_
  * of the taps and the bias added to dtaps. */
 INLINE void conv_rows(const Conv *p, int64_t k, int64_t b, int64_t start, int64_t end, int64_t c, int lanes,
                       const vf *taps, vf *dtaps, const int64_t w, const int half, const int backward) {
-    vf window[w], t[w + 1], dt[w + 1];
+    vf window[w], tap[w + 1], dtap[w + 1];
     int64_t from = b * p->x_b + c;
 #pragma GCC unroll 8
-    for (int64_t j = 0; j <= w; j++) t[j] = taps[j], dt[j] = backward ? dtaps[j] : splat(0.f);
+    for (int64_t j = 0; j <= w; j++) tap[j] = taps[j], dtap[j] = backward ? dtaps[j] : splat(0.f);
 #pragma GCC unroll 8
     for (int64_t j = 1; j < w; j++) window[j] = row(p, p->x, from, p->x_l, k, start - w + j, lanes, half);
+    const char *out = (const char *)(backward ? p->du : p->u);
+    const int size = half ? 2 : 4;
     for (int64_t i = start; i < end; i++) {
+        int64_t t = p->reverse[k] ? p->l - 1 - i : i, here = ((k * p->b + b) * p->l + t) * p->d + c;
+        ask_for_line((const char *)p->x + (from + t * p->x_l + VL) * size);
+        ask_for_line(out + (here + VL) * size);
 #pragma GCC unroll 8
         for (int64_t j = 0; j + 1 < w; j++) window[j] = window[j + 1];
         window[w - 1] = row(p, p->x, from, p->x_l, k, i, lanes, half);
-        vf y = t[w];
+        vf y = tap[w];
 #pragma GCC unroll 8
-        for (int64_t j = 0; j < w; j++) y += t[j] * window[j];
+        for (int64_t j = 0; j < w; j++) y += tap[j] * window[j];
         vf s = sigmoid(y);
-        int64_t here = ((k * p->b + b) * p->l + (p->reverse[k] ? p->l - 1 - i : i)) * p->d + c;
         if (backward) {
             vf g = load(p->du, here, lanes, half) * (s + y * (s - s * s));
             store(p->du, here, g, lanes, half);
 #pragma GCC unroll 8
-            for (int64_t j = 0; j < w; j++) dt[j] += g * window[j];
-            dt[w] += g;
+            for (int64_t j = 0; j < w; j++) dtap[j] += g * window[j];
+            dtap[w] += g;
         } else store(p->u, here, y * s, lanes, half);
     }
 #pragma GCC unroll 8
-    for (int64_t j = 0; j <= w && backward; j++) dtaps[j] = dt[j];
+    for (int64_t j = 0; j <= w && backward; j++) dtaps[j] = dtap[j];
 }
 
 INLINE void conv_forward_unit(const Conv *p, int64_t index, vf *taps, const int64_t w, const int half) {
@@ -409,8 +427,6 @@ INLINE void scatter(void *x, Rows r, int64_t steps, int lanes, int half, const v
     else for (int64_t i = 0; i < steps; i++) store(x, r.at + i * r.stride, in[i], lanes, half);
 }
 
-/* Neighbouring tiles of a step are neighbouring cache lines, but a tile's steps are pages apart, where no hardware
- * prefetcher follows. So while one tile is computed, the rows of the next are asked for, one a step. */
 typedef struct {
     const char *at;
     int64_t stride; /* in bytes */
@@ -422,7 +438,7 @@ INLINE Next next_tile(const void *x, Rows r, int half) {
     return next;
 }
 
-INLINE void ask_for(const Next *next, int64_t i) { __builtin_prefetch(next->at + i * next->stride, 0, 2); }
+INLINE void ask_for(const Next *next, int64_t i) { ask_for_line(next->at + i * next->stride); }
 
 /* Step i of scan s in the order of scan 0. */
 INLINE int64_t other(const Scan *p, int64_t s, int64_t i) { return p->reverse[s] == p->reverse[0] ? i : p->l - 1 - i; }

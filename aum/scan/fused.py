@@ -222,7 +222,7 @@ def mixer_backward(
         if s > k:  # two scans of one branch
             du, ddelta, dp, dD, dbias = (x.sum(0, keepdim=True) for x in (du, ddelta, dp, dD, dbias))
         torch.bmm(ddelta, dt_proj.to(u.dtype), out=dp[..., :r])
-        ddt_proj = ddelta.transpose(1, 2) @ p[..., :r]
+        ddt_proj = (p[..., :r].transpose(1, 2) @ ddelta).transpose(1, 2).contiguous()  # this way round it is faster
         du.baddbmm_(dp, x_proj.to(u.dtype))
         dx_proj = dp.transpose(1, 2) @ u.view(k, b * l, d)
         dconv, dconv_bias = kernels.conv_backward(
