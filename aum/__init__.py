@@ -10,12 +10,13 @@ from aum.model import (
     parameter_groups,
 )
 from aum.scan import available_backends, selective_scan_fn, use_backend
-from aum.self_test import self_test
+from aum.self_test import SelfTestFailed, self_test
 
 __all__ = [
     "AuMConfig",
     "AudioMamba",
     "BiMamba",
+    "SelfTestFailed",
     "available_backends",
     "create_config",
     "create_model",

@@ -14,6 +14,6 @@ def keep_freed_memory() -> bool:
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc: macOS, Windows, musl
+    except (OSError, AttributeError, TypeError):  # not glibc: macOS, musl, Windows
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) and mallopt(M_TRIM_THRESHOLD, -1))

@@ -6,6 +6,7 @@ code (kaistmm/Audio-Mamba-AuM, hustvl/Vim), so that its checkpoints load.
 
 import math
 import operator
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -22,6 +23,11 @@ Direction = Literal["fo_fo", "fo_bi", "bi_bi"]
 def wide(x: Tensor) -> Tensor:
     """x in float32, or wider if it is: what must not be rounded to 16 bit."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether using its parameters is as good as calling it: no subclass, no parametrisation, no hook (pruning)."""
+    return type(module) in (nn.Linear, nn.Conv1d) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 class BiMamba(nn.Module):
@@ -45,10 +51,10 @@ class BiMamba(nn.Module):
         self.d_model, self.d_state, self.d_conv, self.direction = d_model, d_state, d_conv, direction
         self.d_inner = expand * d_model
         self.dt_rank = math.ceil(d_model / 16)
+        self._suffixes = ("", "_b") if direction == "bi_bi" else ("",)  # of the branches' parameters
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
-        self._add_branch("")
-        if direction == "bi_bi":
-            self._add_branch("_b")
+        for suffix in self._suffixes:
+            self._add_branch(suffix)
         if direction != "fo_fo":
             self.A_b_log = a_log(self.d_inner, d_state)
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
@@ -68,15 +74,19 @@ class BiMamba(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         xz = self.in_proj(hidden)  # (b, l, 2d): x first, the gate z last
         backend = choose(xz.device.type, xz.dtype)
-        y = self._fused(xz, backend) if BACKENDS[backend].fused else self._composed(xz)
+        fused = BACKENDS[backend].fused and all(map(_is_plain, self._inner_modules()))
+        y = self._fused(xz, backend) if fused else self._composed(xz, backend)
         return self.out_proj(y)
+
+    def _inner_modules(self) -> Iterator[nn.Module]:
+        names = ("conv1d", "x_proj", "dt_proj")
+        return (getattr(self, name + suffix) for name in names for suffix in self._suffixes)
 
     def _fused(self, xz: Tensor, backend: str) -> Tensor:
         """All that lies between the projections as one operation: (b, l, 2d) -> (b, l, d)."""
 
         def both(name: str) -> Tensor:
-            suffixes = ("", "_b") if self.direction == "bi_bi" else ("",)
-            return torch.stack([operator.attrgetter(name.format(suffix))(self) for suffix in suffixes])
+            return torch.stack([operator.attrgetter(name.format(suffix))(self) for suffix in self._suffixes])
 
         A_logs = [self.A_log] if self.direction == "fo_fo" else [self.A_log, self.A_b_log]
         parameters = (
@@ -91,27 +101,28 @@ class BiMamba(nn.Module):
         keep = torch.is_grad_enabled() and (xz.requires_grad or any(x.requires_grad for x in parameters))
         return mixer(xz, *parameters, keep, backend)[0]
 
-    def _composed(self, xz: Tensor) -> Tensor:
-        """The same, operation by operation, for backends that only scan."""
+    def _composed(self, xz: Tensor, backend: str) -> Tensor:
+        """The same, operation by operation: for backends that only scan, and for inner modules that are not plain."""
         x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (b, d, l) each
         if self.direction == "bi_bi":
-            y = (self._branch(x, z, "", reverse=False) + self._branch(x, z, "_b", reverse=True)) / 2
+            y = self._branch(x, z, "", False, backend) + self._branch(x, z, "_b", True, backend)
+            y = y / 2
         elif self.direction == "fo_bi":
-            inputs = self._scan_inputs(x, "", reverse=False)
+            inputs = self._scan_inputs(x, "", False, backend)
             y = self._scan(inputs, self.A_log, z, "", reverse=False)
             y = y + self._scan(inputs, self.A_b_log, z, "", reverse=True)
         else:
-            y = self._branch(x, z, "", reverse=False)
+            y = self._branch(x, z, "", False, backend)
         return y.transpose(1, 2)
 
-    def _branch(self, x: Tensor, z: Tensor, suffix: str, reverse: bool) -> Tensor:
+    def _branch(self, x: Tensor, z: Tensor, suffix: str, reverse: bool, backend: str) -> Tensor:
         A_log = self.A_b_log if suffix else self.A_log
-        return self._scan(self._scan_inputs(x, suffix, reverse), A_log, z, suffix, reverse)
+        return self._scan(self._scan_inputs(x, suffix, reverse, backend), A_log, z, suffix, reverse)
 
-    def _scan_inputs(self, x: Tensor, suffix: str, reverse: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _scan_inputs(self, x: Tensor, suffix: str, reverse: bool, backend: str) -> tuple[Tensor, ...]:
         """x (b, d, l) -> u (b, d, l), delta (b, d, l) before its bias, B and C (b, n, l)."""
         conv1d, x_proj, dt_proj = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
-        u = causal_conv1d(x, conv1d.weight.squeeze(1), conv1d.bias, reverse)
+        u = causal_conv1d(x, conv1d.weight.squeeze(1), conv1d.bias, reverse, backend)
         projected = x_proj(u.transpose(1, 2))  # (b, l, r + 2n)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = F.linear(dt, dt_proj.weight)  # its bias is added in the scan, in float32

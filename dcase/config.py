@@ -35,6 +35,8 @@ class FitConfig:
     """Largest norm of the gradient; 0: no clipping."""
     check_val_every_n_epoch: int = 10
     """Validate, and keep the best model, every so many epochs and after the last one."""
+    compile: bool = False
+    """torch.compile the model: a minute or more at the start of training, on GPUs fewer launches after it."""
     seed: int = 0
     """Seed of weights, order and augmentation; two runs with one seed on a CPU give the same weights."""
 
@@ -69,8 +71,6 @@ class MachineConfig:
     """What computes the selective scan; auto: AUM_SCAN_BACKEND, else the fastest that fits. The log says which."""
     deterministic: bool = False
     """Refuse whatever does not give the same bits every time on one machine: mamba_ssm's scan, some of CUDA."""
-    compile: bool = False
-    """torch.compile the model for training: a minute or more at the start, on GPUs fewer launches after it."""
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -112,7 +112,7 @@ class DeviceConfig(TrainConfig):
 
 Config = TypeVar("Config", bound=EvalConfig)
 
-# What a resumed run may change: none of it changes the figures.
+# What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
 _FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
     "scan_backend", "deterministic", "compile",

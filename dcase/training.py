@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -106,11 +107,9 @@ def check_machine(machine: MachineConfig) -> None:
     try:
         choose(device, DTYPES[machine.precision])
     except ValueError as error:
-        raise UserError(f"--scan_backend: {error}") from error
+        raise UserError(f"--scan_backend (or AUM_SCAN_BACKEND): {error}") from error
     if device == "cpu":
         keep_freed_memory()
-    if machine.compile and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise UserError("--compile needs a C++ compiler on the CPU: install one (apt install g++), or leave it out")
 
 
 def make_trainer(
@@ -185,14 +184,16 @@ def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineCon
     module.logmel.fit((batch.waveform, batch.length) for batch in shown)
 
 
-def _prepare_model(module: SceneClassifier, trainer: pl.Trainer, machine: MachineConfig) -> None:
+def _prepare_model(module: SceneClassifier, trainer: pl.Trainer, config: TrainConfig) -> None:
     """Test the scan on the device that is to train, and compile the model where asked to."""
     device = trainer.strategy.root_device
     try:
-        aum.self_test(device, DTYPES[machine.precision])
-    except RuntimeError as error:
+        aum.self_test(device, DTYPES[config.machine.precision])
+    except aum.SelfTestFailed as error:
         raise UserError(f"{error}. Train with --scan_backend torch, and please report this") from error
-    if machine.compile:
+    if config.fit.compile:
+        if device.type == "cpu" and not shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]):
+            raise UserError("--compile needs a C++ compiler on the CPU: install one (apt install g++), or leave it out")
         # In place, so that checkpoints keep their names. 65 tokens are bound by launches: on GPUs replay CUDA graphs.
         module.model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
 
@@ -208,7 +209,7 @@ def train(
     """Train into ``folder``/{last,best}.ckpt, from last.ckpt where there is one; says which epoch was best."""
     checkpoints = KeepCheckpoints(folder)
     trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
-    _prepare_model(module, trainer, config.machine)
+    _prepare_model(module, trainer, config)
     last = folder / "last.ckpt"
     order = EpochOrder(len(train_clips), config.fit.seed, lambda: epochs_done(trainer))
     batches = loader(train_clips, config.machine, order)

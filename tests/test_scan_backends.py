@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -318,12 +319,29 @@ def test_the_self_test_finds_a_mistake(monkeypatch):
         return 1.1 * dA, *others
 
     monkeypatch.setattr(cpu_kernels, "scan_backward", wrong)
-    with pytest.raises(RuntimeError, match="'cpu' calculates wrongly.*A_log differs"):
+    with pytest.raises(aum.SelfTestFailed, match="'cpu' calculates wrongly.*A_log differs"):
+        aum.self_test("cpu")
+    monkeypatch.setattr(cpu_kernels, "scan_backward", lambda *args: 1 / 0)
+    with pytest.raises(aum.SelfTestFailed, match="'cpu' fails on this machine: ZeroDivisionError"):
         aum.self_test("cpu")
 
 
 def test_fused_is_what_the_mixer_runs(monkeypatch):
     called = []
     monkeypatch.setattr("aum.mamba.mixer", lambda *args: called.append(args[-1]) or fused.mixer(*args))
-    aum.BiMamba(8)(torch.randn(1, 2, 8))
+    mixer, hidden = aum.BiMamba(8), torch.randn(1, 2, 8)
+    mixer(hidden)
     assert called == ["cpu"]
+
+
+def test_a_pruned_or_hooked_inner_projection_is_called_as_a_module():
+    mixer, hidden = mixer_and_input("bi_bi")
+    torch.nn.utils.prune.l1_unstructured(mixer.x_proj, "weight", amount=0.5)
+    seen = []
+    mixer.dt_proj_b.register_forward_hook(lambda *args: seen.append(1))
+    for _ in range(2):  # a stale weight would be a graph that is gone
+        got = mixed(mixer, hidden, "cpu")
+        for a, e in zip(got, mixed(mixer, hidden, "torch"), strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+    gradient = got[2 + [name for name, _ in mixer.named_parameters()].index("x_proj.weight_orig")]
+    assert (gradient[mixer.x_proj.weight_mask == 0] == 0).all()

@@ -1,4 +1,5 @@
-"""The ways to compute the scan, and the choice between them: by the tensors' device and dtype, at the time of the call.
+"""The ways to compute the scan, and the choice between them: by the tensors' device and dtype, at the time of the call
+(or, for a model that is compiled, of the compilation).
 
 | name | runs on | what it is | same bits every time |
 |---|---|---|---|
@@ -12,7 +13,9 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +61,8 @@ def _cpu_missing() -> str | None:
         build.library()
     except build.NotAvailable as error:
         return str(error)
+    except Exception as error:  # whatever else a machine has in store costs speed, not the run
+        return f"the CPU kernels cannot be compiled: {type(error).__name__}: {error}"
     return None
 
 
@@ -67,6 +72,8 @@ def _triton_missing() -> str | None:
         from aum.scan import triton_kernels  # noqa: F401
     except Exception as error:  # a broken installation raises anything
         return f"Triton cannot be imported: {type(error).__name__}: {error}"
+    if not (_interpreted() or os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to start its kernels: install one (apt install gcc libc6-dev)"
     return None
 
 
@@ -86,17 +93,20 @@ BACKENDS = {
 }
 _ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}  # the fastest first
 
-_forced: list[str] = []
+_forced: ContextVar[str | None] = ContextVar("use_backend", default=None)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside this context every scan uses the backend ``name``, whatever AUM_SCAN_BACKEND says."""
-    _forced.append(name)
+    """Inside this context, in this thread, every scan uses the backend ``name``, whatever AUM_SCAN_BACKEND says.
+
+    A model that torch.compile has compiled keeps the backend it was compiled with.
+    """
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -107,7 +117,6 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name, backend in BACKENDS.items() if not backend.missing())
 
 
-@torch.compiler.assume_constant_result
 def choose(device: str, dtype: torch.dtype, asked: str | None = None) -> str:
     """The backend for tensors on a type of device, of a dtype; says once which, and why not another.
 
@@ -115,11 +124,15 @@ def choose(device: str, dtype: torch.dtype, asked: str | None = None) -> str:
     that fits is taken. Raises ValueError where what was asked for does not exist or does not fit.
     """
     name, who = asked, "backend="
-    if name is None and _forced:
-        name, who = _forced[-1], "use_backend"
+    if name is None and _forced.get() is not None:
+        name, who = _forced.get(), "use_backend"
     if name is None:
         name, who = os.environ.get("AUM_SCAN_BACKEND") or None, "AUM_SCAN_BACKEND"
     return _choose(device, dtype, name, who, torch.are_deterministic_algorithms_enabled())
+
+
+# What torch.compiler.assume_constant_result sets; the decorator itself would import torch._dynamo, a second and more.
+choose._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -35,27 +35,38 @@ def library() -> ctypes.CDLL:
     """
     compiler = _compiler()
     machine, built_for = _instruction_set(compiler)
-    name = "cpu_kernels-" + _digest(b" ".join([SOURCE.read_bytes(), *map(str.encode, compiler), built_for]))
+    made_of = [SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), built_for]
+    name = f"cpu_kernels-{_digest(b' '.join(made_of))}"
     folder = _cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"{name}-*.so"):
             if path.stem.endswith(_digest(path.read_bytes())):
-                return ctypes.CDLL(str(path))
+                return _load(path)
             log.warning("%s is damaged: compiling it again", path)
-        return ctypes.CDLL(str(_compile(compiler, machine, folder, name)))
+        return _load(_compile(compiler, machine, folder, name))
     except OSError as error:  # not writable, full, or mounted noexec: compile for this process alone
         log.warning(
-            "%s cannot keep the compiled CPU kernels (%s): compiling them for this run only. "
+            "the compiled CPU kernels cannot be kept in %s (%s): compiling them for this run only. "
             "AUDIO_MAMBA_CACHE names another folder",
             folder,
             error,
         )
     with tempfile.TemporaryDirectory(prefix="audio_mamba-") as private:
         try:
-            return ctypes.CDLL(str(_compile(compiler, machine, Path(private), name)))
+            return _load(_compile(compiler, machine, Path(private), name))
         except OSError as error:
             raise NotAvailable(f"the compiled kernels cannot be loaded from {private}: {error}") from error
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    kernels = ctypes.CDLL(str(path))
+    if not kernels.aum_has_threads():
+        log.warning(
+            "the CPU kernels use one thread: the compiler knew no -fopenmp. Delete %s when it does; CC names another",
+            path,
+        )
+    return kernels
 
 
 def _digest(data: bytes) -> str:
@@ -76,15 +87,17 @@ def _compiler() -> list[str]:
     raise NotAvailable(
         f"CC is {asked}, which is not on PATH"
         if asked
-        else "no C compiler on PATH: install one (apt install gcc, or conda install gcc) for training that is many "
-        "times faster on the CPU"
+        else "no C compiler on PATH: install one (apt install gcc libc6-dev, or conda install gcc) for training that is "
+        "several times faster on the CPU"
     )
 
 
 def _instruction_set(compiler: list[str]) -> tuple[tuple[str, ...], bytes]:
     """Flags for this processor, and the macros that the compiler then sets, which say what code it will make."""
     for flags in MACHINE:
-        done = subprocess.run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
+        done = subprocess.run(
+            [*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, timeout=TIMEOUT
+        )
         if done.returncode == 0:
             return flags, done.stdout
     raise NotAvailable(f"the C compiler does not work: {' '.join(compiler)}: {_complaint(done.stderr)}")
@@ -103,8 +116,6 @@ def _compile(compiler: list[str], machine: tuple[str, ...], folder: Path, name: 
                 break
         else:
             raise NotAvailable(f"the C compiler fails: {shlex.join(command)}: {_complaint(done.stderr)}")
-        if not threads:
-            log.warning("%s knows no -fopenmp: the CPU kernels will use one thread", " ".join(compiler))
         os.chmod(beside, 0o755)
         path = folder / f"{name}-{_digest(Path(beside).read_bytes())}.so"
         os.replace(beside, path)

@@ -1,6 +1,6 @@
-/* The mixer's kernels for the CPU: depthwise convolution with SiLU, and the selective scan with softplus, skip and gate,
- * forward and backward, for one or two directions at once. Plain C with GCC's and Clang's vector extensions, so that
- * one source serves AVX-512, AVX2 and NEON; compiled at first use by aum/scan/build.py, called by aum/scan/cpu_kernels.py.
+/* The mixer's kernels for the CPU: depthwise convolution with SiLU, and the selective scan with softplus, skip and
+ * gate, forward and backward, for one or two directions at once. Plain C with GCC's and Clang's vector extensions, so
+ * that one source serves AVX-512, AVX2 and NEON. Compiled at first use by build.py, called by cpu_kernels.py.
  *
  * Axes: k convolutions, s scans, b batch, l steps, d channels, g groups of channels that share B and C, n states.
  * Tensors are channel-last: the VL lanes of a vector are neighbouring channels of one step (a "tile" of channels).
@@ -25,7 +25,7 @@
 #else
 #define VL 4
 #endif
-#define NB 4          /* states held in registers at a time; n is padded to a multiple of it */
+#define NB 4 /* states held in registers at a time; n is padded to a multiple of it */
 
 #define INLINE static inline __attribute__((always_inline))
 typedef float vf __attribute__((vector_size(4 * VL)));
@@ -102,7 +102,7 @@ INLINE float sum(vf x) {
     return y;
 }
 
-/* 2^x to 1e-7. Beyond float32's range: 0 or infinity. NaN stays. */
+/* 2^x to 2e-7. Beyond float32's range: 0 (or 1e-38) and infinity. NaN stays. */
 #if defined(__AVX512F__)
 static const float POWERS[32] __attribute__((aligned(64))) = { /* 2^(j/32) */
     1.f, 1.02189715f, 1.04427378f, 1.0671404f, 1.09050773f, 1.11438674f, 1.13878863f, 1.16372486f,
@@ -189,7 +189,7 @@ INLINE void restore(int old) { (void)old; }
 
 /* ---- how work is cut -------------------------------------------------------------------------------------------- */
 
-static void *scratch(int64_t vectors) { return aligned_alloc(64, ((vectors * (int64_t)sizeof(vf) + 63) / 64 + 1) * 64); }
+static void *scratch(int64_t vectors) { return aligned_alloc(64, (vectors * (int64_t)sizeof(vf) / 64 + 1) * 64); }
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -207,6 +207,14 @@ INLINE int64_t channel_piece(int64_t channels, int64_t pieces, int64_t i, int64_
 }
 
 int aum_vector_lanes(void) { return VL; }
+
+int aum_has_threads(void) {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 /* ---- convolution ------------------------------------------------------------------------------------------------ */
 
@@ -294,7 +302,8 @@ INLINE void conv_forward_unit(const Conv *p, int64_t index, vf *taps, const int6
             for (int64_t start = 0; start < p->l; start += ROWS)
                 for (int64_t tile = 0; tile < u.tiles; tile++)
                     conv_rows(p, k, b, start, min64(start + ROWS, p->l), u.first + tile * VL,
-                              (int)min64(VL, u.channels - tile * VL), taps + (k * u.tiles + tile) * (w + 1), 0, w, half, 0);
+                              (int)min64(VL, u.channels - tile * VL), taps + (k * u.tiles + tile) * (w + 1), 0, w, half,
+                              0);
 }
 
 /* dx of one tile's steps: x[i] reached the outputs i ... i + w - 1, in scan order. */
@@ -306,7 +315,8 @@ INLINE void conv_dx_rows(const Conv *p, int64_t b, int64_t start, int64_t end, i
             int64_t i = p->reverse[k] ? p->l - 1 - t : t;
 #pragma GCC unroll 8
             for (int64_t j = 0; j < w; j++)
-                g += taps[k * stride_k + j] * row(p, p->du, (k * p->b + b) * p->l * p->d + c, p->d, k, i + w - 1 - j, lanes, half);
+                g += taps[k * stride_k + j] *
+                     row(p, p->du, (k * p->b + b) * p->l * p->d + c, p->d, k, i + w - 1 - j, lanes, half);
         }
         store(p->dx, b * p->dx_b + t * p->dx_l + c, g, lanes, half);
     }
@@ -368,7 +378,8 @@ int aum_conv(const Conv *p, int backward) {
 /* ---- scan ------------------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    int64_t s, b, l, d, g, n, half, softplus, threads, batch_pieces, channel_pieces; /* pieces of a group's channels */
+    int64_t s, b, l, d, g, n, half, softplus, threads; /* s: 1 or 2 */
+    int64_t batch_pieces, channel_pieces;              /* the latter of a group's channels */
     int64_t steps, chunks; /* of a chunk; their number */
     int64_t reverse[2];
     float scale;
@@ -467,7 +478,7 @@ INLINE void pack_A(const Scan *p, const Unit *u, vf *A) {
 /* y += C . h over `count` (a constant) states of a chunk's steps; h is carried on. */
 INLINE void scan_states(int64_t steps, const vf *delta, const vf *delta_u, const float *B, const float *C, int64_t np,
                         const vf *A, vf *h, vf *y, const Next *next, const int count) {
-    vf H[8], a[8];
+    vf H[2 * NB], a[2 * NB];
     for (int k = 0; k < count; k++) H[k] = h[k], a[k] = A[k];
     for (int64_t i = 0; i < steps; i++) {
         vf dl = delta[i], x = delta_u[i], out = y[i];
@@ -511,8 +522,10 @@ INLINE void scan_forward_unit(const Scan *p, int64_t index, vf *memory, const in
             memset(h, 0, tiles * np * sizeof(vf));
             for (int64_t chunk = 0; chunk < p->chunks; chunk++) {
                 int64_t start = chunk * steps, count = min64(steps, p->l - start);
-                pack_rows(p, p->B, s, s * p->B_s + b * p->B_b + u.group * p->B_g, p->B_l, p->B_n, start, count, np, B, half);
-                pack_rows(p, p->C, s, s * p->C_s + b * p->C_b + u.group * p->C_g, p->C_l, p->C_n, start, count, np, C, half);
+                int64_t at_B = s * p->B_s + b * p->B_b + u.group * p->B_g;
+                int64_t at_C = s * p->C_s + b * p->C_b + u.group * p->C_g;
+                pack_rows(p, p->B, s, at_B, p->B_l, p->B_n, start, count, np, B, half);
+                pack_rows(p, p->C, s, at_C, p->C_l, p->C_n, start, count, np, C, half);
                 for (int64_t tile = 0; tile < tiles; tile++) {
                     int64_t c = u.first + tile * VL;
                     int lanes = (int)min64(VL, u.end - c);
@@ -531,14 +544,16 @@ INLINE void scan_forward_unit(const Scan *p, int64_t index, vf *memory, const in
                                    next_tile(p->y, at_y, half), next_tile(p->z, at_z, half)};
                     if (lanes == VL) prepare(p, at_u, at_delta, count, VL, half, bias, D, delta, delta_u, y);
                     else prepare(p, at_u, at_delta, count, lanes, half, bias, D, delta, delta_u, y);
+                    const vf *A_here = A + (s * tiles + tile) * np;
                     int64_t n = 0;
-                    for (; n + 8 <= np && VL == 16; n += 8)
-                        scan_states(count, delta, delta_u, B + n, C + n, np, A + (s * tiles + tile) * np + n, state + n, y, next + (n ? 2 : 0), 8);
-                    for (; n < np; n += 4)
-                        scan_states(count, delta, delta_u, B + n, C + n, np, A + (s * tiles + tile) * np + n, state + n, y, next + (n ? 2 : 0), 4);
-                    vf *sum = total + tile * p->l + start;  /* in scan order; the second scan runs the other way */
-                    if (s + 1 < p->s) {
-                        memcpy(sum, y, count * sizeof(vf));
+                    for (; n + 2 * NB <= np && VL == 16; n += 2 * NB) /* AVX-512 has registers for twice as many */
+                        scan_states(count, delta, delta_u, B + n, C + n, np, A_here + n, state + n, y,
+                                    next + (n ? 2 : 0), 2 * NB);
+                    for (; n < np; n += NB)
+                        scan_states(count, delta, delta_u, B + n, C + n, np, A_here + n, state + n, y,
+                                    next + (n ? 2 : 0), NB);
+                    if (s + 1 < p->s) { /* kept in scan order; the other scan may run the other way */
+                        memcpy(total + tile * p->l + start, y, count * sizeof(vf));
                         continue;
                     }
                     if (s) for (int64_t i = 0; i < count; i++) y[i] += total[tile * p->l + other(p, s, start + i)];
@@ -557,8 +572,9 @@ INLINE void scan_forward_unit(const Scan *p, int64_t index, vf *memory, const in
 }
 
 /* NB states of a chunk: the states again from the one before the chunk, then the gradients, last step first.
- *   G_t = dy_t C_t + decay_{t+1} G_{t+1}, the gradient of h_t;   ddelta_u = G . B;   dB = sum over channels of G delta u;
- *   dC = sum over channels of dy h;   with e = G decay h_{t-1}:  ddecay_delta = e . A,  dA = sum over steps of e delta.
+ *   G_t = dy_t C_t + decay_{t+1} G_{t+1}, the gradient of h_t;   ddelta_u = G . B;   with e = G decay h_{t-1}:
+ *   dexponent (of delta A, by delta) = e . A,  dA = sum over steps of e delta;
+ *   dB = sum over channels of G delta u,  dC = sum over channels of dy h.
  * decays and states are scratch, (steps, NB) and (steps + 1, NB). */
 INLINE void scan_states_backward(int64_t steps, const vf *delta, const vf *delta_u, const vf *dy, const float *B,
                                  const float *C, int64_t np, const vf *A, const vf *before, vf *carry, vf *decays,
@@ -621,8 +637,10 @@ INLINE void scan_backward_unit(const Scan *p, int64_t index, vf *memory, const i
                                                 (int)min64(VL, u.end - u.first - tile * VL), 0);
             for (int64_t chunk = p->chunks - 1; chunk >= 0; chunk--) {
                 int64_t start = chunk * steps, count = min64(steps, p->l - start);
-                pack_rows(p, p->B, s, s * p->B_s + b * p->B_b + u.group * p->B_g, p->B_l, p->B_n, start, count, np, B, half);
-                pack_rows(p, p->C, s, s * p->C_s + b * p->C_b + u.group * p->C_g, p->C_l, p->C_n, start, count, np, C, half);
+                int64_t at_B = s * p->B_s + b * p->B_b + u.group * p->B_g;
+                int64_t at_C = s * p->C_s + b * p->C_b + u.group * p->C_g;
+                pack_rows(p, p->B, s, at_B, p->B_l, p->B_n, start, count, np, B, half);
+                pack_rows(p, p->C, s, at_C, p->C_l, p->C_n, start, count, np, C, half);
                 memset(dB, 0, 2 * steps * np * sizeof(vf)); /* and dC */
                 for (int64_t tile = 0; tile < tiles; tile++) {
                     int64_t c = u.first + tile * VL;
@@ -633,7 +651,8 @@ INLINE void scan_backward_unit(const Scan *p, int64_t index, vf *memory, const i
                     memset(before, 0, np * sizeof(vf));
                     for (int64_t n = 0; n < p->n && chunk; n++)
                         before[n] = load(p->states,
-                                         (((s * p->b + b) * (p->chunks - 1) + chunk - 1) * p->n + n) * p->d + c, lanes, 0);
+                                         (((s * p->b + b) * (p->chunks - 1) + chunk - 1) * p->n + n) * p->d + c, lanes,
+                                         0);
                     Rows at_u = rows(p, s, start, s * p->u_s + b * p->u_b + c, p->u_l);
                     Rows at_delta = rows(p, s, start, s * p->delta_s + b * p->delta_b + c, p->delta_l);
                     Rows at_du = rows(p, s, start, s * p->du_s + b * p->du_b + c, p->du_l);
@@ -678,15 +697,17 @@ INLINE void scan_backward_unit(const Scan *p, int64_t index, vf *memory, const i
                         sum_D += dy[i] * x[i];
                         dexponent[i] = g;
                         ddelta_u[i] = ddelta_u[i] * delta[i] + D * dy[i];
-                        y[i] *= dgate[i];
                     }
                     scatter(p->du, at_du, count, lanes, half, ddelta_u);
                     scatter(p->ddelta, at_ddelta, count, lanes, half, dexponent);
-                    if (p->z && s) { /* the other scan's share is there already */
-                        gather(p->dz, at_dz, count, lanes, half, dgate);
-                        for (int64_t i = 0; i < count; i++) y[i] += dgate[i];
+                    if (p->z) {
+                        for (int64_t i = 0; i < count; i++) y[i] *= dgate[i];
+                        if (s) { /* the other scan's share is there already */
+                            gather(p->dz, at_dz, count, lanes, half, dgate);
+                            for (int64_t i = 0; i < count; i++) y[i] += dgate[i];
+                        }
+                        scatter(p->dz, at_dz, count, lanes, half, y);
                     }
-                    if (p->z) scatter(p->dz, at_dz, count, lanes, half, y);
                     dD[s * tiles + tile] += sum_D;
                     dbias[s * tiles + tile] += sum_bias;
                 }
@@ -719,7 +740,8 @@ int aum_scan(const Scan *p, int backward) {
     int64_t units = p->batch_pieces * p->g * p->channel_pieces;
     int64_t tiles = (p->d / p->g + VL - 1) / VL / p->channel_pieces + 1, np = (p->n + NB - 1) / NB * NB;
     int64_t rows = 2 * ((p->steps * np + VL - 1) / VL); /* B and C */
-    int64_t vectors = backward ? p->s * tiles * (2 * np + 2) + tiles * np + p->steps * (2 * np + 2 * NB + 9) + NB + np + rows
+    int64_t vectors = backward ? p->s * tiles * (2 * np + 2) + tiles * np + p->steps * (2 * np + 2 * NB + 9) + NB + np +
+                                     rows
                                : (p->s + 1) * tiles * np + 3 * p->steps + rows + (p->s > 1 ? p->l * tiles : 0);
     int failed = 0;
 #pragma omp parallel num_threads((int)p->threads) reduction(| : failed)

@@ -100,13 +100,13 @@ def _channel_last(backend: str, u, delta, A, B, C, D, z, bias, softplus: bool, r
     return y.transpose(1, 2), last.transpose(1, 2)
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool, backend: str) -> Tensor:
     """SiLU of a depthwise convolution in time: x (b, d, l), weight (d, w), bias (d,) -> (b, d, l).
 
     ``reverse`` convolves against time: output t sees inputs t ... t + w - 1, which is what flipping, convolving and
-    flipping back gives, but only the kernel of w taps is flipped.
+    flipping back gives, but only the kernel of w taps is flipped. ``backend`` is that of the scan it goes before.
     """
-    published = cuda_kernels.causal_conv1d(x, weight, bias, reverse)
+    published = cuda_kernels.causal_conv1d(x, weight, bias, reverse) if backend == "mamba_ssm" else None
     if published is not None:
         return published
     (d, w), kernel = weight.shape, weight.flip(-1) if reverse else weight

@@ -546,10 +546,10 @@ def scan_forward(
     (s, b, l, d), n = u.shape, A.shape[2]
     y = u.new_empty(b, l, d)
     last = A.new_zeros(s, b, n, d)
-    if y.numel() == 0:
-        return y, last, A.new_empty(0)
-    tiles, shared = _launch(u, delta, A, B, C, z, softplus, reverse)
     states = A.new_empty(states_shape(s, b, l, d, B.shape[3], n) if keep else 0)
+    if y.numel() == 0:
+        return y, last, states
+    tiles, shared = _launch(u, delta, A, B, C, z, softplus, reverse)
     total = None if s == 1 else y if y.dtype == torch.float32 else A.new_empty(b, l, d)
     _scan_forward[(b * B.shape[3] * tiles,)](
         u, delta, A, B, C, D, z, bias, y, total, last, states if keep else None, b, float(scale), **shared
@@ -586,7 +586,6 @@ def scan_backward(
     """
     (s, b, l, d), g, n = u.shape, B.shape[3], A.shape[2]
     if dy.numel() == 0:
-        dB.zero_(), dC.zero_()
         return tuple(None if x is None else torch.zeros_like(x) for x in (A, D, bias))
     tiles, shared = _launch(u, delta, A, B, C, z, softplus, reverse)
     dB_parts, dC_parts = (A.new_empty(tiles, s, b, l, g, n) for _ in range(2))
