@@ -87,8 +87,8 @@ def _compiler() -> list[str]:
     raise NotAvailable(
         f"CC is {asked}, which is not on PATH"
         if asked
-        else "no C compiler on PATH: install one (apt install gcc libc6-dev, or conda install gcc) for training that is "
-        "several times faster on the CPU"
+        else "no C compiler on PATH: install one (apt install gcc libc6-dev, or conda install gcc) for a scan "
+        "that is several times faster on the CPU"
     )
 
 
