@@ -64,7 +64,7 @@ def _call(function: str, arguments: ctypes.Structure, backward: bool) -> None:
 def _pieces(b: int, channels: int, groups: int = 1) -> tuple[int, int]:
     """Into how many pieces to cut the clips and the channels of a group: by the sizes alone, never by the threads."""
     tiles = -(-channels // library().aum_vector_lanes())
-    by_channel = min(tiles, max(-(-channels // 256), -(-UNITS // max(1, 2 * b * groups))))
+    by_channel = min(tiles, max(-(-channels // 256), -(-UNITS // max(1, 4 * b * groups))))
     return min(b, -(-UNITS // (by_channel * groups))), by_channel
 
 
