@@ -1,4 +1,4 @@
-# make demo   both stages and the evaluation on synthetic data, about 6 minutes on 2 cores
+# make demo   both stages and the evaluation on synthetic data, about 3 minutes on 2 cores
 # make test   the whole test suite, as CI runs it
 # make lint   ruff
 # Each makes .venv and installs the pinned requirements first, once.
