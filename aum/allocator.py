@@ -9,7 +9,7 @@ LARGEST_BLOCK = 32 * 2**20  # bytes; glibc takes no larger threshold
 def keep_freed_memory() -> bool:
     """Let glibc keep freed blocks of up to 32 MB for the next allocation; True where that could be arranged.
 
-    It would give them back to the system, which hands out zeroed pages again a moment later: about a tenth of the time
+    It would give them back to the system, which hands out zeroed pages again a moment later: 5 to 10 % of the time
     of a training step on the CPU. The process then stays as large as it once was.
     """
     try:
