@@ -52,16 +52,18 @@ NONE = "-"
 
 
 def too_slow(contender: Contender, parameters: list, b: int, l: int, dtype, args: argparse.Namespace) -> str | None:
-    """Why not to run it at this size, judged by one clip of a quarter of the length; None if it is worth its time."""
-    call = block_calls(contender.block, parameters, 1, -(-l // 4), dtype, args)[BOTH]
+    """Why not to run it at this size, judged by one clip of an eighth and a quarter; None if it is worth its time."""
+    lengths = (max(1, l // 8), max(2, l // 4))
     try:
-        for _ in range(2):  # the first run may compile
-            seconds = 4 * b * timed(call, args.device)[WALL]
-            if seconds <= args.limit:
-                return None
+        taken = []
+        for length in lengths:
+            call = block_calls(contender.block, parameters, 1, length, dtype, args)[BOTH]
+            taken.append(min(timed(call, args.device)[WALL] for _ in range(2)))  # the first run may compile
     except RuntimeError as error:
         return f"fails: {str(error).splitlines()[0]}"
-    return f"not run: {seconds:.3g} s or more per call"
+    growth = max(2.0, taken[1] / taken[0])  # for a doubled length: 2 or, with a quadratic backward, 4
+    seconds = b * taken[1] * growth**2
+    return None if seconds <= args.limit else f"not run: about {seconds:.3g} s per call"
 
 
 # ---- the measures ----------------------------------------------------------------------------------------------------
