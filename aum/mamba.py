@@ -85,18 +85,18 @@ class BiMamba(nn.Module):
     def _fused(self, xz: Tensor, backend: str) -> Tensor:
         """All that lies between the projections as one operation: (b, l, 2d) -> (b, l, d)."""
 
-        def both(name: str) -> Tensor:
+        def branches(name: str) -> Tensor:
             return torch.stack([operator.attrgetter(name.format(suffix))(self) for suffix in self._suffixes])
 
         A_logs = [self.A_log] if self.direction == "fo_fo" else [self.A_log, self.A_b_log]
         parameters = (
-            both("conv1d{}.weight").squeeze(2),
-            both("conv1d{}.bias"),
-            both("x_proj{}.weight"),
-            both("dt_proj{}.weight"),
-            both("dt_proj{}.bias"),
+            branches("conv1d{}.weight").squeeze(2),
+            branches("conv1d{}.bias"),
+            branches("x_proj{}.weight"),
+            branches("dt_proj{}.weight"),
+            branches("dt_proj{}.bias"),
             torch.stack(A_logs),
-            both("D{}"),
+            branches("D{}"),
         )
         keep = torch.is_grad_enabled() and (xz.requires_grad or any(x.requires_grad for x in parameters))
         return mixer(xz, *parameters, keep, backend)[0]

@@ -48,6 +48,7 @@ import pandas as pd
 import soundfile
 from tqdm import tqdm
 
+from aum.cache import cache_folder
 from dcase.cli import parse
 from dcase.errors import UserError, run
 from dcase.tau22 import DEVICES, SCENES, SUBSETS
@@ -463,9 +464,8 @@ def _cannot_make(folder: Path, error: Exception) -> UserError:
 
 
 def default_folder() -> Path:
-    """Where the default SynthTAU lies: below $AUDIO_MAMBA_CACHE, $XDG_CACHE_HOME or ~/.cache."""
-    cache = os.environ.get("AUDIO_MAMBA_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache).absolute() / "audio_mamba" / f"synth_tau_v{VERSION}"
+    """Where the default SynthTAU lies."""
+    return cache_folder() / f"synth_tau_v{VERSION}"
 
 
 def is_whole(folder: Path) -> bool:

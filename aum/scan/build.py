@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch  # noqa: F401  (brings the OpenMP runtime that the kernels then share)
 
+from aum.cache import cache_folder
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
@@ -29,15 +31,15 @@ class NotAvailable(Exception):
 def library() -> ctypes.CDLL:
     """The compiled kernels. Raises `NotAvailable` where there is no compiler, or it fails.
 
-    The file is kept in ``audio_mamba`` below $AUDIO_MAMBA_CACHE, $XDG_CACHE_HOME or ~/.cache. Its name is made of the
-    source, the compiler and the processor's instruction set, so that a home folder shared between machines serves all,
-    and of its own content, because loading a damaged library would end the process.
+    The file is kept in `aum.cache.cache_folder`. Its name is made of the source, the compiler and the
+    processor's instruction set, so that a home folder shared between machines serves all, and of its own content,
+    because loading a damaged library would end the process.
     """
     compiler = _compiler()
     machine, built_for = _instruction_set(compiler)
     made_of = [SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), built_for]
     name = f"cpu_kernels-{_digest(b' '.join(made_of))}"
-    folder = _cache_folder()
+    folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob(f"{name}-*.so"):
@@ -71,11 +73,6 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("AUDIO_MAMBA_CACHE") or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "audio_mamba"
 
 
 def _compiler() -> list[str]:

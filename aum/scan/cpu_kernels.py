@@ -1,6 +1,7 @@
 """The kernels of cpu_kernels.c on torch's tensors. `aum.scan.fused` says what each computes and makes the gradients.
 
-T, the dtype of the data, is float32 or bfloat16; parameters and states are float32.
+The dtype of the data is float32 or bfloat16; parameters and states are float32. Each raises MemoryError where there
+is no memory for the kernels' scratch.
 """
 
 import ctypes
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from aum.scan.build import library
 
-DTYPES = (torch.float32, torch.bfloat16)
 STEPS = 40  # of a chunk, at most: more need more scratch in the caches, fewer keep more states
 UNITS = 32  # pieces of work, at least, where the sizes allow: enough for many threads to share evenly
 
@@ -47,7 +47,7 @@ def _fill(kind: type[ctypes.Structure], **values) -> ctypes.Structure:
 
 
 def _strides(**tensors: Tensor | None) -> dict[str, int]:
-    """u="s b l" and the like: ``_strides(u_sbl=u)`` is {"u_s": stride of dimension 0, ...}."""
+    """Strides by the names of the structs: ``_strides(u_sbl=u)`` is {"u_s": u.stride(0), "u_b": u.stride(1), ...}."""
     result = {}
     for key, x in tensors.items():
         name, axes = key.split("_")

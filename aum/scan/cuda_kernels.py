@@ -1,7 +1,7 @@
 """The published CUDA kernels of mamba-ssm and causal-conv1d, where they are installed.
 
-They are found by the compiled symbols, not by the packages: since mamba-ssm 2.3.2 the package installs without the
-kernels of Mamba-1 unless told otherwise, and its own import fails for reasons that do not concern the scan.
+They are found by the compiled symbols, not by the packages: after 2.3.2.post1 mamba-ssm installs without the kernels
+of Mamba-1 unless told otherwise (state-spaces/mamba#977), and its import fails for reasons of its own.
 Interfaces: state-spaces/mamba, csrc/selective_scan/selective_scan.cpp; Dao-AILab/causal-conv1d.
 """
 
@@ -23,9 +23,9 @@ def missing() -> str | None:
     """Why the scan's kernels cannot be used; None where they can."""
     try:
         module = importlib.import_module("selective_scan_cuda")
-    except ModuleNotFoundError:
-        return "mamba-ssm's CUDA kernels are not installed (requirements-cuda.txt says how)"
     except Exception as error:  # built for another torch, CUDA or Python: an ImportError, or worse
+        if isinstance(error, ModuleNotFoundError) and error.name == "selective_scan_cuda":
+            return "mamba-ssm's CUDA kernels are not installed (requirements-cuda.txt says how)"
         return f"mamba-ssm's CUDA kernels cannot be loaded: {_one_line(error)}"
     lacking = [name for name in ("fwd", "bwd") if not hasattr(module, name)]
     return f"selective_scan_cuda has no {' and no '.join(lacking)}" if lacking else None

@@ -67,15 +67,13 @@ def selective_scan_fn(
     _expect("z", z, (b, d, l))
     _expect("delta_bias", delta_bias, (d,))
     B, C = _grouped("B", B, b, d, n, l), _grouped("C", C, b, d, n, l)
-    data = [x for x in (u, delta, B, C, z) if x is not None]
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in data))
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (u, delta, B, C, z) if x is not None))
     state = functools.reduce(torch.promote_types, (x.dtype for x in (A, D, delta_bias) if x is not None), torch.float32)
     if state != torch.float32:
         dtype = torch.promote_types(dtype, state)
     name = choose(u.device.type, dtype, backend)
     with torch.autocast(u.device.type, enabled=False):  # the state, A, D and the bias stay in float32
-        data = [x if x is None else x.to(dtype) for x in (u, delta, B, C, z)]
-        u_, delta_, B, C, z = data
+        u_, delta_, B, C, z = (x if x is None else x.to(dtype) for x in (u, delta, B, C, z))
         A, D, delta_bias = (x if x is None else x.to(state) for x in (A, D, delta_bias))
         scan = _SCANS.get(name) or functools.partial(_channel_last, name)
         y, last_state = scan(u_, delta_, A, *_same_groups(B, C), D, z, delta_bias, delta_softplus, reverse)
