@@ -12,14 +12,29 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A signal ended a training run, which was saved first."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.number = number
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call ``main``; turn a `UserError` into one line on stderr and exit code 2, Ctrl-C into exit code 130."""
+    """Call ``main``; turn a `UserError` into one line on stderr and exit code 2, a signal into 128 + its number."""
     try:
         main()
     except UserError as error:
         # The line break ends a progress bar's line. A reading process hands its message on behind a traceback.
         print(f"\nerror: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print("\nstopped by the keyboard; a training run goes on with --resume and its run id", file=sys.stderr)
         sys.exit(130)

@@ -1,7 +1,8 @@
-"""The front end: waveform (b, 1, samples) at the recordings' rate -> normalised log-mel (b, 1, n_mels, frames).
+"""The front end: waveform (b, 1, samples) -> normalised log-mel (b, 1, n_mels, frames).
 
-Resample -> power mel spectrogram -> log(x + 1e-5), as the DCASE2025 Task 1 baseline does
-(CPJKU/dcase2025_task1_baseline, README), then minus the mean and over the deviation of the training clips.
+Resample (where the sound is not at the model's rate already, as a pack's is) -> power mel spectrogram
+-> log(x + 1e-5), as the DCASE2025 Task 1 baseline does (CPJKU/dcase2025_task1_baseline, README), then minus the mean
+and over the deviation of the training clips.
 At 32 kHz, hop 500 and window 3072 a frame advances by 15.6 ms and sees 96 ms; a 1-second clip makes 65 frames.
 """
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from dcase.errors import UserError
 
 LOG_OFFSET = 1e-5  # power; log(LOG_OFFSET) = -11.5 is the log-mel of digital silence
+_PIECE = 2**19  # samples in all frames of what a CPU works on at a time: their spectrum then stays in its cache
+_BLOCK = 16  # mel bins per matrix product: neighbours share few FFT bins, and the rest of their filters is zeros
 
 
 @dataclass(frozen=True)
@@ -66,42 +69,64 @@ def frames_of(config: LogMelConfig, samples: int, orig_sample_rate: int) -> int:
     return 1 + resampled // config.hop_length
 
 
-def samples_for(config: LogMelConfig, orig_sample_rate: int) -> int | None:
-    """Samples at the recordings' rate that the first ``target_length`` frames can depend on: no more need be read.
+def samples_for(config: LogMelConfig, sample_rate: int) -> int | None:
+    """Samples at a rate (Hz) that the first ``target_length`` frames can depend on: no more need be read.
 
     None where the clip's own length counts.
     """
     if config.target_length is None:
         return None
     samples = (config.target_length - 1) * config.hop_length + config.n_fft  # half a window more than the last frame's
-    return math.ceil(samples * orig_sample_rate / config.sample_rate)
+    return math.ceil(samples * sample_rate / config.sample_rate)
 
 
 class LogMel(nn.Module):
-    """Waveform (b, 1, samples) at ``orig_sample_rate`` -> log-mel (b, 1, n_mels, frames), normalised.
+    """Waveform (b, 1, samples) at the configuration's ``sample_rate`` -> log-mel (b, 1, n_mels, frames), normalised.
+
+    `resampled` brings sound at ``orig_sample_rate`` there.
 
     ``mean`` and ``std`` of the training clips' log-mel are the only entries of its state dict; `fit` finds them.
     """
 
     def __init__(self, config: LogMelConfig, orig_sample_rate: int):
         super().__init__()
-        self.config = config
+        self.config, self.orig_sample_rate = config, orig_sample_rate
         self.resample = torchaudio.transforms.Resample(orig_sample_rate, config.sample_rate)
-        self.spectrogram = torchaudio.transforms.Spectrogram(
-            n_fft=config.n_fft, win_length=config.window_length, hop_length=config.hop_length, power=None
+        for name, buffer in list(self.resample.named_buffers()):  # these follow from the configuration: no checkpoint
+            self.resample.register_buffer(name, buffer, persistent=False)
+        f_max = config.sample_rate / 2 if config.f_max is None else config.f_max
+        filters = torchaudio.functional.melscale_fbanks(
+            config.n_fft // 2 + 1, config.f_min, f_max, config.n_mels, config.sample_rate
         )
-        self.mel_scale = torchaudio.transforms.MelScale(
-            n_mels=config.n_mels,
-            sample_rate=config.sample_rate,
-            f_min=config.f_min,
-            f_max=config.f_max,
-            n_stft=config.n_fft // 2 + 1,
-        )
-        for module in self.modules():  # window and filters follow from the configuration: keep them out of checkpoints
-            for name, buffer in list(module.named_buffers(recurse=False)):
-                module.register_buffer(name, buffer, persistent=False)
+        self.register_buffer("filters", filters, persistent=False)  # (FFT bins, n_mels)
+        self.register_buffer("window", torch.hann_window(config.window_length), persistent=False)
+        self.blocks = []  # (FFT bins, mel bins) of each part of the filters that is not all zeros, as slices
+        for mels in (slice(m, m + _BLOCK) for m in range(0, config.n_mels, _BLOCK)):
+            used = filters[:, mels].any(1).nonzero().flatten().tolist() or [0]
+            self.blocks.append((slice(used[0], used[-1] + 1), mels))
         self.register_buffer("mean", torch.tensor(0.0))
         self.register_buffer("std", torch.tensor(1.0))
+
+    def resampled(
+        self, waveform: Tensor, length: Tensor, scale: Tensor | None = None, sample_rate: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(waveform (b, 1, samples), length (b,)) at the configuration's ``sample_rate``, float32 with full scale 1.
+
+        ``sample_rate``: of the waveform, Hz; None: ``orig_sample_rate``. ``scale`` (b,): what an int16 waveform is to
+        be multiplied by.
+        """
+        sample_rate = self.orig_sample_rate if sample_rate is None else sample_rate
+        if waveform.dtype == torch.int16:
+            waveform = waveform * scale.view(-1, 1, 1)  # float32
+        if sample_rate == self.config.sample_rate:
+            return waveform, length
+        if sample_rate != self.orig_sample_rate:
+            raise ValueError(
+                f"sound at {sample_rate} Hz, neither {self.orig_sample_rate} nor {self.config.sample_rate}"
+            )
+        with torch.autocast(waveform.device.type, enabled=False):
+            waveform = self.resample(waveform.float())
+        return waveform, -(-length * self.config.sample_rate // sample_rate)
 
     def forward(self, waveform: Tensor, length: Tensor | None = None) -> Tensor:
         """``length`` (b,): samples of each clip, where some are padded at their end; None: none is."""
@@ -119,14 +144,25 @@ class LogMel(nn.Module):
 
     def _whole(self, waveform: Tensor) -> Tensor:
         """(b, 1, samples), nothing of it padding -> (b, 1, n_mels, frames), cut or padded to ``target_length``."""
-        with torch.autocast(waveform.device.type, enabled=False):
-            spectrum = self.spectrogram(self.resample(waveform.float()))
-            power = spectrum.real.square() + spectrum.imag.square()  # a third faster than torchaudio's abs().pow(2)
-            x = torch.log(self.mel_scale(power) + LOG_OFFSET)
+        with torch.no_grad(), torch.autocast(waveform.device.type, enabled=False):
+            n_samples = (1 + waveform.shape[-1] // self.config.hop_length) * self.config.n_fft  # of a clip's frames
+            clips = len(waveform) if waveform.is_cuda else max(1, round(_PIECE / n_samples))
+            x = torch.cat([self._piece(piece[:, 0]) for piece in waveform.float().split(clips)])[:, None]
         frames = self.config.target_length
         if frames is None:
             return x
         return nn.functional.pad(x[..., :frames], (0, max(0, frames - x.shape[-1])), value=math.log(LOG_OFFSET))
+
+    def _piece(self, waveform: Tensor) -> Tensor:
+        """(b, samples) -> (b, n_mels, frames), a transposed view."""
+        config = self.config
+        spectrum = torch.stft(
+            waveform, config.n_fft, config.hop_length, config.window_length, self.window, return_complex=True
+        ).mT  # (b, frames, FFT bins): the order in which it lies in memory
+        squares = torch.view_as_real(spectrum).square_()
+        power = (squares[..., 0] + squares[..., 1]).flatten(0, 1)
+        mel = torch.cat([power[:, bins] @ self.filters[bins, mels] for bins, mels in self.blocks], 1)
+        return mel.add_(LOG_OFFSET).log_().view(len(waveform), -1, config.n_mels).mT
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:

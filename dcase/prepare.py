@@ -1,16 +1,14 @@
-"""Check a data folder: ``python -m dcase.prepare --dataset_dir D``.
+"""Check a data folder, ``python -m dcase.prepare --dataset_dir D``, or pack it, ``... --pack``.
 
-Reads every file that meta.csv names and writes, beside it, ``meta_clean.csv`` (meta.csv without the clips at fault,
-which `dcase.tau22.load_clips` then prefers) and ``meta_excluded.csv`` (filename, reason). No sound file is touched.
+Checking reads every file that meta.csv names and writes, beside it, ``meta_clean.csv`` (meta.csv without the clips at
+fault, which `dcase.tau22.load_clips` then prefers) and ``meta_excluded.csv`` (filename, reason). Packing reads every
+clip of the training and the test split once and writes them, resampled, to one file (`dcase.pack`). No sound file is
+touched.
 """
 
 import csv
 import os
-import signal
 from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,9 +18,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from dcase.cli import parse
+from dcase.cores import over_all_cores
 from dcase.errors import UserError, run
 from dcase.files import replace_file
-from dcase.tau22 import SPLITS, check_folder, missing_files, read_meta, read_samples, read_split
+from dcase.packing import pack_clips
+from dcase.sound import read_samples
+from dcase.tau22 import SPLITS, SUBSETS, check_folder, missing_files, read_meta, read_split
 
 _CHUNK = 64  # files a worker takes at a time
 
@@ -32,9 +33,17 @@ class PrepareConfig:
     """Raises `UserError` for a value that makes no sense."""
 
     dataset_dir: str | None = None
-    """TAU22 folder to check; without it TAU22_DIR"""
+    """TAU22 folder to check or to pack; without it TAU22_DIR"""
+    pack: bool = False
+    """pack the clips of --subset and of the test split instead of checking files; goes on where it was interrupted"""
+    subset: int = 25
+    """part of TAU22's training clips to pack: 5, 10, 25, 50 or 100 (percent)"""
+    sample_rate: int = 32000
+    """rate (Hz) that clips are resampled to in the pack: the training scripts' --sample_rate"""
+    pack_dir: str | None = None
+    """folder of the pack; without it pack/ in the data folder"""
     orig_sample_rate: int = 44100
-    """rate (Hz) that every file must have"""
+    """rate (Hz) that every file must have; in a pack, the training scripts' --orig_sample_rate"""
     num_workers: int | None = None
     """processes that read files; without it one per core"""
     silence_db: float = -100.0
@@ -43,8 +52,11 @@ class PrepareConfig:
     """write meta_clean.csv even where more than half of the clips are at fault"""
 
     def __post_init__(self):
-        if self.orig_sample_rate <= 0:
-            raise UserError(f"--orig_sample_rate is a rate in Hz, more than 0; got {self.orig_sample_rate}")
+        for name in ("orig_sample_rate", "sample_rate"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"--{name} is a rate in Hz, more than 0; got {getattr(self, name)}")
+        if self.subset not in SUBSETS:
+            raise UserError(f"--subset is 5, 10, 25, 50 or 100 (percent); got {self.subset}")
         if self.num_workers is not None and self.num_workers < 1:
             raise UserError(f"--num_workers is 1 or more here; got {self.num_workers}")
 
@@ -90,7 +102,11 @@ def find_faults(folder: Path, filenames: list[str], config: PrepareConfig) -> li
     missing = set(missing_files(folder, filenames))
     present = [name for name in filenames if name not in missing]
     check = partial(check_file, sample_rate=config.orig_sample_rate, silence_db=config.silence_db)
-    checks = dict(zip(present, _over_all_cores(check, [folder / name for name in present], config), strict=True))
+    chunks = [[folder / name for name in present[i : i + _CHUNK]] for i in range(0, len(present), _CHUNK)]
+    found = over_all_cores(partial(_each, check), chunks, config.num_workers)
+    with tqdm(total=len(present), desc="checking", unit=" files", disable=not present) as bar:
+        results = [result for results in found for result in (bar.update(len(results)), *results)[1:]]
+    checks = dict(zip(present, results, strict=True))
     lengths = Counter(found.n_samples for found in checks.values() if not found.fault)
     usual = lengths.most_common(1)[0][0] if lengths else 0
 
@@ -105,20 +121,8 @@ def find_faults(folder: Path, filenames: list[str], config: PrepareConfig) -> li
     return [fault(name) for name in filenames]
 
 
-def _over_all_cores(check, paths: list[Path], config: PrepareConfig) -> Iterable[FileCheck]:
-    # Not multiprocessing.Pool: that waits forever where a worker is killed (for its memory, or by a broken file).
-    pool = ProcessPoolExecutor(config.num_workers or os.cpu_count(), initializer=_leave_ctrl_c_to_the_parent)
-    try:
-        results = pool.map(check, paths, chunksize=_CHUNK)
-        yield from tqdm(results, total=len(paths), desc="checking", unit=" files", disable=not paths)
-    except BrokenProcessPool as error:
-        raise UserError("a process that read files was killed (short of memory?): try a lower --num_workers") from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _leave_ctrl_c_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _each(check, paths: list[Path]) -> list[FileCheck]:
+    return [check(path) for path in paths]
 
 
 def report(excluded: pd.DataFrame, splits: dict[str, set[str]], n_clips: int) -> str:
@@ -190,11 +194,14 @@ def _write(path: Path, table: pd.DataFrame) -> None:
 
 
 def main() -> None:
-    config = parse(PrepareConfig, "Check every file of a data folder; write meta_clean.csv without those at fault.")
+    config = parse(PrepareConfig, "Check every file of a data folder and write meta_clean.csv, or pack its clips.")
     dataset_dir = config.dataset_dir or os.environ.get("TAU22_DIR")
     if not dataset_dir:
         raise UserError("which folder? Give --dataset_dir or set TAU22_DIR")
-    prepare(Path(dataset_dir), config)
+    if config.pack:
+        pack_clips(Path(dataset_dir), config)
+    else:
+        prepare(Path(dataset_dir), config)
 
 
 if __name__ == "__main__":

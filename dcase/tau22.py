@@ -13,25 +13,19 @@ import csv
 import hashlib
 import http.client
 import io
-import math
 import os
 import re
 import urllib.request
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import pandas as pd
-import soundfile
-import torch
-import torchaudio
-from torch.utils.data import Dataset, default_collate
 
-from dcase.errors import UserError
+from dcase.errors import UserError, one_line
 from dcase.files import replace_file
 
 # Fixed here and never derived from a csv, so that an index means the same in every checkpoint and on every subset.
@@ -57,21 +51,10 @@ SPLITS = (*(f"split{subset}" for subset in SUBSETS), "test")
 _SPLIT_COLUMNS = ("filename", "scene_label")
 _META_COLUMNS = (*_SPLIT_COLUMNS, "identifier", "source_label")
 _RELEASE = "https://github.com/CPJKU/dcase2024_task1_baseline/releases/download/files"  # of the split lists
-_CHECK = "check the data folder with `python -m dcase.prepare`"
 _ZIP = "TAU-urban-acoustic-scenes-2022-mobile-development"
 _TEST_SHA256 = "efe84eb90ebe11931f93f0877f8b3405d7684652cd3d2e2784e95ec39d8888a8"  # of TAU22's test.csv with LF ends
 # Absolute, with a drive, with a backslash, through "..", or with a control character.
 _LEAVES_FOLDER = r"^/|^[A-Za-z]:|\\|(?:^|/)\.\.(?:/|$)|[\x00-\x1f]"
-
-
-class Clip(NamedTuple):
-    """One clip, or, after torch's ``default_collate``, a batch of b clips: every field then a tensor of length b."""
-
-    waveform: torch.Tensor  # (1, samples), float32, full scale is 1
-    scene: int  # in SCENES
-    device: int  # in DEVICES
-    index: int  # row in its Clips
-    length: int  # samples of the waveform; in a batch the rest of a shorter one is zeros
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +101,13 @@ class DataConfig:
     """TAU22 folder; without it TAU22_DIR, and without that SynthTAU, a small synthetic stand-in"""
     orig_sample_rate: int = 44100
     """rate (Hz) of the recordings; a file of another rate is resampled by what its header says"""
+    read_from: Literal["auto", "pack", "wav"] = "auto"
+    """what is read: the pack that `python -m dcase.prepare --pack` made, the WAV files; auto: a pack if there is one"""
+    pack_dir: str | None = None
+    """folder of the pack; without it pack/ in the data folder"""
+
+    def pack_folder(self, folder: Path) -> Path:
+        return Path(self.pack_dir).expanduser() if self.pack_dir else Path(folder) / "pack"
 
     def __post_init__(self):
         if self.orig_sample_rate <= 0:
@@ -146,7 +136,7 @@ class SplitConfig:
 
 
 def load_clips(folder: Path, split: str) -> Clips:
-    """Clips of ``split`` (one of `SPLITS`) in the list's order, every one of them present on disk.
+    """Clips of ``split`` (one of `SPLITS`) in the list's order. Whether their files are there is for `check_files`.
 
     Prints one line when meta_clean.csv leaves clips out, and one when the list had to be fetched.
     Raises `UserError`, naming file and line, for anything wrong with the folder, its lists or its files.
@@ -155,13 +145,6 @@ def load_clips(folder: Path, split: str) -> Clips:
     check_folder(folder)
     rows = _read_or_fetch_split(folder, split)
     meta = _meta_of(folder, rows, split)
-    missing = missing_files(folder, meta["filename"])
-    if missing:
-        raise UserError(
-            f"{len(missing)} of the {len(meta)} clips of {split} are not in {folder} ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}): unpack all 16 parts {_ZIP}.audio.*.zip there, "
-            f"or leave the missing clips out with `python -m dcase.prepare --dataset_dir {folder}`"
-        )
     return Clips(
         folder=folder,
         filenames=_as_bytes(meta["filename"]),
@@ -169,6 +152,17 @@ def load_clips(folder: Path, split: str) -> Clips:
         device=pd.Index(DEVICES).get_indexer(meta["source_label"]).astype(np.int64),
         location=_as_bytes(meta["identifier"]),
     )
+
+
+def check_files(clips: Clips) -> None:
+    """Raise `UserError` where a clip's file is not in the data folder."""
+    missing = missing_files(clips.folder, [name.decode() for name in clips.filenames.tolist()])
+    if missing:
+        raise UserError(
+            f"{len(missing)} of these {len(clips)} clips are not in {clips.folder} ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}): unpack all 16 parts {_ZIP}.audio.*.zip there, "
+            f"or leave the missing clips out with `python -m dcase.prepare --dataset_dir {clips.folder}`"
+        )
 
 
 def is_tau22(folder: Path) -> bool:
@@ -254,7 +248,7 @@ def _read_or_fetch_split(folder: Path, split: str) -> pd.DataFrame:
         with urllib.request.urlopen(address, timeout=20) as response:
             content = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{path} is missing and could not be fetched ({_one_line(error)}): {by_hand}") from error
+        raise UserError(f"{path} is missing and could not be fetched ({one_line(error)}): {by_hand}") from error
     try:
         rows = read_split(path, content)
     except UserError as error:
@@ -278,7 +272,9 @@ def _read_list(path: Path, columns: tuple[str, ...], content: bytes | None = Non
     for column in columns:
         _refuse(path, table, table[column] == "", f"{column} is empty")
     names = table["filename"]
-    _refuse(path, table, names.str.contains(_LEAVES_FOLDER, regex=True), "{filename!r} leaves the data folder")
+    unusual = ~names.str.fullmatch(r"[\w-]+(?:/[\w-]+)*\.\w+", flags=re.ASCII)  # six times as fast as the next test
+    leaves = unusual & names.where(unusual, "").str.contains(_LEAVES_FOLDER, regex=True)
+    _refuse(path, table, leaves, "{filename!r} leaves the data folder")
     _refuse(path, table, names.duplicated(), "{filename!r} is there for the second time")
     known = f"not one of {', '.join(SCENES)}"
     _refuse(path, table, ~table["scene_label"].isin(SCENES), "unknown scene {scene_label!r} (scene_label), " + known)
@@ -302,7 +298,7 @@ def _parse(path: Path, content: bytes) -> pd.DataFrame:
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path} is empty: it has no clip; get TAU22's own list") from error
     except (ValueError, pd.errors.ParserWarning) as error:  # ParserError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"{path} is no tab-separated text ({_one_line(error)}): get TAU22's own list") from error
+        raise UserError(f"{path} is no tab-separated text ({one_line(error)}): get TAU22's own list") from error
 
 
 def _refuse(path: Path, table: pd.DataFrame, bad: pd.Series, problem: str) -> None:
@@ -334,10 +330,6 @@ def _listing(folder: Path) -> set[str]:
 
 def _as_bytes(column: pd.Series) -> np.ndarray:
     return np.array([text.encode() for text in column])
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 # Validation part
@@ -411,91 +403,3 @@ def _spare(counts: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     has_scene = counts.sum(2) > 0  # (locations, scenes)
     remaining = (has_scene & ~held_out[:, None]).sum(0)
     return ~held_out & ~(has_scene & (remaining == 1)).any(1)
-
-
-# Sound
-
-
-def read_samples(path: Path) -> tuple[np.ndarray, int]:
-    """Samples of a sound file, (samples, channels) float32 with full scale 1, and its rate in Hz.
-
-    Raises `UserError` where it is missing, is no sound file or ends early.
-    """
-    try:
-        with soundfile.SoundFile(path) as file:
-            samples = file.read(dtype="float32", always_2d=True)
-            rate, log = file.samplerate, file.extra_info
-    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: soundfile's, for a name in .raw
-        raise UserError(f"{path} cannot be read ({_one_line(error)}): {_CHECK}") from error
-    # libsndfile reads what is left of a truncated WAV file without an error, but notes it in its log.
-    cut = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    if cut and int(cut[2]) < int(cut[1]) < 0xFFFFFFFF:  # all ones: "length unknown", from programs that write to a pipe
-        raise UserError(f"{path} cannot be read (truncated: {cut[2]} of {cut[1]} bytes of sound): {_CHECK}")
-    return samples, rate
-
-
-def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
-    """A sound file as (1, samples), float32: any bit depth, mixed down to mono, resampled to ``sample_rate`` (Hz).
-
-    Raises `UserError` naming the file where it is missing, unreadable, truncated, empty or not finite.
-    """
-    samples, rate = read_samples(path)
-    if not len(samples):
-        raise UserError(f"{path} is empty: {_CHECK}")
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path} holds NaN or infinite samples: {_CHECK}")
-    waveform = torch.from_numpy(samples.mean(axis=1, keepdims=True).T if samples.shape[1] > 1 else samples.T)
-    if rate == sample_rate:
-        return waveform
-    divisor = math.gcd(rate, sample_rate)
-    if (rate // divisor) * (sample_rate // divisor) > 50_000_000:  # coefficients: 200 MB
-        raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to --sample_rate {sample_rate}: {_CHECK}")
-    return _resampler(rate, sample_rate)(waveform)
-
-
-@lru_cache
-def _resampler(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
-    """Kept, as its coefficients cost eight times as much as resampling a 1-s clip."""
-    return torchaudio.transforms.Resample(rate, sample_rate)
-
-
-class TAU22(Dataset):
-    """Clips with their sound: item i is a `Clip`, its waveform ``(1, samples)`` at ``sample_rate`` (Hz).
-
-    All clips must be as long as the first one, or as those of the data set ``like``: another length raises `UserError`.
-    With ``max_samples`` any length will do, and what is longer is cut at its end.
-    """
-
-    def __init__(self, clips: Clips, sample_rate: int, max_samples: int | None = None, like: "TAU22 | None" = None):
-        if not len(clips):
-            raise UserError(f"no clip of {clips.folder} is left to read: check --subset and the split lists")
-        self.clips = clips
-        self.sample_rate = sample_rate
-        if like is not None:
-            self.max_samples, self.n_samples, self.measured = like.max_samples, like.n_samples, like.measured
-        else:
-            self.max_samples, self.measured = max_samples, clips.name(0)
-            self.n_samples = read_wav(clips.path(0), sample_rate)[:, :max_samples].shape[-1]
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, index: int) -> Clip:
-        path = self.clips.path(index)
-        waveform = read_wav(path, self.sample_rate)[:, : self.max_samples]
-        length = waveform.shape[-1]
-        if length != self.n_samples and self.max_samples is None:
-            raise UserError(
-                f"{path} has {length} samples at {self.sample_rate} Hz where {self.measured} has {self.n_samples}: "
-                f"give --target_length to pad or crop every clip, or {_CHECK}"
-            )
-        return Clip(waveform, int(self.clips.scene[index]), int(self.clips.device[index]), index, length)
-
-
-def collate(clips: Sequence[Clip]) -> Clip:
-    """A batch: waveform (b, 1, samples) as long as the longest clip, the rest of a shorter one zeros."""
-    longest = max(clip.length for clip in clips)
-    padded = [
-        clip._replace(waveform=torch.nn.functional.pad(clip.waveform, (0, longest - clip.length))) for clip in clips
-    ]
-    return default_collate(padded)

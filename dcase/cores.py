@@ -1,0 +1,49 @@
+"""Work over all cores, in order, with little of it in memory."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
+
+from dcase.errors import UserError
+
+Task, Result = TypeVar("Task"), TypeVar("Result")
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+_AHEAD = 4  # tasks per process that are handed out before their results are asked for
+
+
+def over_all_cores(work: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int | None) -> Iterator[Result]:
+    """``work(task)`` of every task, in order, from ``num_workers`` processes (None: one per core).
+
+    Raises `UserError` where a process is killed, and whatever ``work`` raises.
+    """
+    # Not multiprocessing.Pool: that waits forever where a worker is killed (for its memory, or by a broken file). Not
+    # Executor.map: it would let all results that are done wait in memory.
+    workers = num_workers or os.cpu_count() or 1
+    pool = ProcessPoolExecutor(workers, initializer=_become_worker)
+    try:
+        tasks = iter(tasks)
+        waiting = deque(pool.submit(work, task) for task in islice(tasks, _AHEAD * workers))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(work, task) for task in islice(tasks, 1))
+            yield result
+    except BrokenProcessPool as error:
+        raise UserError("a process that read files was killed (short of memory?): try a lower --num_workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _become_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    if sys.platform == "linux":  # end with the parent, even where that is killed; elsewhere a worker would stay, idle
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    import torch
+
+    torch.set_num_threads(1)  # there is a process per core

@@ -1,0 +1,341 @@
+"""One file of sound in place of thousands: the folder ``pack/`` that ``python -m dcase.prepare --pack`` writes.
+
+    manifest.json      version, rates, checksums, and which the other two files are; replaced last, in one step
+    samples-ID.i16     every clip at the model's rate as int16, one behind the other
+    index-ID.npz       an array per column, a row per clip, sorted by filename
+    journal-ID.jsonl   while packing only: the blocks that are whole, so that a killed run goes on behind them
+
+A sample is its int16 times its clip's scale, the clip's peak / 32767. So it is off by at most half a step, peak /
+65534: a clip keeps 16 bits however quiet it is.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dcase.errors import UserError, one_line
+from dcase.files import replace_file
+
+VERSION = 1  # of these files
+AGAIN = "make it again with `python -m dcase.prepare --pack`, or read the WAV files with --read_from wav"
+_COLUMNS = {"filename": np.bytes_, "start": np.int64, "length": np.int64, "scale": np.float32,
+            "source_size": np.int64, "source_mtime_ns": np.int64}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of a pack's clips, Hz: what the recordings are read at, and what they are resampled to."""
+
+    orig_sample_rate: int
+    sample_rate: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some clips one behind the other, and what is known of each: what a packing process hands over at a time."""
+
+    filename: list[str]
+    length: list[int]  # samples
+    scale: list[float]
+    source_size: list[int]  # of the WAV file, bytes
+    source_mtime_ns: list[int]
+    sha256: str  # of the block's int16 samples
+
+    @property
+    def n_bytes(self) -> int:
+        return 2 * sum(self.length)
+
+
+def quantise(waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Waveforms (clips, samples), float32, as int16 and each clip's scale (clips,), float32."""
+    peak = np.abs(waveform).max(1, initial=0)
+    scale = np.where(peak > 0, peak / np.float32(32767), np.float32(1)).astype(np.float32)
+    scale = np.maximum(scale, np.finfo(np.float32).tiny)  # a peak among the denormals
+    steps = np.rint(waveform / scale[:, None])
+    return np.clip(steps, -32767, 32767).astype(np.int16), scale
+
+
+# Reading
+
+
+class Pack:
+    """A finished pack, opened for reading. Raises `UserError` where it is damaged or of another version.
+
+    Samples are read with ``readinto`` rather than through a memory map. With the file in the page cache one is as fast
+    as the other, but a map counts every page ever touched as the process's memory, and a file that is cut short or
+    cannot be read kills a process that maps it (SIGBUS) where a read can say what is wrong.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        manifest = read_manifest(self.folder)
+        self.rates = Rates(manifest["orig_sample_rate"], manifest["sample_rate"])
+        self.path = self.folder / f"samples-{manifest['id']}.i16"
+        self._blocks = manifest["blocks"]
+        index_path = self.folder / f"index-{manifest['id']}.npz"
+        try:
+            content = index_path.read_bytes()
+            n_bytes = self.path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{self.folder} is not whole ({one_line(error)}): {AGAIN}") from error
+        if hashlib.sha256(content).hexdigest() != manifest["index_sha256"]:
+            raise UserError(f"{index_path} is damaged: {AGAIN}")
+        if n_bytes != manifest["n_bytes"]:
+            raise UserError(f"{self.path} has {n_bytes} bytes where {manifest['n_bytes']} were written: {AGAIN}")
+        with np.load(index_path, allow_pickle=False) as index:
+            self.filename, self.start, self.length, self.scale, self._size, self._mtime_ns = (
+                index[column] for column in _COLUMNS
+            )
+        self._file, self._opened_by = None, None
+
+    def __len__(self) -> int:
+        return len(self.filename)
+
+    def __getstate__(self) -> dict:  # every process opens the file for itself
+        return {**vars(self), "_file": None, "_opened_by": None, "_blocks": []}
+
+    def rows(self, filenames: np.ndarray) -> np.ndarray:
+        """(n,) int64: where these clips (n,) bytes are in the pack. Raises `UserError` where one is not."""
+        rows = np.searchsorted(self.filename, filenames)
+        found = self.filename[np.minimum(rows, len(self) - 1)] == filenames
+        if not found.all():
+            n, first = int((~found).sum()), filenames[~found][0].decode()
+            raise UserError(
+                f"{self.folder} lacks {n} of these {len(filenames)} clips ({first}{', ...' if n > 1 else ''}): {AGAIN}"
+            )
+        return rows
+
+    def read(self, row: int, out: np.ndarray) -> None:
+        """Read the first ``len(out)`` samples of a clip into ``out``, int16. Raises `UserError` where it cannot be."""
+        place = memoryview(out).cast("B")
+        try:
+            file = self._opened()
+            file.seek(2 * int(self.start[row]))
+            done = file.readinto(place)
+            while done < len(place):
+                n = file.readinto(place[done:])
+                if not n:
+                    raise OSError("it ends early")
+                done += n
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read ({error.strerror or error}): {AGAIN}") from error
+
+    def _opened(self):
+        if self._opened_by != os.getpid():  # a forked process would share its parent's place in the file
+            self._file, self._opened_by = open(self.path, "rb", buffering=0), os.getpid()
+        return self._file
+
+    def changed_sources(self, folder: Path, rows: np.ndarray) -> list[str]:
+        """Those of the clips whose WAV file in the data folder is missing, or is of another size or time.
+
+        Where the data folder holds no recordings at all, there is nothing that could have changed.
+        """
+        changed = []
+        for row in rows.tolist():
+            name = self.filename[row].decode()
+            if stamp(folder / name) != (self._size[row], self._mtime_ns[row]):
+                changed.append(name)
+        if len(changed) == len(rows) and not any((folder / name).exists() for name in changed):
+            return []
+        return changed
+
+    def damaged_blocks(self) -> list[int]:
+        """Numbers of the blocks whose checksum is not what it was when they were written; with a progress bar."""
+        with open(self.path, "rb") as file:
+            return [i for i, block in enumerate(tqdm(self._blocks, desc="checking the pack", unit=" blocks"))
+                    if hashlib.sha256(file.read(block["n_bytes"])).hexdigest() != block["sha256"]]  # fmt: skip
+
+
+def exists(folder: Path) -> bool:
+    return (Path(folder) / "manifest.json").is_file()
+
+
+def read_manifest(folder: Path) -> dict:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
+    if version != VERSION:
+        raise UserError(f"{path} is of version {version}, this code reads {VERSION}: {AGAIN}")
+    return manifest
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """(bytes, time of change in ns) of a file; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+# Writing
+
+
+class Packing:
+    """A pack being made: blocks are added behind one another; what a killed run has added is kept."""
+
+    def __init__(self, folder: Path, rates: Rates):
+        """Go on with what an interrupted run left in ``folder``, where that was of the same rates and is undamaged."""
+        self.folder, self.rates = folder, rates
+        folder.mkdir(parents=True, exist_ok=True)
+        self.blocks: list[Block] = []
+        journals = sorted(folder.glob("journal-*.jsonl"))
+        self.id = journals[-1].stem.partition("-")[2] if journals else secrets.token_hex(4)
+        if exists(folder) and self.id == read_id(folder):  # killed between the manifest and the end
+            self.id = secrets.token_hex(4)
+        self._remove_remains()
+        self.blocks = list(self._whole_blocks())
+        header = {"version": VERSION, **vars(rates)}
+        lines = [header, *map(vars, self.blocks)]
+        replace_file(self.journal, lambda beside: beside.write_text("".join(json.dumps(x) + "\n" for x in lines)))
+        self._file = open(self.samples, "ab", buffering=0)
+        self._file.truncate(sum(block.n_bytes for block in self.blocks))
+        self._log = open(self.journal, "a")
+
+    @property
+    def samples(self) -> Path:
+        return self.folder / f"samples-{self.id}.i16"
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / f"journal-{self.id}.jsonl"
+
+    def _remove_remains(self) -> None:
+        """Files of neither the pack that is read nor the one in the making."""
+        kept = {self.id, read_id(self.folder)}
+        for path in self.folder.iterdir():
+            kind, _, rest = path.stem.partition("-")
+            if kind in ("samples", "index", "journal") and (rest not in kept or kind == "journal" and rest != self.id):
+                path.unlink()
+
+    def _whole_blocks(self) -> Iterator[Block]:
+        """The journal's blocks, up to the first whose samples are not all there, unharmed."""
+        try:
+            lines = self.journal.read_text().splitlines()
+            if not lines or json.loads(lines[0]) != {"version": VERSION, **vars(self.rates)}:
+                return
+            with open(self.samples, "rb") as file:
+                for line in tqdm(lines[1:], desc="checking what is packed", unit=" blocks", leave=False):
+                    block = Block(**json.loads(line))
+                    if hashlib.sha256(file.read(block.n_bytes)).hexdigest() != block.sha256:
+                        return
+                    yield block
+        except (OSError, ValueError, TypeError):  # no journal, or a line that was cut
+            return
+
+    def packed(self) -> dict[str, tuple[int, int]]:
+        """Filename -> (bytes, time) of the WAV file that a clip was packed from."""
+        return {
+            name: (size, mtime_ns)
+            for block in self.blocks
+            for name, size, mtime_ns in zip(block.filename, block.source_size, block.source_mtime_ns, strict=True)
+        }
+
+    def add(self, samples: np.ndarray, block: Block) -> None:
+        """Write a block behind the others, then note it. Raises `UserError` where the disk does not take it."""
+        try:
+            place, done = memoryview(np.ascontiguousarray(samples)).cast("B"), 0
+            while done < len(place):
+                done += self._file.write(place[done:])
+            self._log.write(json.dumps(vars(block)) + "\n")
+            self._log.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.samples} cannot be written ({error.strerror}): make room; what is packed is kept, and the "
+                "same command goes on behind it"
+            ) from error
+        self.blocks.append(block)
+
+    def close(self) -> None:
+        self._file.close()
+        self._log.close()
+
+    def finish(self, filenames: Sequence[str]) -> None:
+        """Make of it the folder's pack, with the clips ``filenames``; the one that was there before is removed."""
+        os.fsync(self._file.fileno())
+        self.close()
+        n_bytes = self.samples.stat().st_size
+        if n_bytes != sum(block.n_bytes for block in self.blocks):
+            raise UserError(f"{self.samples} is not whole after writing (a failing disk?): run the same command again")
+        index_path = self.folder / f"index-{self.id}.npz"
+        columns = self._index(filenames)
+        replace_file(index_path, lambda beside: _save_arrays(beside, columns))
+        manifest = {
+            "version": VERSION,
+            "id": self.id,
+            **vars(self.rates),
+            "n_clips": len(filenames),
+            "n_bytes": n_bytes,
+            "source_bytes": int(columns["source_size"].sum()),
+            "index_sha256": hashlib.sha256(index_path.read_bytes()).hexdigest(),
+            "blocks": [{"n_bytes": block.n_bytes, "sha256": block.sha256} for block in self.blocks],
+        }
+        text = json.dumps(manifest, indent=1)
+        replace_file(self.folder / "manifest.json", lambda beside: beside.write_text(text))
+        self.journal.unlink()
+        self._remove_remains()
+
+    def _index(self, filenames: Sequence[str]) -> dict[str, np.ndarray]:
+        """The columns, sorted by filename. Of a clip packed twice (its WAV file had changed) the later counts."""
+        rows, start = {}, 0
+        for block in self.blocks:
+            known = (block.length, block.scale, block.source_size, block.source_mtime_ns)
+            for name, length, *rest in zip(block.filename, *known, strict=True):
+                rows[name] = (start, length, *rest)
+                start += length
+        names = sorted(name.encode() for name in filenames)
+        table = [(name, *rows[name.decode()]) for name in names]
+        columns = zip(*table, strict=True)
+        return {name: np.array(column, dtype) for (name, dtype), column in zip(_COLUMNS.items(), columns, strict=True)}
+
+
+def read_id(folder: Path) -> str | None:
+    """Id of the folder's finished pack; None where there is none that this code could read."""
+    try:
+        return read_manifest(folder)["id"]
+    except UserError:
+        return None
+
+
+def _save_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
+    with open(path, "wb") as file:  # given a name, numpy would add .npz to it
+        np.savez(file, **columns)
+
+
+def refuse_full_disk(folder: Path, n_bytes: int) -> None:
+    """Raise `UserError` where the disk has less room than ``n_bytes``."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise UserError(
+            f"{folder} needs {n_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: make room, or give "
+            "another folder as --pack_dir"
+        )
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Raise `UserError` where another process packs into the folder; its end, however it comes, lets go."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two at once are not noticed there
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is packing into {folder}: wait for its end, or stop it") from error
+        yield

@@ -1,0 +1,122 @@
+"""Packing a data folder's clips into one file: read, resampled and made int16 over all cores, written by one."""
+
+import hashlib
+import os
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchaudio
+from tqdm import tqdm
+
+from dcase.cores import over_all_cores
+from dcase.errors import UserError
+from dcase.pack import Block, Pack, Packing, Rates, exists, only_one, quantise, refuse_full_disk, stamp
+from dcase.sound import read_wav
+from dcase.tau22 import Clips, DataConfig, check_files, load_clips
+
+_CHUNK = 32  # clips a process packs at a time, and of a block
+
+
+def pack_clips(folder: Path, config) -> None:
+    """Make the pack of a data folder; ``config`` is `prepare.PrepareConfig`.
+
+    A pack that is there already, fits and is undamaged stays. Raises `UserError` where a clip cannot be read, or
+    the pack cannot be written; what is packed by then is kept for the next time.
+    """
+    clips = [load_clips(folder, split) for split in (f"split{config.subset}", "test")]
+    target = DataConfig(pack_dir=config.pack_dir).pack_folder(folder)
+    rates = Rates(config.orig_sample_rate, config.sample_rate)
+    for part in clips:
+        check_files(part)
+    filenames = sorted({name.decode() for part in clips for name in part.filenames.tolist()})
+    try:
+        with only_one(target):
+            if exists(target) and _is_up_to_date(target, rates, clips):
+                return
+            _pack(folder, target, filenames, rates, config.num_workers)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}): give another folder as --pack_dir") from error
+
+
+def _is_up_to_date(target: Path, rates: Rates, clips: list[Clips]) -> bool:
+    """Whether the pack that is there needs nothing done; says what it needs otherwise."""
+    try:
+        pack = Pack(target)
+        if pack.rates != rates:
+            raise UserError(f"{target} was made from {pack.rates.orig_sample_rate} to {pack.rates.sample_rate} Hz")
+        for part in clips:
+            changed = pack.changed_sources(part.folder, pack.rows(part.filenames))
+            if changed:
+                raise UserError(f"{len(changed)} recordings have changed since {target} was made ({changed[0]})")
+        damaged = pack.damaged_blocks()
+        if damaged:
+            raise UserError(f"{len(damaged)} blocks of {pack.path} are damaged")
+    except UserError as error:
+        print(f"{str(error).partition(': make it again')[0]}: making it anew")
+        return False
+    print(f"{target} is whole: {len(pack)} clips at {rates.sample_rate} Hz, every checksum right, no recording changed")
+    return True
+
+
+def _pack(folder: Path, target: Path, filenames: list[str], rates: Rates, num_workers: int | None) -> None:
+    packing = Packing(target, rates)
+    packed = packing.packed()
+    todo = [name for name in filenames if packed.get(name) != stamp(folder / name)]
+    if len(todo) < len(filenames):
+        print(f"{len(filenames) - len(todo)} of {len(filenames)} clips are packed already: going on behind them")
+    if todo:
+        n_samples = read_wav(folder / todo[0], rates.orig_sample_rate).shape[-1] * rates.sample_rate
+        refuse_full_disk(target, 2 * len(todo) * n_samples // rates.orig_sample_rate)
+    chunks = [todo[i : i + _CHUNK] for i in range(0, len(todo), _CHUNK)]
+    blocks = over_all_cores(partial(pack_block, folder, rates), chunks, num_workers)
+    try:
+        with tqdm(total=len(filenames), initial=len(filenames) - len(todo), desc="packing", unit=" clips") as bar:
+            for samples, block in blocks:
+                packing.add(samples, block)
+                bar.update(len(block.filename))
+        packing.finish(filenames)
+    finally:
+        packing.close()
+    size = sum(block.n_bytes for block in packing.blocks)
+    print(f"{target}: {len(filenames)} clips at {rates.sample_rate} Hz, {size / 1e9:.2f} GB; training reads it now")
+
+
+def pack_block(folder: Path, rates: Rates, filenames: list[str]) -> tuple[np.ndarray, Block]:
+    """Some clips' samples one behind the other, int16, and their block. Raises `UserError` naming a file at fault."""
+    stamps, waveforms = [], []
+    for name in filenames:
+        stamps.append(os.stat(folder / name))
+        waveforms.append(read_wav(folder / name, rates.orig_sample_rate))
+    samples, scales = [], []
+    for waveform in _resampled(waveforms, rates):
+        ints, scale = quantise(waveform.numpy())
+        samples.append(ints[0])
+        scales.append(float(scale[0]))
+    for name, before in zip(filenames, stamps, strict=True):
+        if stamp(folder / name) != (before.st_size, before.st_mtime_ns):
+            raise UserError(f"{folder / name} changed while it was read: run the same command again")
+    joined = np.concatenate(samples)
+    block = Block(
+        filename=filenames,
+        length=[len(ints) for ints in samples],
+        scale=scales,
+        source_size=[found.st_size for found in stamps],
+        source_mtime_ns=[found.st_mtime_ns for found in stamps],
+        sha256=hashlib.sha256(joined).hexdigest(),
+    )
+    return joined, block
+
+
+def _resampled(waveforms: list[torch.Tensor], rates: Rates) -> list[torch.Tensor]:
+    """Each (1, samples) at the pack's rate; together where all are as long, which takes half the time."""
+    resample = _resampler(rates)
+    if len({waveform.shape for waveform in waveforms}) == 1:
+        return list(resample(torch.stack(waveforms)))
+    return [resample(waveform) for waveform in waveforms]
+
+
+@lru_cache
+def _resampler(rates: Rates) -> torchaudio.transforms.Resample:
+    return torchaudio.transforms.Resample(rates.orig_sample_rate, rates.sample_rate)

@@ -1,0 +1,58 @@
+"""Reading sound files."""
+
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+
+from dcase.errors import UserError, one_line
+
+CHECK = "check the data folder with `python -m dcase.prepare`"
+
+
+def read_samples(path: Path) -> tuple[np.ndarray, int]:
+    """Samples of a sound file, (samples, channels) float32 with full scale 1, and its rate in Hz.
+
+    Raises `UserError` where it is missing, is no sound file or ends early.
+    """
+    try:
+        with soundfile.SoundFile(path) as file:
+            samples = file.read(dtype="float32", always_2d=True)
+            rate, log = file.samplerate, file.extra_info
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: soundfile's, for a name in .raw
+        raise UserError(f"{path} cannot be read ({one_line(error)}): {CHECK}") from error
+    # libsndfile reads what is left of a truncated WAV file without an error, but notes it in its log.
+    cut = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    if cut and int(cut[2]) < int(cut[1]) < 0xFFFFFFFF:  # all ones: "length unknown", from programs that write to a pipe
+        raise UserError(f"{path} cannot be read (truncated: {cut[2]} of {cut[1]} bytes of sound): {CHECK}")
+    return samples, rate
+
+
+def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
+    """A sound file as (1, samples), float32: any bit depth, mixed down to mono, resampled to ``sample_rate`` (Hz).
+
+    Raises `UserError` naming the file where it is missing, unreadable, truncated, empty or not finite.
+    """
+    samples, rate = read_samples(path)
+    if not len(samples):
+        raise UserError(f"{path} is empty: {CHECK}")
+    if not np.isfinite(samples).all():
+        raise UserError(f"{path} holds NaN or infinite samples: {CHECK}")
+    waveform = torch.from_numpy(samples.mean(axis=1, keepdims=True).T if samples.shape[1] > 1 else samples.T)
+    if rate == sample_rate:
+        return waveform
+    divisor = math.gcd(rate, sample_rate)
+    if (rate // divisor) * (sample_rate // divisor) > 50_000_000:  # coefficients: 200 MB
+        raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to --sample_rate {sample_rate}: {CHECK}")
+    return _resampler(rate, sample_rate)(waveform)
+
+
+@lru_cache
+def _resampler(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
+    """Kept, as its coefficients cost eight times as much as resampling a 1-s clip."""
+    return torchaudio.transforms.Resample(rate, sample_rate)
