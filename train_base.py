@@ -14,10 +14,9 @@ import pytorch_lightning as pl
 from dcase import errors, evaluation, models, training
 from dcase.config import parse_base, start_run
 from dcase.lit import SceneClassifier
-from dcase.loading import clips_id, find_source, training_clips
-from dcase.logmel import frames_of, samples_for
-from dcase.runs import find_checkpoint, load_checkpoint
-from dcase.tau22 import TAU22
+from dcase.loading import clips_id, find_source, open_sound, training_clips, with_sound
+from dcase.logmel import frames_of
+from dcase.runs import find_checkpoint, load_checkpoint, newest_checkpoint
 
 
 def main() -> None:
@@ -25,18 +24,18 @@ def main() -> None:
     training.check_machine(config.machine)
     source = find_source(config.data)
     train_clips, val_clips = training_clips(source, config.split)
-    rate = config.data.orig_sample_rate
-    train = TAU22(train_clips, rate, samples_for(config.logmel, rate))
-    val = TAU22(val_clips, rate, like=train) if val_clips else None
-    test = TAU22(source.test, rate, like=train)
+    config, sound = open_sound(config, source.folder)
+    train = with_sound(train_clips, sound)
+    val = with_sound(val_clips, sound, like=train) if val_clips else None
+    test = with_sound(source.test, sound, like=train)
 
-    frames = frames_of(config.logmel, train.n_samples, rate)
+    frames = frames_of(config.logmel, train.n_samples, sound.sample_rate)
     config = dataclasses.replace(config, model=models.fill(config.model, config.logmel.n_mels, frames))
     pl.seed_everything(config.fit.seed, workers=True, verbose=False)
     module = SceneClassifier(config, frames)
     module.clips_id = clips_id(train_clips, val_clips)
     run = start_run(config, run)
-    if not run.last.exists():
+    if not newest_checkpoint(run.checkpoints):
         training.fit_normalisation(module, train, config.machine)
 
     with training.loggers(config, run) as loggers:

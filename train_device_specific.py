@@ -2,6 +2,7 @@
 
     python train_device_specific.py --ckpt_id RUN_ID --dataset_dir /data/TAU22
     python train_device_specific.py --resume RUN_ID            # go on after an interruption
+    python train_device_specific.py --ckpt_id RUN_ID --only_devices a,b     # a share of the work, for one of several
 
 RUN_ID of --ckpt_id is the run id that train_base.py printed. Model, front end and split are the general model's; a
 flag that contradicts them stops the script. A device's model is kept only if it beats the general one on that
@@ -10,14 +11,12 @@ device's validation clips; unknown devices always use the general model.
 
 import dataclasses
 
-from dcase import errors, evaluation, fine_tuning, training
+from dcase import errors, evaluation, fine_tuning, processes, training
 from dcase.config import parse_device_specific, start_run
 from dcase.errors import UserError
 from dcase.lit import SceneClassifier
-from dcase.loading import clips_id, find_source, training_clips
-from dcase.logmel import samples_for
+from dcase.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.runs import save_checkpoint
-from dcase.tau22 import TAU22, TRAIN_DEVICES
 
 
 def main() -> None:
@@ -27,9 +26,11 @@ def main() -> None:
     training.check_machine(config.machine)
     source = find_source(config.data)
     clips = training_clips(source, config.split)
-    rate = config.data.orig_sample_rate
-    train = TAU22(clips[0], rate, samples_for(config.logmel, rate))
-    test = TAU22(source.test, rate, like=train)
+    config, sound = open_sound(config, source.folder)
+    train = with_sound(clips[0], sound)
+    if clips[1] is not None:
+        with_sound(clips[1], sound, like=train)  # found out now, not at its first device
+    test = with_sound(source.test, sound, like=train)
 
     module = SceneClassifier.from_checkpoint(checkpoint, config)
     module.refuse_other_frames(train)
@@ -39,17 +40,20 @@ def main() -> None:
 
     with training.loggers(config, run) as loggers:
         outcomes, weights = {}, {}
-        for device_id in TRAIN_DEVICES:
+        for device_id in config.devices_to_tune:
             outcome, kept = fine_tuning.fine_tune(device_id, module, clips, train, config, run, loggers)
             outcomes[device_id] = dataclasses.asdict(outcome)
             if kept:
                 weights[device_id] = kept
         module.set_device_models(weights)
-        save_checkpoint(module.as_checkpoint(), run.best)
-        optimistic = config.split.val_split == "test"
-        more = {"fine_tuning": outcomes}
-        evaluation.evaluate(module, source, test, config, run, loggers, more, optimistic)
-    print(f"next: python test_only.py --ckpt_path {run.best}")
+        if processes.is_main():
+            save_checkpoint(module.as_checkpoint(), run.best)
+        if not config.only_devices:
+            optimistic = config.split.val_split == "test"
+            more = {"fine_tuning": outcomes}
+            evaluation.evaluate(module, source, test, config, run, loggers, more, optimistic)
+    others = ",..." if config.only_devices else ""
+    print(f"next: python test_only.py --ckpt_path {run.best}{others}")
 
 
 if __name__ == "__main__":

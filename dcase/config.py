@@ -12,13 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from dcase import cli, models
+from dcase import cli, models, processes
 from dcase.augment import AugmentConfig
+from dcase.devices import merged_checkpoint
 from dcase.errors import UserError
 from dcase.logmel import LogMelConfig
 from dcase.models import ModelConfig
 from dcase.runs import Run, RunConfig, find_checkpoint, find_run, load_checkpoint, new_run, write_json
-from dcase.tau22 import DataConfig, SplitConfig
+from dcase.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class FitConfig:
     """Optimiser steps until --lr is reached; at most a fifth of the run."""
     weight_decay: float = 0.0001
     """AdamW's weight decay; A_log, D, biases, norms and the class token are spared."""
+    accumulate_grad_batches: int = 1
+    """Batches per optimiser step: clips per step are processes x --batch_size x this."""
     gradient_clip_val: float = 1.0
     """Largest norm of the gradient; 0: no clipping."""
     check_val_every_n_epoch: int = 10
@@ -41,7 +44,7 @@ class FitConfig:
     """Seed of weights, order and augmentation; two runs with one seed on a CPU give the same weights."""
 
     def __post_init__(self):
-        for name in ("n_epochs", "check_val_every_n_epoch"):
+        for name in ("n_epochs", "check_val_every_n_epoch", "accumulate_grad_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is at least 1; got {getattr(self, name)}")
         for name in ("lr", "warmup_steps", "weight_decay", "gradient_clip_val", "seed"):
@@ -54,19 +57,19 @@ class FitConfig:
 @dataclass(frozen=True)
 class MachineConfig:
     batch_size: int = 64
-    """Clips in a batch."""
+    """Clips in a batch of each process."""
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     """Bits of the matrix products; the scan's state and the residual stream are always 32-bit."""
     num_workers: int = 8
-    """Processes that read clips, at most one per core; 0: none beside the training process."""
+    """Processes that read WAV files, at most one per core; 0: the training process does. A pack takes one at most."""
     accelerator: str = "auto"
     """cpu, gpu, ... or auto: the best there is."""
     devices: str = "1"
-    """Which accelerators, as Lightning's Trainer takes it: 1, or "2," for the third GPU."""
+    """Accelerators of a machine, a process each, as Lightning's Trainer takes it: 2, or "2," for the third GPU only."""
     num_nodes: int = 1
-    """Number of machines; 1 in this version."""
+    """Machines that train together, started by torchrun or SLURM."""
     strategy: str = "auto"
-    """Lightning's strategy; all of one process in this version."""
+    """How several processes share the work: ddp, or auto, which is ddp where there are several."""
     scan_backend: Literal["auto", "cpu", "triton", "mamba_ssm", "torch"] = "auto"
     """What computes the selective scan; auto: AUM_SCAN_BACKEND, else the fastest that fits. The log says which."""
     deterministic: bool = False
@@ -91,7 +94,7 @@ class EvalConfig:
 @dataclass(frozen=True)
 class TestConfig(EvalConfig):
     ckpt_path: str = ""
-    """Checkpoint file to evaluate, of either stage."""
+    """Checkpoint file to evaluate, of either stage; several of stage 2, with commas between them, are merged."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,19 @@ class TrainConfig(EvalConfig):
 class DeviceConfig(TrainConfig):
     ckpt_id: str = ""
     """Run id of the general model, trained by train_base.py in the same --project_name."""
+    only_devices: str = ""
+    """Devices to fine-tune for, as a,b; without it a, b, c, s1, s2, s3. The test is then left to test_only.py."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(n_epochs=50, warmup_steps=100))
+
+    def __post_init__(self):
+        unknown = set(filter(None, self.only_devices.split(","))) - set(TRAIN_DEVICES)
+        if unknown:
+            raise UserError(f"--only_devices {self.only_devices}: known devices are {','.join(TRAIN_DEVICES)}")
+
+    @property
+    def devices_to_tune(self) -> list[str]:
+        named = self.only_devices.split(",")
+        return [device_id for device_id in TRAIN_DEVICES if not self.only_devices or device_id in named]
 
 
 Config = TypeVar("Config", bound=EvalConfig)
@@ -115,8 +130,9 @@ Config = TypeVar("Config", bound=EvalConfig)
 # What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
 _FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
-    "scan_backend", "deterministic", "compile",
+    "scan_backend", "deterministic", "compile", "pack_dir",
 }  # fmt: skip
+_FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
 
 def parse_base(description: str, args: list[str] | None = None) -> tuple[TrainConfig, Run | None]:
@@ -145,7 +161,7 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
     default = _like_checkpoint(DeviceConfig, checkpoint)
     config = cli.parse(DeviceConfig, description, default, args)
     decided = ("model", "logmel", "data", "split")
-    _refuse_changes(default, config, decided, f"the checkpoint of --ckpt_id {ckpt_id}", free={"dataset_dir"})
+    _refuse_changes(default, config, decided, f"the checkpoint of --ckpt_id {ckpt_id}", free=_FREE_DATA)
     return config, None, checkpoint
 
 
@@ -157,17 +173,18 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
         raise UserError(
             "--ckpt_path is missing: give a checkpoint file, as <project_name>/<run_id>/checkpoints/best.ckpt"
         )
-    checkpoint = load_checkpoint(path)
+    checkpoint = merged_checkpoint({part: load_checkpoint(part) for part in path.split(",")})
     default = _like_checkpoint(TestConfig, checkpoint)
     config = cli.parse(TestConfig, description, default, args)
-    _refuse_changes(default, config, ("model", "logmel", "data"), f"the checkpoint {path}", free={"dataset_dir"})
+    _refuse_changes(default, config, ("model", "logmel", "data"), f"the checkpoint {path}", free=_FREE_DATA)
     return config, checkpoint
 
 
 def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
     """The run to write to: the resumed one, or a new one with its config.json written."""
     if run is None:
-        run = new_run(config.run.project_name)
+        run = processes.from_main(new_run(config.run.project_name) if processes.is_main() else None)
+    if processes.is_main() and not run.has_config():
         versions = {
             name: sys.modules[name].__version__ for name in ("torch", "torchaudio", "pytorch_lightning", "numpy")
         }

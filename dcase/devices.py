@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
+from dcase.errors import UserError
 from dcase.tau22 import DEVICES
 
 
@@ -33,3 +35,24 @@ def forward_by_device(general: nn.Module, specific: Mapping[str, nn.Module], x: 
             logits = part.new_empty(len(x), part.shape[1]) if logits is None else logits
             logits[index] = part
     return logits
+
+
+def merged_checkpoint(checkpoints: Mapping[str, dict]) -> dict:
+    """One checkpoint with the general model and all device-specific models of several, which are given by their names.
+
+    Raises `UserError` where they are not of one general model, or where two hold a model for the same device.
+    """
+    (first_name, first), *others = checkpoints.items()
+    merged = {**first, "state_dict": dict(first["state_dict"]), "device_ids": list(first["device_ids"])}
+    general = {name: value for name, value in first["state_dict"].items() if not name.startswith("device_models.")}
+    for name, checkpoint in others:
+        state = checkpoint["state_dict"]
+        if any(key not in state or not torch.equal(state[key], value) for key, value in general.items()):
+            raise UserError(f"--ckpt_path: {first_name} and {name} are not of one general model (--ckpt_id)")
+        twice = set(merged["device_ids"]) & set(checkpoint["device_ids"])
+        if twice:
+            raise UserError(f"--ckpt_path: {name} holds a model for device {min(twice)}, and so does one before it")
+        merged["state_dict"] |= {key: value for key, value in state.items() if key.startswith("device_models.")}
+        merged["device_ids"] += checkpoint["device_ids"]
+    merged["device_ids"].sort(key=DEVICES.index)
+    return merged

@@ -6,12 +6,12 @@ from pathlib import Path
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 
-from dcase import complexity, report
+from dcase import complexity, processes, report
 from dcase.config import EvalConfig
+from dcase.dataset import TAU22
 from dcase.lit import SceneClassifier
-from dcase.loading import Source, loader
-from dcase.runs import MetricsCsv, Run, write_json
-from dcase.tau22 import TAU22
+from dcase.loading import Source, evaluation_batches, loader
+from dcase.runs import MetricsCsv, Run, Wandb, write_json
 from dcase.training import make_trainer
 
 
@@ -39,7 +39,10 @@ def evaluate(
     for logger in loggers:
         if isinstance(logger, MetricsCsv):
             logger.drop_from(0, "test/")  # of an earlier end of this run
-    make_trainer(config.machine, run.folder, list(loggers)).test(module, loader(test, config.machine), verbose=False)
+    batches = loader(test, config.machine, evaluation_batches(test, config.machine))
+    make_trainer(config.machine, run.folder, list(loggers)).test(module, batches, verbose=False)
+    if not processes.is_main():
+        return module.results
     chosen = "The model was chosen on the test split: its figures are optimistic." if optimistic else ""
     note = " ".join(text for text in (source.note, chosen) if text)
     measured = measure(module).as_dict()
@@ -57,8 +60,8 @@ def evaluate(
     print("\n" + report.write_report(results, folder, name, note, source.comparable, measured))
     print(f"Figures: {run.folder / 'results.json'}")
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            _show_in_wandb(logger, results, name, folder)
+        if isinstance(logger, Wandb):
+            logger.call(lambda wandb: _show_in_wandb(wandb, results, name, folder))
     return results
 
 

@@ -1,6 +1,7 @@
 """How every file that matters is written: beside its place, then renamed."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,3 +27,19 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} cannot be written ({reason}): check rights and space there") from error
+
+
+def keep_copy(path: Path, copy: Path) -> None:
+    """Make ``copy`` the same file as ``path``, without copying where the file system has hard links."""
+    beside = copy.with_name(f".{copy.name}.{os.getpid()}")
+    try:
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(path, beside)
+        except OSError:
+            shutil.copyfile(path, beside)
+        os.replace(beside, copy)
+    except OSError as error:
+        raise UserError(f"{copy} cannot be written ({error.strerror}): check rights and space there") from error
+    finally:
+        beside.unlink(missing_ok=True)

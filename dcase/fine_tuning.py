@@ -10,11 +10,13 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor
 
+from dcase import processes
 from dcase.config import DeviceConfig
+from dcase.dataset import TAU22
 from dcase.lit import SceneClassifier
-from dcase.loading import loader, mixed_seed
+from dcase.loading import evaluation_batches, loader, mixed_seed
 from dcase.runs import Run, load_checkpoint, write_json
-from dcase.tau22 import DEVICES, TAU22, Clips
+from dcase.tau22 import DEVICES, Clips
 from dcase.training import MONITOR, make_trainer, train
 
 
@@ -57,7 +59,8 @@ def fine_tune(
         outcome = Outcome(**json.loads(decision.read_text()))
     else:
         outcome = _decide(device_id, general, clips, like, config, folder, list(loggers))
-        write_json(decision, dataclasses.asdict(outcome))
+        if processes.is_main():
+            write_json(decision, dataclasses.asdict(outcome))
     print(outcome.line(device_id))
     return outcome, _weights(folder) if outcome.kept else None
 
@@ -76,13 +79,13 @@ def _decide(
         return Outcome(False, "no training clip of this device")
     if val_clips is not None and not len(val_clips):
         return Outcome(False, "no validation clip of this device to compare on", len(train_clips))
-    rate = config.data.orig_sample_rate
-    train_set = TAU22(train_clips, rate, like=like)
-    val_set = TAU22(val_clips, rate, like=like) if val_clips is not None else None
+    train_set = TAU22(train_clips, like.sound, like)
+    val_set = TAU22(val_clips, like.sound, like) if val_clips is not None else None
 
     general_acc = None
     if val_set is not None:
-        make_trainer(config.machine, folder, []).validate(general, loader(val_set, config.machine), verbose=False)
+        batches = loader(val_set, config.machine, evaluation_batches(val_set, config.machine))
+        make_trainer(config.machine, folder, []).validate(general, batches, verbose=False)
         general_acc = general.results[MONITOR]
     # Each device has a seed of its own, so that its result does not depend on which were trained before it.
     seed = mixed_seed(config.fit.seed, DEVICES.index(device_id)) % 2**32

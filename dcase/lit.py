@@ -11,14 +11,16 @@ from torch import Tensor, nn
 import aum
 from dcase.augment import Masking, freq_mixstyle, roll
 from dcase.config import EvalConfig, TrainConfig, from_plain, to_plain
+from dcase.dataset import TAU22, Clip
 from dcase.devices import forward_by_device
 from dcase.errors import UserError
 from dcase.loading import mixed_seed
 from dcase.logmel import LogMel, frames_of
 from dcase.metrics import SceneMetrics
 from dcase.models import build
+from dcase.processes import sum_over_all
 from dcase.runs import FORMAT
-from dcase.tau22 import DEVICES, TAU22, Clip
+from dcase.tau22 import DEVICES
 
 WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach the learning rate asked for
 
@@ -41,6 +43,8 @@ class SceneClassifier(pl.LightningModule):
         self.metrics = SceneMetrics()
         self.results: dict = {}  # of the last validation or test
         self.log_prefix = ""  # "a/" while the model of device a is trained
+        self.train_loss = torch.zeros(2, dtype=torch.float64)  # sum over the epoch's clips so far, and their number
+        self.clips_per_step = 0  # of the optimiser, in all processes
         self.clips_id = ""  # which clips were trained and chosen on: loading.clips_id
         self.total_steps = 0  # optimiser steps of the run, for the schedule
         if isinstance(config, TrainConfig):
@@ -60,25 +64,31 @@ class SceneClassifier(pl.LightningModule):
         return module
 
     def forward(self, waveform: Tensor, device: Tensor, length: Tensor | None = None) -> Tensor:
-        """``length`` (b,): samples of each clip, where some are padded at their end."""
-        return forward_by_device(self.model, self.device_models, self.logmel(waveform, length), device)
+        """``waveform`` at the recordings' rate; ``length`` (b,): samples of each, where some are padded at the end."""
+        length = torch.full_like(device, waveform.shape[-1]) if length is None else length
+        x = self.logmel(*self.logmel.resampled(waveform, length))
+        return forward_by_device(self.model, self.device_models, x, device)
+
+    def sound(self, batch: Clip) -> tuple[Tensor, Tensor]:
+        """(waveform (b, 1, samples), length (b,)) at the model's rate."""
+        return self.logmel.resampled(batch.waveform, batch.length, batch.scale, batch.sample_rate)
 
     def training_step(self, batch: Clip, batch_idx: int) -> Tensor:
         augment = self.config.augment
-        # Augmentation and dropout depend on the seed, the epoch and the batch alone, wherever a run was interrupted.
-        torch.manual_seed(mixed_seed(self.config.fit.seed, self.current_epoch, batch_idx))
-        shift = round(augment.roll_sec * self.config.data.orig_sample_rate)  # samples
-        x = self.logmel(roll(batch.waveform, shift, batch.length), batch.length)
+        # Augmentation and dropout depend on seed, epoch, batch and process alone, wherever a run was interrupted.
+        torch.manual_seed(mixed_seed(self.config.fit.seed, self.current_epoch, batch_idx, self.global_rank))
+        waveform, length = self.sound(batch)
+        shift = round(augment.roll_sec * self.config.logmel.sample_rate)  # samples
+        x = self.logmel(roll(waveform, shift, length), length)
         x = freq_mixstyle(x, augment.mixstyle_p, augment.mixstyle_alpha)
         logits = self.model(self.masking(x))
         loss = F.cross_entropy(logits.float(), batch.scene)
-        self._refuse_non_finite(loss, batch, self.trainer.train_dataloader)
-        size = len(batch.scene)
-        self.log(f"{self.log_prefix}train/loss_step", loss, prog_bar=True, batch_size=size)
-        # Without the logger: KeepCheckpoints writes the epoch's mean before it saves last.ckpt.
-        epoch_mean = {"on_step": False, "on_epoch": True, "logger": False}
-        self.log(f"{self.log_prefix}train/loss", loss, prog_bar=True, batch_size=size, **epoch_mean)
-        return loss
+        loader = self.trainer.train_dataloader
+        self._refuse_non_finite(loss, batch, loader)
+        self.log(f"{self.log_prefix}train/loss_step", loss, prog_bar=True, batch_size=len(batch.scene))
+        counted = loader.batch_sampler.counted(batch_idx)
+        self.train_loss += torch.stack([loss.detach().double() * counted, loss.new_tensor(counted).double()])
+        return loss * loader.batch_sampler.weight(batch_idx)
 
     def _refuse_non_finite(self, loss: Tensor, batch: Clip, dataloader) -> None:
         if not loss.isfinite().all():
@@ -88,36 +98,50 @@ class SceneClassifier(pl.LightningModule):
                 f"are of before. Lower --lr, use --precision 32, or look at the batch's clips: {', '.join(names)}"
             )
 
-    def _evaluate(self, batch: Clip, dataloader) -> None:
-        logits = self(batch.waveform, batch.device, batch.length).float()
+    def _evaluate(self, batch: Clip, batch_idx: int, dataloader) -> None:
+        x = self.logmel(*self.sound(batch))
+        logits = forward_by_device(self.model, self.device_models, x, batch.device).float()
         loss = F.cross_entropy(logits, batch.scene, reduction="none")
         self._refuse_non_finite(loss, batch, dataloader)
-        self.metrics.update(logits, batch.scene, batch.device, loss)
+        n = dataloader.batch_sampler.counted(batch_idx)
+        self.metrics.update(logits[:n], batch.scene[:n], batch.device[:n], loss[:n])
 
-    def _finish(self, stage: str) -> None:
+    def _finish(self, stage: str, step: int) -> None:
         self.results = self.metrics.compute()
         self.metrics.reset()
         shown = {name: self.results[name] for name in ("macro_avg_acc", "acc", "loss")}
         for table in ("scene_acc", "device_acc", "device_group_acc"):
             shown |= {f"{table}/{name}": value for name, value in self.results[table].items()}
-        for name, value in shown.items():
-            if value is not None:
-                self.log(f"{self.log_prefix}{stage}/{name}", value, prog_bar=name in ("macro_avg_acc", "loss"))
+        self.log_now({f"{stage}/{name}": value for name, value in shown.items() if value is not None}, step)
+
+    def log_now(self, metrics: dict[str, float], step: int) -> None:
+        """Log without Lightning's delay: a kill between a checkpoint and what belongs to it would lose it."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics({f"{self.log_prefix}{name}": value for name, value in metrics.items()}, step=step)
+
+    def on_train_start(self) -> None:
+        self.train_loss = self.train_loss.to(self.device)
+
+    def epoch_loss(self) -> float:
+        """The mean loss over the epoch's clips, those of all processes; a new epoch's begins."""
+        total, clips = sum_over_all(self.train_loss).tolist()
+        self.train_loss = torch.zeros_like(self.train_loss)
+        return total / clips
 
     def validation_step(self, batch: Clip, batch_idx: int) -> None:
-        self._evaluate(batch, self.trainer.val_dataloaders)
+        self._evaluate(batch, batch_idx, self.trainer.val_dataloaders)
 
     def test_step(self, batch: Clip, batch_idx: int) -> None:
-        self._evaluate(batch, self.trainer.test_dataloaders)
+        self._evaluate(batch, batch_idx, self.trainer.test_dataloaders)
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
 
     def on_validation_epoch_end(self) -> None:
-        self._finish("val")
+        self._finish("val", max(0, self.trainer.global_step - 1))
 
     def on_test_epoch_end(self) -> None:
-        self._finish("test")
+        self._finish("test", 0)
 
     def configure_optimizers(self):
         fit = self.config.fit
@@ -136,9 +160,20 @@ class SceneClassifier(pl.LightningModule):
         checkpoint["frames"] = self.frames
         checkpoint["device_ids"] = list(self.device_models)
         checkpoint["clips_id"] = self.clips_id
+        checkpoint["clips_per_step"] = self.clips_per_step
+        training = self._trainer is not None and self.trainer.training
+        checkpoint["train_loss"] = (sum_over_all(self.train_loss.clone()) if training else self.train_loss).tolist()
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.refuse_other_clips(checkpoint, "the run that is resumed")
+        if checkpoint["clips_per_step"] != self.clips_per_step:
+            raise UserError(
+                f"the run that is resumed took {checkpoint['clips_per_step']} clips per optimiser step (processes x "
+                f"--batch_size x --accumulate_grad_batches), and this one would take {self.clips_per_step}: give as "
+                "many --devices and --num_nodes as before"
+            )
+        if self.global_rank == 0:  # the sum over all processes
+            self.train_loss = torch.tensor(checkpoint["train_loss"], dtype=torch.float64)
 
     def refuse_other_clips(self, checkpoint: dict, what: str) -> None:
         """Raise `UserError` where the clips of this run are not those that a checkpoint was trained and chosen on."""
@@ -150,7 +185,7 @@ class SceneClassifier(pl.LightningModule):
 
     def refuse_other_frames(self, dataset: TAU22) -> None:
         """Raise `UserError` where the data set's clips make another number of frames than the model was made for."""
-        frames = frames_of(self.config.logmel, dataset.n_samples, self.config.data.orig_sample_rate)
+        frames = frames_of(self.config.logmel, dataset.n_samples, dataset.sound.sample_rate)
         if frames != self.frames:
             raise UserError(
                 f"the clips ({dataset.measured}) make {frames} frames, but the model was trained on {self.frames}: "

@@ -1,26 +1,34 @@
 """Which data folder, which clips of it, and the loaders that make batches of them."""
 
+import math
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dcase import synth
-from dcase.config import MachineConfig
+from dcase import pack, processes, synth
+from dcase.config import EvalConfig, MachineConfig
+from dcase.dataset import TAU22, Clip, Sound
+from dcase.errors import UserError
+from dcase.logmel import samples_for
+from dcase.pack import Pack
 from dcase.tau22 import (
     TEST_CLIPS,
     Clips,
     DataConfig,
     SplitConfig,
+    check_files,
     check_folder,
-    collate,
     is_tau22,
     load_clips,
     split_by_location,
 )
+
+Config = TypeVar("Config", bound=EvalConfig)
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,10 @@ def find_source(config: DataConfig) -> Source:
     given = config.dataset_dir or os.environ.get("TAU22_DIR")
     if not given:
         print("neither --dataset_dir nor TAU22_DIR is given: using SynthTAU, a synthetic stand-in for TAU22")
-    folder = Path(given).expanduser() if given else synth.ensure_default()
-    check_folder(folder)
-    test = load_clips(folder, "test")  # before training: a mistake in the list is found now, and it is TAU22's mark
+    with processes.main_first():
+        folder = Path(given).expanduser() if given else synth.ensure_default()
+        check_folder(folder)
+        test = load_clips(folder, "test")  # before training: a mistake in the list is found now, and it is TAU22's mark
     if not is_tau22(folder):
         synthetic = (folder / synth.MARK).exists()
         note = f"{'Synthetic data' if synthetic else 'Not TAU22'}: not comparable with figures from TAU22."
@@ -53,7 +62,8 @@ def find_source(config: DataConfig) -> Source:
 
 def training_clips(source: Source, split: SplitConfig) -> tuple[Clips, Clips | None]:
     """(train, val): val is held out of the training clips by location, or is None with --val_fraction 0."""
-    clips = load_clips(source.folder, f"split{split.subset}")
+    with processes.main_first():
+        clips = load_clips(source.folder, f"split{split.subset}")
     if split.val_split == "test":
         print("--val_split test: the model is chosen on the test split, so its test figures are OPTIMISTIC")
         return clips, source.test
@@ -65,22 +75,99 @@ def training_clips(source: Source, split: SplitConfig) -> tuple[Clips, Clips | N
     return split_by_location(clips, split.val_fraction)
 
 
-class EpochOrder(Sampler[int]):
-    """A new order of n clips every epoch, from the seed and the epoch alone, so that a resumed run finds its place.
+def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
+    """The pack where there is one (or --read_from asks for it), else the WAV files; says which. The configuration comes
+    back with --read_from decided, so that a resumed run reads what it read before.
 
-    ``epoch`` is asked when an epoch's order is made. It is a function because Lightning makes the first iterator
-    before it tells samplers their epoch.
+    Raises `UserError` where the pack does not fit: it is then made again, or --read_from wav given.
+    """
+    logmel, rate = config.logmel, config.data.orig_sample_rate
+    place = config.data.pack_folder(folder)
+
+    def decided(read_from: str) -> Config:
+        return replace(config, data=replace(config.data, read_from=read_from))
+
+    if config.data.read_from == "wav" or (config.data.read_from == "auto" and not pack.exists(place)):
+        print(f"sound: WAV files of {folder} (`python -m dcase.prepare --pack` makes them one file, read much faster)")
+        return decided("wav"), Sound(rate, samples_for(logmel, rate))
+    found = Pack(place)
+    wanted = pack.Rates(rate, logmel.sample_rate)
+    if found.rates != wanted:
+        raise UserError(
+            f"{place} was resampled from {found.rates.orig_sample_rate} to {found.rates.sample_rate} Hz, and "
+            f"--orig_sample_rate and --sample_rate are {rate} and {logmel.sample_rate}: {pack.AGAIN}"
+        )
+    print(f"sound: the pack {place} ({len(found)} clips at {logmel.sample_rate} Hz)")
+    return decided("pack"), Sound(logmel.sample_rate, samples_for(logmel, logmel.sample_rate), found)
+
+
+def with_sound(clips: Clips, sound: Sound, like: TAU22 | None = None) -> TAU22:
+    """The clips' data set. Raises `UserError` where recordings are missing, or are not those that were packed."""
+    if sound.pack is None:
+        check_files(clips)
+    else:
+        changed = sound.pack.changed_sources(clips.folder, sound.pack.rows(clips.filenames))
+        if changed:
+            shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+            raise UserError(
+                f"{len(changed)} of these {len(clips)} recordings are missing or have changed since "
+                f"{sound.pack.folder} was made ({shown}): {pack.AGAIN}"
+            )
+    return TAU22(clips, sound, like)
+
+
+class Batches(Sampler[list[int]]):
+    """Which clips of n each batch of this process holds: every clip exactly once, whatever the number of processes.
+
+    The processes cut every ``batch_size`` x processes clips of ``order()`` among themselves as evenly as can be. In
+    the last batch a process may be left without a clip: it gets one that does not count, so that all of them take the
+    same number of steps. ``start()`` is the batch to begin with. Both are asked when an iteration begins.
     """
 
-    def __init__(self, n: int, seed: int, epoch: Callable[[], int]):
-        self.n, self.seed, self.epoch = n, seed, epoch
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        order: Callable[[], Sequence[int]] | None = None,
+        start: Callable[[], int] = lambda: 0,
+        accumulate: int = 1,
+        rank: int = 0,
+        processes: int = 1,
+    ):
+        self.n, self.order, self.start, self.accumulate = n, order or (lambda: range(n)), start, accumulate
+        self.rank, self.processes, self.together = rank, processes, batch_size * processes
 
     def __len__(self) -> int:
-        return self.n
+        return math.ceil(self.n / self.together)
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.epoch()))
-        return iter(torch.randperm(self.n, generator=generator).tolist())
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        for batch in range(self.start(), len(self)):
+            first, last = self._mine(batch)
+            yield list(order[first:last]) or [order[batch * self.together]]
+
+    def _mine(self, batch: int) -> tuple[int, int]:
+        """Where this process's part of a batch begins and ends in the order."""
+        first = batch * self.together
+        size = min(self.together, self.n - first)
+        return tuple(first + size * rank // self.processes for rank in (self.rank, self.rank + 1))
+
+    def counted(self, batch: int) -> int:
+        """Clips of this process's batch that count: all of them, or none of the one that only keeps step."""
+        first, last = self._mine(batch)
+        return last - first
+
+    def weight(self, batch: int) -> float:
+        """What this process's mean loss is to be multiplied by, so that the mean of that over the processes and over
+        the ``accumulate`` batches of an optimiser step is the mean over all clips of that step."""
+        begin = batch // self.accumulate * self.accumulate * self.together
+        clips = min(self.n, begin + self.accumulate * self.together) - begin
+        return self.counted(batch) * self.processes * self.accumulate / clips
+
+
+def shuffled(n: int, seed: int, epoch: int) -> list[int]:
+    """An order of n clips from the seed and the epoch alone, so that a resumed run finds its place."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
 
 
 def clips_id(train: Clips, val: Clips | None) -> str:
@@ -99,15 +186,27 @@ def mixed_seed(*numbers: int) -> int:
     return state % 2**63
 
 
-def loader(dataset: Dataset, machine: MachineConfig, order: Sampler | None = None) -> DataLoader:
-    """Batches of `tau22.Clip`, in ``order`` or, without one, in the data set's own. No clip is dropped."""
+def evaluation_batches(dataset: TAU22, machine: MachineConfig) -> Batches:
+    """The data set's clips in its own order, shared among the processes."""
+    return Batches(len(dataset), machine.batch_size, rank=processes.rank(), processes=processes.count())
+
+
+def loader(dataset: Dataset, machine: MachineConfig, batches: Batches) -> DataLoader:
+    """Batches of `dataset.Clip`. A pack is read so fast that further processes would only cost time: on a CPU none is
+    used then, beside a GPU one, which reads ahead."""
     workers = min(machine.num_workers, os.cpu_count() or 1)
+    on_gpu = torch.cuda.is_available() and machine.accelerator != "cpu"
+    if getattr(dataset, "sound", None) and dataset.sound.pack:
+        workers = min(workers, int(on_gpu))
     return DataLoader(
         dataset,
-        batch_size=machine.batch_size,
-        sampler=order,
+        batch_sampler=batches,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_as_it_is,
         persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=on_gpu,
     )
+
+
+def _as_it_is(batch: Clip) -> Clip:
+    return batch  # TAU22 gathers whole batches

@@ -1,7 +1,8 @@
 """A run's folder ``<project_name>/<run_id>/``: its id, configuration, checkpoints, metrics and results.
 
     config.json          the whole configuration, versions and command, written before the first step
-    checkpoints/         last.ckpt (every epoch), best.ckpt (highest validation macro_avg_acc)
+    checkpoints/         last.ckpt (every epoch), previous.ckpt (the one before), best.ckpt (highest validation
+                         macro_avg_acc)
     metrics.csv          what was logged, a row a time
     results.json         the figures of the test, plain and repeatable: no times, no paths
     report/              tables and charts
@@ -15,6 +16,8 @@ import json
 import pickle
 import secrets
 import string
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,8 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning.loggers.logger import Logger
 
-from dcase.errors import UserError
-from dcase.files import replace_file
+from dcase.errors import UserError, one_line
+from dcase.files import keep_copy, replace_file
 
 FORMAT = 1  # of our checkpoints
 
@@ -66,6 +69,9 @@ class Run:
     @property
     def best(self) -> Path:
         return self.checkpoints / "best.ckpt"
+
+    def has_config(self) -> bool:
+        return (self.folder / "config.json").is_file()
 
     def read_config(self) -> dict:
         return json.loads((self.folder / "config.json").read_text())["config"]
@@ -121,10 +127,14 @@ def load_checkpoint(path: Path | str) -> dict:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: check --ckpt_path or --ckpt_id")
     try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch itself does not look at the checksums it writes
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"checkpoint {path} is refused: it is damaged, or holds more than weights and could run code"
+            f"checkpoint {path} is refused: it is damaged, or no checkpoint, or holds more than weights and could run code"
         ) from error
     except Exception as error:  # a damaged file can make torch raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -134,11 +144,36 @@ def load_checkpoint(path: Path | str) -> dict:
     return checkpoint
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """last.ckpt, or previous.ckpt where that is damaged, which is then said; None where there is neither.
+
+    Raises `UserError` where there is one and none can be read.
+    """
+    paths = [path for path in (folder / "last.ckpt", folder / "previous.ckpt") if path.is_file()]
+    problem = None
+    for path in paths:
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            problem = problem or error
+            continue
+        if problem:
+            print(f"WARNING: {problem}. Going on from {path}, which was written before it.")
+        return path
+    if problem:
+        raise problem
+    return None
+
+
 class SafeCheckpoints(CheckpointIO):
-    """Lightning's way to checkpoint files: written beside and renamed, read with ``weights_only=True``."""
+    """Lightning's way to checkpoint files: written beside and renamed, read with ``weights_only=True``; the last.ckpt
+    that was there before stays, as previous.ckpt."""
 
     def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
-        save_checkpoint(checkpoint, Path(path))
+        path = Path(path)
+        if path.name == "last.ckpt" and path.exists():
+            keep_copy(path, path.with_name("previous.ckpt"))
+        save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict:
         return load_checkpoint(path)
@@ -157,7 +192,7 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = path
 
-    name = version = None
+    name = version = None  # of Logger
     columns = ("step", "name", "value")
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
@@ -182,7 +217,35 @@ class MetricsCsv(Logger):
         replace_file(self.path, lambda beside: beside.write_text(lines))
 
 
-def wandb_logger(config: RunConfig, run: Run, name: str, content: dict) -> Logger | None:
+class Wandb(Logger):
+    """W&B's logger, which from its first error on is only a silence: training goes on without it."""
+
+    def __init__(self, logger: Logger, folder: Path):
+        super().__init__()
+        self._logger, self._folder, self._works = logger, folder, True
+
+    name = version = None  # of Logger
+
+    def log_hyperparams(self, params, *args, **kwargs) -> None:
+        pass  # W&B has them since its start
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.call(lambda logger: logger.log_metrics(metrics, step))
+
+    def finish(self, failed: bool) -> None:
+        self.call(lambda logger: logger.experiment.finish(exit_code=int(failed)))
+
+    def call(self, what: Callable[[Logger], object]) -> None:
+        """Do something with W&B's own logger, where it still works."""
+        if self._works:
+            try:
+                what(self._logger)
+            except Exception as error:  # its process gone, its folder full, its network: whatever it is
+                self._works = False
+                print(f"W&B has failed ({one_line(error)}); the run goes on without it, metrics go to {self._folder}")
+
+
+def wandb_logger(config: RunConfig, run: Run, name: str, content: dict) -> Wandb | None:
     """W&B's logger for this run's id, or None where it is disabled or cannot be started: training never waits for it.
 
     ``content`` is the configuration to show there. Nothing but metrics, configuration and plots is uploaded.
@@ -221,4 +284,4 @@ def wandb_logger(config: RunConfig, run: Run, name: str, content: dict) -> Logge
         return None
     sync = f" (send it with: wandb sync {Path(experiment.dir).parent})" if mode == "offline" else ""
     print(f"W&B: {mode}, run id {run.id}{sync}")
-    return WandbLogger(experiment=experiment)
+    return Wandb(WandbLogger(experiment=experiment), run.folder)

@@ -1,9 +1,11 @@
 """What both training scripts need around the module: the Trainer, its checkpoints, and the normalisation."""
 
 import logging
+import math
 import os
 import shlex
 import shutil
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +16,18 @@ import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers.logger import Logger
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 import aum
 from aum.allocator import keep_freed_memory
 from aum.scan import choose
+from dcase import processes, stopping
 from dcase.config import EvalConfig, MachineConfig, TrainConfig, to_plain
-from dcase.errors import UserError
+from dcase.dataset import TAU22
+from dcase.errors import Stopped, UserError
 from dcase.lit import SceneClassifier
-from dcase.loading import EpochOrder, loader
-from dcase.runs import MetricsCsv, Run, SafeCheckpoints, wandb_logger
-from dcase.tau22 import TAU22
+from dcase.loading import Batches, evaluation_batches, loader, shuffled
+from dcase.runs import MetricsCsv, Run, SafeCheckpoints, newest_checkpoint, wandb_logger
 
 DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the data in the scan
 MONITOR = "macro_avg_acc"  # on the validation clips
@@ -33,40 +35,40 @@ NORMALISATION_CLIPS = 5000  # at most: enough for four digits of the mean
 
 
 class KeepCheckpoints(Checkpoint):
-    """last.ckpt after every epoch; best.ckpt, weights only, when validation accuracy is higher than ever before.
+    """last.ckpt after every epoch, and in the middle of one where a signal ends the run; best.ckpt, weights only, when
+    validation accuracy is higher than ever before.
 
-    Lightning's ModelCheckpoint would forget the best score of a run whose folder was moved.
+    Lightning's ModelCheckpoint would forget the best score of a run whose folder was moved. Validation is started here
+    and not by Lightning, so that last.ckpt holds an epoch's training before its validation begins.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, every_n_epochs: int | None):
+        """``every_n_epochs``: when to validate, beside the last epoch; None: never."""
+        self.folder, self.every_n_epochs = folder, every_n_epochs
         self.best_score: float | None = None
         self.best_epoch: int | None = None
-
-    def on_validation_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
-        score = module.results[MONITOR]
-        better = self.best_score is None or score > self.best_score
-        if better:
-            self.best_score, self.best_epoch = score, trainer.current_epoch
-            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
-        loss = module.results["loss"]
-        trainer.progress_bar_callback.print(
-            f"epoch {trainer.current_epoch + 1}: validation macro_avg_acc {100 * score:.2f} %, loss {loss:.4f}"
-            + (" (best so far: kept)" if better else "")
-        )
+        self.validation_due = False
+        self.stopped_by = 0  # number of the signal
 
     def on_train_start(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsCsv):
-                logger.drop_from(trainer.global_step, module.log_prefix)  # a resumed run logs it again
-        self._validate_the_last_epoch(trainer)
+        stopping.take()
+        # What a resumed run logs again.
+        _drop_from(trainer, trainer.global_step, module.log_prefix)
+        if self.validation_due:
+            _drop_from(trainer, trainer.global_step - 1, f"{module.log_prefix}val/")
+            self._validate(trainer, module)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
-        self._validate_the_last_epoch(trainer)
+    def on_train_batch_end(self, trainer: pl.Trainer, module: SceneClassifier, outputs, batch, batch_idx: int) -> None:
+        # Between optimiser steps only. An epoch's last batch leaves it to the epoch's end.
+        last = batch_idx + 1 == trainer.num_training_batches
+        if not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.stopped_by = self._stop_asked(trainer)
+            if self.stopped_by:
+                self._save(trainer)
 
-    def _validate_the_last_epoch(self, trainer: pl.Trainer) -> None:
-        if epochs_done(trainer) + 1 >= trainer.max_epochs:
-            trainer.check_val_every_n_epoch = 1
+    def on_train_batch_start(self, trainer: pl.Trainer, *args) -> None:
+        if self.stopped_by:  # not sooner: Lightning had still to log the last batch
+            self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         for name, parameter in module.named_parameters():
@@ -75,24 +77,74 @@ class KeepCheckpoints(Checkpoint):
                     f"{name} is not finite after epoch {trainer.current_epoch + 1}; the checkpoints are of before. "
                     "Lower --lr, clip the gradient (--gradient_clip_val 1) or use --precision 32"
                 )
-        # Lightning would log these after the checkpoint is saved: a kill in between would lose them.
-        name = f"{module.log_prefix}train/loss"
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        metrics = {name: trainer.callback_metrics[name].item(), f"{module.log_prefix}lr": lr}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step - 1)
+        module.log_now({"train/loss": module.epoch_loss(), "lr": lr}, trainer.global_step - 1)
+        epoch = epochs_done(trainer)
+        if self.every_n_epochs:
+            self.validation_due = epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        self._save(trainer)
+        self.stopped_by = self._stop_asked(trainer)
+        if self.stopped_by:
+            self._stop(trainer)
+        if self.validation_due:
+            self._validate(trainer, module)
+
+    def _validate(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+        epoch, score, loss = epochs_done(trainer), module.results[MONITOR], module.results["loss"]
+        better = self.best_score is None or score > self.best_score
+        if better:
+            self.best_score, self.best_epoch = score, epoch - 1
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        trainer.progress_bar_callback.print(
+            f"epoch {epoch}: validation macro_avg_acc {100 * score:.2f} %, loss {loss:.4f}"
+            + (" (best so far: kept)" if better else "")
+        )
+        self.validation_due = False
+        self._save(trainer)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args) -> None:
+        self.stopped_by = self._stop_asked(trainer)
+        if self.stopped_by:
+            self._stop(trainer)  # last.ckpt holds the epoch; its validation is done again
+
+    def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
+    def _stop_asked(self, trainer: pl.Trainer) -> int:
+        return processes.any_of_all(stopping.received, trainer.strategy.root_device)
+
+    def _stop(self, trainer: pl.Trainer) -> None:
+        raise Stopped(
+            self.stopped_by,
+            f"stopped by {signal.Signals(self.stopped_by).name}, saved in epoch {trainer.current_epoch + 1} after "
+            f"{trainer.global_step} steps in all; go on with --resume and the run id",
+        )
+
     def state_dict(self) -> dict:
-        return {"best_score": self.best_score, "best_epoch": self.best_epoch}
+        return {name: getattr(self, name) for name in ("best_score", "best_epoch", "validation_due")}
 
     def load_state_dict(self, state: dict) -> None:
-        self.best_score, self.best_epoch = state["best_score"], state["best_epoch"]
+        self.__dict__.update(state)
+
+
+def _drop_from(trainer: pl.Trainer, step: int, prefix: str) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.drop_from(step, prefix)
 
 
 def epochs_done(trainer: pl.Trainer) -> int:
-    """Whole epochs behind a run. ``trainer.current_epoch`` is one less while a run is being resumed."""
+    """Epochs whose training is behind a run. ``trainer.current_epoch`` is one less while a run is being resumed."""
     return trainer.fit_loop.epoch_progress.current.processed
+
+
+def batches_done(trainer: pl.Trainer, n_batches: int) -> int:
+    """Batches of the epoch under way that a resumed run has behind it; 0 where the epoch is over."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current.processed % n_batches
 
 
 def check_machine(machine: MachineConfig) -> None:
@@ -103,6 +155,8 @@ def check_machine(machine: MachineConfig) -> None:
     if machine.scan_backend != "auto":
         os.environ["AUM_SCAN_BACKEND"] = machine.scan_backend  # for the processes that this one starts, too
     trainer = make_trainer(machine, Path("."), [])
+    if trainer.world_size > 1:
+        processes.start(trainer)
     device = trainer.strategy.root_device.type
     try:
         choose(device, DTYPES[machine.precision])
@@ -121,7 +175,8 @@ def make_trainer(
     if config is not None:
         fit = {
             "max_epochs": config.fit.n_epochs,
-            "check_val_every_n_epoch": config.fit.check_val_every_n_epoch,
+            "check_val_every_n_epoch": config.fit.n_epochs + 1,  # never: KeepCheckpoints validates
+            "accumulate_grad_batches": config.fit.accumulate_grad_batches,
             "gradient_clip_val": config.fit.gradient_clip_val or None,
             "callbacks": [checkpoints],
         }
@@ -139,6 +194,7 @@ def make_trainer(
             plugins=[SafeCheckpoints()],
             enable_model_summary=False,
             num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # loading.Batches knows the processes
             log_every_n_steps=50,
             **fit,
         )
@@ -146,14 +202,15 @@ def make_trainer(
         raise UserError(
             f"--accelerator, --devices, --strategy or --precision do not fit this machine: {error}"
         ) from error
-    if trainer.world_size > 1:
-        raise UserError("training in several processes is not in this version: use --devices 1 --num_nodes 1")
     return trainer
 
 
 @contextmanager
 def loggers(config: EvalConfig, run: Run) -> Iterator[list[Logger]]:
     """metrics.csv and, where it can be used, W&B under the run's own id; W&B is told when it is over."""
+    if not processes.is_main():
+        yield []
+        return
     name = config.run.experiment_name or config.model.model
     wandb = wandb_logger(config.run, run, name, to_plain(config))
     failed = True
@@ -162,7 +219,7 @@ def loggers(config: EvalConfig, run: Run) -> Iterator[list[Logger]]:
         failed = False
     finally:
         if wandb:
-            wandb.experiment.finish(exit_code=int(failed))
+            wandb.finish(failed)
 
 
 def quieten() -> None:
@@ -170,18 +227,26 @@ def quieten() -> None:
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("aum").setLevel(logging.INFO)  # which scan backend is used, and why
+    if processes.is_main():
+        logging.getLogger("aum").setLevel(logging.INFO)  # which scan backend is used, and why
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*lower value for log_every_n_steps.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP, of (n, 1) weights
+    # Lightning cannot know that loading.Batches begins where an interrupted run was.
+    warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
 
 
 def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineConfig) -> None:
     """Set the log-mel's mean and deviation from the training clips: all of them, or 5,000 evenly spaced ones."""
-    step = -(-len(train) // NORMALISATION_CLIPS)
-    batches = loader(Subset(train, range(0, len(train), step)), machine)
-    shown = tqdm(batches, desc="mean and deviation of the log-mel", leave=False)
-    module.logmel.fit((batch.waveform, batch.length) for batch in shown)
+    clips = range(0, len(train), -(-len(train) // NORMALISATION_CLIPS))
+    if processes.is_main():
+        batches = loader(train, machine, Batches(len(clips), machine.batch_size, lambda: clips))
+        shown = tqdm(batches, desc="mean and deviation of the log-mel", leave=False)
+        module.logmel.fit(module.sound(batch) for batch in shown)
+    found = processes.from_main((module.logmel.mean.item(), module.logmel.std.item()))
+    for buffer, value in zip((module.logmel.mean, module.logmel.std), found, strict=True):
+        buffer.fill_(value)
 
 
 def _prepare_model(module: SceneClassifier, trainer: pl.Trainer, config: TrainConfig) -> None:
@@ -207,21 +272,31 @@ def train(
     loggers: list[Logger],
 ) -> KeepCheckpoints:
     """Train into ``folder``/{last,best}.ckpt, from last.ckpt where there is one; says which epoch was best."""
-    checkpoints = KeepCheckpoints(folder)
+    fit = config.fit
+    checkpoints = KeepCheckpoints(folder, fit.check_val_every_n_epoch if val_clips else None)
     trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
     _prepare_model(module, trainer, config)
-    last = folder / "last.ckpt"
-    order = EpochOrder(len(train_clips), config.fit.seed, lambda: epochs_done(trainer))
-    batches = loader(train_clips, config.machine, order)
-    module.total_steps = len(batches) * config.fit.n_epochs
-    try:
-        trainer.fit(
-            module,
-            batches,
-            loader(val_clips, config.machine) if val_clips else None,
-            ckpt_path=last if last.exists() else None,
-            weights_only=True,
-        )
-    except SystemExit as end:  # what Lightning makes of Ctrl-C
-        raise KeyboardInterrupt from end
+    batches = Batches(
+        len(train_clips),
+        config.machine.batch_size,
+        order=lambda: shuffled(len(train_clips), fit.seed, epochs_done(trainer)),
+        start=lambda: batches_done(trainer, len(batches)),
+        accumulate=fit.accumulate_grad_batches,
+        rank=processes.rank(),
+        processes=processes.count(),
+    )
+    module.total_steps = math.ceil(len(batches) / fit.accumulate_grad_batches) * fit.n_epochs
+    module.clips_per_step = batches.together * fit.accumulate_grad_batches
+    validation = loader(val_clips, config.machine, evaluation_batches(val_clips, config.machine)) if val_clips else None
+    with stopping.on_signals():
+        try:
+            trainer.fit(
+                module,
+                loader(train_clips, config.machine, batches),
+                validation,
+                ckpt_path=newest_checkpoint(folder),
+                weights_only=True,
+            )
+        except SystemExit as end:  # what Lightning makes of the second Ctrl-C
+            raise KeyboardInterrupt from end
     return checkpoints

@@ -54,7 +54,11 @@ def test_stage_1_leaves_everything_it_promises(general_run):
     assert set(results["device_group_acc"]) == {"real", "seen", "unseen"}
     assert results["complexity"]["macs"] > 0 and results["data"] == "data"
     assert {path.name for path in (general_run / "report").iterdir()} == {"report.md", "confusion.png", "devices.png"}
-    assert {path.name for path in (general_run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert {path.name for path in (general_run / "checkpoints").iterdir()} == {
+        "last.ckpt",
+        "previous.ckpt",
+        "best.ckpt",
+    }
     config = json.loads((general_run / "config.json").read_text())
     assert config["config"]["model"]["embed_dim"] == 16 and config["versions"]["torch"] == torch.__version__
     logged = (general_run / "metrics.csv").read_text()

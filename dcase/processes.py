@@ -1,0 +1,99 @@
+"""Several processes that train one model together (DDP): who this one is, and what they agree on.
+
+A process that is alone is rank 0 of 1, and everything here costs it nothing.
+"""
+
+import atexit
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dcase.errors import UserError
+
+Value = TypeVar("Value")
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _together() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if _together() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files and speaks to the terminal."""
+    return rank() == 0
+
+
+def start(trainer) -> None:
+    """Start the other processes of a Lightning Trainer and meet them; once per script, before there is a run.
+
+    They run this same script from its beginning. Where torchrun or SLURM started them already, this only meets them.
+    Raises `UserError` for a strategy other than DDP.
+    """
+    from pytorch_lightning.strategies import DDPStrategy
+    from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+
+    launcher = trainer.strategy.launcher
+    if not isinstance(trainer.strategy, DDPStrategy) or not isinstance(launcher, _SubprocessScriptLauncher | None):
+        raise UserError(f"--strategy: several processes train with ddp, not with {type(trainer.strategy).__name__}")
+    if launcher is None:
+        trainer.strategy.setup_environment()
+    else:
+        atexit.register(_stop, launcher)
+        launcher.launch(trainer.strategy.setup_environment)
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks
+        logging.getLogger("aum").setLevel(logging.WARNING)
+
+
+def _stop(launcher) -> None:
+    """The main process is at its end: so are the others, which may wait for it where it failed."""
+    launcher.kill(signal.SIGTERM)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let the main process through alone, then the others: they find made what it has made."""
+    if _together() and not is_main():
+        dist.barrier()
+    yield
+    if _together() and is_main():
+        dist.barrier()
+
+
+def from_main(value: Value) -> Value:
+    """The main process's ``value``, in every process."""
+    if not _together():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of every process's tensor, in every process."""
+    if _together():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_of_all(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers, in every process."""
+    if not _together():
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
