@@ -16,8 +16,10 @@ import json
 import pickle
 import secrets
 import string
+import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +136,7 @@ def load_checkpoint(path: Path | str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"checkpoint {path} is refused: it is damaged, or no checkpoint, or holds more than weights and could run code"
+            f"checkpoint {path} is refused: it is damaged, no checkpoint, or holds more than weights and could run code"
         ) from error
     except Exception as error:  # a damaged file can make torch raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -192,7 +194,7 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = path
 
-    name = version = None  # of Logger
+    name = version = ""  # of Logger; the progress bar would show others
     columns = ("step", "name", "value")
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
@@ -224,7 +226,7 @@ class Wandb(Logger):
         super().__init__()
         self._logger, self._folder, self._works = logger, folder, True
 
-    name = version = None  # of Logger
+    name = version = ""  # of Logger; the progress bar would show others
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
         pass  # W&B has them since its start
@@ -234,6 +236,8 @@ class Wandb(Logger):
 
     def finish(self, failed: bool) -> None:
         self.call(lambda logger: logger.experiment.finish(exit_code=int(failed)))
+        if not self._works:
+            _end_wandb()  # else it fails once more at the program's end, loudly
 
     def call(self, what: Callable[[Logger], object]) -> None:
         """Do something with W&B's own logger, where it still works."""
@@ -246,42 +250,58 @@ class Wandb(Logger):
 
 
 def wandb_logger(config: RunConfig, run: Run, name: str, content: dict) -> Wandb | None:
-    """W&B's logger for this run's id, or None where it is disabled or cannot be started: training never waits for it.
+    """W&B's logger for this run's id: online, or offline where it cannot be reached; None where it is disabled or does
+    not even work offline. Training never waits for it longer than half a minute.
 
     ``content`` is the configuration to show there. Nothing but metrics, configuration and plots is uploaded.
     """
-    if config.wandb_mode == "disabled":
-        return None
-    import wandb  # 2 seconds: only where it is wanted
-    from pytorch_lightning.loggers import WandbLogger
+    modes = {"disabled": (), "offline": ("offline",)}.get(config.wandb_mode, (config.wandb_mode, "offline"))
+    for mode in modes:
+        try:
+            experiment, mode = _start_wandb(mode, config, run, name, content)
+        except Exception as error:  # whatever ails W&B, its folder or the network, the run goes on
+            what = f"W&B cannot be used {mode if mode == 'offline' else 'online'}"
+            print(f"{what} ({type(error).__name__}: {one_line(error)}); metrics go to {run.folder}")
+            _end_wandb()  # it would hold on to the run's id
+            continue
+        sync = f" (send it with: wandb sync {Path(experiment.dir).parent})" if mode == "offline" else ""
+        print(f"W&B: {mode}, run id {run.id}{sync}")
+        from pytorch_lightning.loggers import WandbLogger
 
-    try:
-        mode = config.wandb_mode
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False) else "offline"
-        experiment = wandb.init(
-            project=Path(config.project_name).name,
-            id=run.id,
-            name=name,
-            dir=run.folder,
-            mode=mode,
-            resume="allow",
-            config=content,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_git=True,
-                x_save_requirements=False,
-                x_disable_meta=True,
-                x_disable_stats=True,
-            ),
-        )
-        # Lightning does this only for runs that it starts itself; without it a curve's x-axis would be W&B's own count.
-        experiment.define_metric("trainer/global_step")
-        experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    except Exception as error:  # whatever ails W&B, its folder or the network, the run goes on
-        print(f"W&B cannot be used ({type(error).__name__}: {error}); metrics go to {run.folder}")
-        return None
-    sync = f" (send it with: wandb sync {Path(experiment.dir).parent})" if mode == "offline" else ""
-    print(f"W&B: {mode}, run id {run.id}{sync}")
-    return Wandb(WandbLogger(experiment=experiment), run.folder)
+        return Wandb(WandbLogger(experiment=experiment), run.folder)
+    return None
+
+
+def _end_wandb() -> None:
+    with suppress(Exception):
+        sys.modules["wandb"].teardown()
+
+
+def _start_wandb(mode: str, config: RunConfig, run: Run, name: str, content: dict):
+    """(W&B's run, "online" or "offline")."""
+    import wandb  # 2 seconds: only where it is wanted
+
+    if mode == "auto":
+        mode = "online" if wandb.login(prompt=False) else "offline"
+    experiment = wandb.init(
+        project=Path(config.project_name).name,
+        id=run.id,
+        name=name,
+        dir=run.folder,
+        mode=mode,
+        resume="allow",
+        config=content,
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            init_timeout=30,
+            x_save_requirements=False,
+            x_disable_meta=True,
+            x_disable_stats=True,
+        ),
+    )
+    # Lightning does this only for runs that it starts itself; without it a curve's x-axis would be W&B's own count.
+    experiment.define_metric("trainer/global_step")
+    experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return experiment, mode
