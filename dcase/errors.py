@@ -24,6 +24,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _others_are_gone(error: RuntimeError) -> bool:
+    """Whether this is one of several processes, and can no longer reach another one."""
+    return "LOCAL_RANK" in os.environ and any(name in str(error) for name in ("gloo", "NCCL", "TCPStore"))
+
+
 def run(main: Callable[[], None]) -> None:
     """Call ``main``; turn a `UserError` into one line on stderr and exit code 2, a signal into 128 + its number."""
     try:
@@ -32,6 +37,11 @@ def run(main: Callable[[], None]) -> None:
         # The line break ends a progress bar's line. A reading process hands its message on behind a traceback.
         print(f"\nerror: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not _others_are_gone(error):
+            raise
+        print("\nerror: another process of this run has ended; what it said is the reason", file=sys.stderr)
+        sys.exit(1)
     except Stopped as stop:
         print(f"\n{stop}", file=sys.stderr)
         sys.exit(128 + stop.number)

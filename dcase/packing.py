@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -71,8 +72,9 @@ def _pack(folder: Path, target: Path, filenames: list[str], rates: Rates, num_wo
         refuse_full_disk(target, 2 * len(todo) * n_samples // rates.orig_sample_rate)
     chunks = [todo[i : i + _CHUNK] for i in range(0, len(todo), _CHUNK)]
     blocks = over_all_cores(partial(pack_block, folder, rates), chunks, num_workers)
+    bar = tqdm(total=len(filenames), initial=len(filenames) - len(todo), desc="packing", unit=" clips")
     try:
-        with tqdm(total=len(filenames), initial=len(filenames) - len(todo), desc="packing", unit=" clips") as bar:
+        with bar, closing(blocks):
             for samples, block in blocks:
                 packing.add(samples, block)
                 bar.update(len(block.filename))

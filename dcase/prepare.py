@@ -9,6 +9,7 @@ touched.
 import csv
 import os
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,8 +105,11 @@ def find_faults(folder: Path, filenames: list[str], config: PrepareConfig) -> li
     check = partial(check_file, sample_rate=config.orig_sample_rate, silence_db=config.silence_db)
     chunks = [[folder / name for name in present[i : i + _CHUNK]] for i in range(0, len(present), _CHUNK)]
     found = over_all_cores(partial(_each, check), chunks, config.num_workers)
-    with tqdm(total=len(present), desc="checking", unit=" files", disable=not present) as bar:
-        results = [result for results in found for result in (bar.update(len(results)), *results)[1:]]
+    results = []
+    with tqdm(total=len(present), desc="checking", unit=" files", disable=not present) as bar, closing(found):
+        for some in found:
+            results += some
+            bar.update(len(some))
     checks = dict(zip(present, results, strict=True))
     lengths = Counter(found.n_samples for found in checks.values() if not found.fault)
     usual = lengths.most_common(1)[0][0] if lengths else 0

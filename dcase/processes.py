@@ -52,16 +52,13 @@ def start(trainer) -> None:
     if launcher is None:
         trainer.strategy.setup_environment()
     else:
-        atexit.register(_stop, launcher)
         launcher.launch(trainer.strategy.setup_environment)
+    atexit.register(dist.destroy_process_group)  # else its threads may abort the program's end
+    if launcher is not None:
+        atexit.register(launcher.kill, signal.SIGTERM)  # the others, which may wait for this one where it fails
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks
         logging.getLogger("aum").setLevel(logging.WARNING)
-
-
-def _stop(launcher) -> None:
-    """The main process is at its end: so are the others, which may wait for it where it failed."""
-    launcher.kill(signal.SIGTERM)
 
 
 @contextmanager
