@@ -1,5 +1,6 @@
 # make demo   both stages and the evaluation on synthetic data, about 3 minutes on 2 cores
 # make test   the whole test suite, as CI runs it
+# make drill  kills, full disks, damaged files: is anything lost? about 15 minutes
 # make lint   ruff
 # Each makes .venv and installs the pinned requirements first, once.
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo_runs
 
-.PHONY: demo test lint clean
+.PHONY: demo test drill lint clean
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,9 @@ test: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
+
+drill: $(VENV)/.run
+	$(BIN)/python -m drills
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -52,8 +52,13 @@ class KeepCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         stopping.take()
-        # What a resumed run logs again.
-        _drop_from(trainer, trainer.global_step, module.log_prefix)
+        _drop_from(trainer, trainer.global_step, module.log_prefix)  # a resumed run logs it again
+        self._catch_up(trainer, module)
+
+    def on_fit_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
+        self._catch_up(trainer, module)  # where the last epoch's validation is all that a resumed run has left to do
+
+    def _catch_up(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         if self.validation_due:
             _drop_from(trainer, trainer.global_step - 1, f"{module.log_prefix}val/")
             self._validate(trainer, module)
