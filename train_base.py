@@ -22,7 +22,7 @@ from dcase.runs import find_checkpoint, load_checkpoint, newest_checkpoint
 def main() -> None:
     config, run = parse_base(__doc__)
     training.check_machine(config.machine)
-    source = find_source(config.data)
+    source = find_source(config.data, config.split.subset)
     train_clips, val_clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
     train = with_sound(train_clips, sound)

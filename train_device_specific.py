@@ -24,7 +24,7 @@ def main() -> None:
     if checkpoint["device_ids"]:
         raise UserError(f"--ckpt_id {config.ckpt_id} is a device-specific run: give the id of a run of train_base.py")
     training.check_machine(config.machine)
-    source = find_source(config.data)
+    source = find_source(config.data, config.split.subset)
     clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
     train = with_sound(clips[0], sound)

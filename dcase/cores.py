@@ -18,15 +18,21 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _AHEAD = 4  # tasks per process that are handed out before their results are asked for
 
 
-def over_all_cores(work: Callable[[Task], Result], tasks: Iterable[Task], num_workers: int | None) -> Iterator[Result]:
-    """``work(task)`` of every task, in order, from ``num_workers`` processes (None: one per core).
+def over_all_cores(
+    work: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    num_workers: int | None,
+    prepare: Callable[[], object] = bool,
+) -> Iterator[Result]:
+    """``work(task)`` of every task, in order, from ``num_workers`` processes (None: one per core), each of which calls
+    ``prepare()`` first.
 
     Raises `UserError` where a process is killed, and whatever ``work`` raises.
     """
     # Not multiprocessing.Pool: that waits forever where a worker is killed (for its memory, or by a broken file). Not
     # Executor.map: it would let all results that are done wait in memory.
     workers = num_workers or os.cpu_count() or 1
-    pool = ProcessPoolExecutor(workers, initializer=_become_worker)
+    pool = ProcessPoolExecutor(workers, initializer=_become_worker, initargs=(prepare,))
     try:
         tasks = iter(tasks)
         waiting = deque(pool.submit(work, task) for task in islice(tasks, _AHEAD * workers))
@@ -40,10 +46,11 @@ def over_all_cores(work: Callable[[Task], Result], tasks: Iterable[Task], num_wo
         pool.shutdown(cancel_futures=True)
 
 
-def _become_worker() -> None:
+def _become_worker(prepare: Callable[[], object]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     if sys.platform == "linux":  # end with the parent, even where that is killed; elsewhere a worker would stay, idle
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     import torch
 
     torch.set_num_threads(1)  # there is a process per core
+    prepare()

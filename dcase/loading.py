@@ -24,7 +24,7 @@ from dcase.tau22 import (
     check_files,
     check_folder,
     is_tau22,
-    load_clips,
+    load_splits,
     split_by_location,
 )
 
@@ -36,34 +36,37 @@ class Source:
     """A data folder, its test clips, and what may be said of figures from it."""
 
     folder: Path
+    training: Clips | None  # of --subset
     test: Clips
     name: str  # for tables and charts
     comparable: bool  # with published figures: TAU22, the whole test split
     note: str  # why they are not; "" where they are
 
 
-def find_source(config: DataConfig) -> Source:
-    """--dataset_dir, else the environment variable TAU22_DIR, else SynthTAU, made once into a cache folder."""
+def find_source(config: DataConfig, subset: int | None = None) -> Source:
+    """--dataset_dir, else the environment variable TAU22_DIR, else SynthTAU, made once into a cache folder; without
+    ``subset`` only its test clips are looked for."""
     given = config.dataset_dir or os.environ.get("TAU22_DIR")
     if not given:
         print("neither --dataset_dir nor TAU22_DIR is given: using SynthTAU, a synthetic stand-in for TAU22")
     with processes.main_first():
         folder = Path(given).expanduser() if given else synth.ensure_default()
         check_folder(folder)
-        test = load_clips(folder, "test")  # before training: a mistake in the list is found now, and it is TAU22's mark
+        # The test list before training: a mistake in it is found now, and it is TAU22's mark.
+        *training, test = load_splits(folder, *([f"split{subset}"] if subset else []), "test")
+    training = training[0] if training else None
     if not is_tau22(folder):
         synthetic = (folder / synth.MARK).exists()
         note = f"{'Synthetic data' if synthetic else 'Not TAU22'}: not comparable with figures from TAU22."
-        return Source(folder, test, "SynthTAU" if synthetic else folder.name, False, note)
+        return Source(folder, training, test, "SynthTAU" if synthetic else folder.name, False, note)
     left_out = TEST_CLIPS - len(test)
     note = f"{left_out} test clips are left out (meta_excluded.csv): not comparable with published figures."
-    return Source(folder, test, "TAU22", not left_out, note if left_out else "")
+    return Source(folder, training, test, "TAU22", not left_out, note if left_out else "")
 
 
 def training_clips(source: Source, split: SplitConfig) -> tuple[Clips, Clips | None]:
     """(train, val): val is held out of the training clips by location, or is None with --val_fraction 0."""
-    with processes.main_first():
-        clips = load_clips(source.folder, f"split{split.subset}")
+    clips = source.training
     if split.val_split == "test":
         print("--val_split test: the model is chosen on the test split, so its test figures are OPTIMISTIC")
         return clips, source.test

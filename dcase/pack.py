@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -41,8 +42,9 @@ class Rates:
 
 @dataclass(frozen=True)
 class Block:
-    """Some clips one behind the other, and what is known of each: what a packing process hands over at a time."""
+    """Some clips one behind the other, and what is known of each: what a process packs at a time."""
 
+    start: int  # in the file, bytes
     filename: list[str]
     length: list[int]  # samples
     scale: list[float]
@@ -53,6 +55,10 @@ class Block:
     @property
     def n_bytes(self) -> int:
         return 2 * sum(self.length)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.n_bytes
 
 
 def quantise(waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -70,7 +76,7 @@ def quantise(waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Pack:
     """A finished pack, opened for reading. Raises `UserError` where it is damaged or of another version.
 
-    Samples are read with ``readinto`` rather than through a memory map. With the file in the page cache one is as fast
+    Samples are read with ``preadv`` rather than through a memory map. With the file in the page cache one is as fast
     as the other, but a map counts every page ever touched as the process's memory, and a file that is cut short or
     cannot be read kills a process that maps it (SIGBUS) where a read can say what is wrong.
     """
@@ -95,13 +101,13 @@ class Pack:
             self.filename, self.start, self.length, self.scale, self._size, self._mtime_ns = (
                 index[column] for column in _COLUMNS
             )
-        self._file, self._opened_by = None, None
+        self._file = None
 
     def __len__(self) -> int:
         return len(self.filename)
 
     def __getstate__(self) -> dict:  # every process opens the file for itself
-        return {**vars(self), "_file": None, "_opened_by": None, "_blocks": []}
+        return {**vars(self), "_file": None, "_blocks": []}
 
     def rows(self, filenames: np.ndarray) -> np.ndarray:
         """(n,) int64: where these clips (n,) bytes are in the pack. Raises `UserError` where one is not."""
@@ -116,43 +122,45 @@ class Pack:
 
     def read(self, row: int, out: np.ndarray) -> None:
         """Read the first ``len(out)`` samples of a clip into ``out``, int16. Raises `UserError` where it cannot be."""
-        place = memoryview(out).cast("B")
+        place, start = memoryview(out).cast("B"), 2 * int(self.start[row])
         try:
-            file = self._opened()
-            file.seek(2 * int(self.start[row]))
-            done = file.readinto(place)
+            if self._file is None:
+                self._file = open(self.path, "rb", buffering=0)
+            done = os.preadv(self._file.fileno(), [place], start)  # no place in the file that processes would share
             while done < len(place):
-                n = file.readinto(place[done:])
+                n = os.preadv(self._file.fileno(), [place[done:]], start + done)
                 if not n:
                     raise OSError("it ends early")
                 done += n
         except OSError as error:
             raise UserError(f"{self.path} cannot be read ({error.strerror or error}): {AGAIN}") from error
 
-    def _opened(self):
-        if self._opened_by != os.getpid():  # a forked process would share its parent's place in the file
-            self._file, self._opened_by = open(self.path, "rb", buffering=0), os.getpid()
-        return self._file
-
     def changed_sources(self, folder: Path, rows: np.ndarray) -> list[str]:
         """Those of the clips whose WAV file in the data folder is missing, or is of another size or time.
 
         Where the data folder holds no recordings at all, there is nothing that could have changed.
         """
-        changed = []
-        for row in rows.tolist():
-            name = self.filename[row].decode()
-            if stamp(folder / name) != (self._size[row], self._mtime_ns[row]):
-                changed.append(name)
-        if len(changed) == len(rows) and not any((folder / name).exists() for name in changed):
+        names = [name.decode() for name in self.filename[rows].tolist()]
+        known = zip(self._size[rows].tolist(), self._mtime_ns[rows].tolist(), strict=True)
+        prefix = f"{folder}/"  # pathlib would take longer than the file system
+        found = [stamp(prefix + name) for name in names]
+        if not any(found):
             return []
-        return changed
+        return [name for name, now, before in zip(names, found, known, strict=True) if now != before]
 
     def damaged_blocks(self) -> list[int]:
         """Numbers of the blocks whose checksum is not what it was when they were written; with a progress bar."""
         with open(self.path, "rb") as file:
-            return [i for i, block in enumerate(tqdm(self._blocks, desc="checking the pack", unit=" blocks"))
-                    if hashlib.sha256(file.read(block["n_bytes"])).hexdigest() != block["sha256"]]  # fmt: skip
+            return [
+                i
+                for i, block in enumerate(tqdm(self._blocks, desc="checking the pack", unit=" blocks"))
+                if checksum(file, block["start"], block["n_bytes"]) != block["sha256"]
+            ]
+
+
+def checksum(file: BinaryIO, start: int, n_bytes: int) -> str:
+    file.seek(start)
+    return hashlib.sha256(file.read(n_bytes)).hexdigest()
 
 
 def exists(folder: Path) -> bool:
@@ -171,7 +179,7 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def stamp(path: Path) -> tuple[int, int] | None:
+def stamp(path: Path | str) -> tuple[int, int] | None:
     """(bytes, time of change in ns) of a file; None where there is none."""
     try:
         found = os.stat(path)
@@ -184,7 +192,8 @@ def stamp(path: Path) -> tuple[int, int] | None:
 
 
 class Packing:
-    """A pack being made: blocks are added behind one another; what a killed run has added is kept."""
+    """A pack being made: packing processes write blocks at places of their own, and this notes those that are written;
+    what a killed run has noted is kept."""
 
     def __init__(self, folder: Path, rates: Rates):
         """Go on with what an interrupted run left in ``folder``, where that was of the same rates and is undamaged."""
@@ -200,8 +209,9 @@ class Packing:
         header = {"version": VERSION, **vars(rates)}
         lines = [header, *map(vars, self.blocks)]
         replace_file(self.journal, lambda beside: beside.write_text("".join(json.dumps(x) + "\n" for x in lines)))
-        self._file = open(self.samples, "ab", buffering=0)
-        self._file.truncate(sum(block.n_bytes for block in self.blocks))
+        self.n_bytes = max((block.end for block in self.blocks), default=0)  # where new blocks begin
+        self._file = open(self.samples, "ab")
+        self._file.truncate(self.n_bytes)
         self._log = open(self.journal, "a")
 
     @property
@@ -229,7 +239,7 @@ class Packing:
             with open(self.samples, "rb") as file:
                 for line in tqdm(lines[1:], desc="checking what is packed", unit=" blocks", leave=False):
                     block = Block(**json.loads(line))
-                    if hashlib.sha256(file.read(block.n_bytes)).hexdigest() != block.sha256:
+                    if checksum(file, block.start, block.n_bytes) != block.sha256:
                         return
                     yield block
         except (OSError, ValueError, TypeError):  # no journal, or a line that was cut
@@ -243,19 +253,13 @@ class Packing:
             for name, size, mtime_ns in zip(block.filename, block.source_size, block.source_mtime_ns, strict=True)
         }
 
-    def add(self, samples: np.ndarray, block: Block) -> None:
-        """Write a block behind the others, then note it. Raises `UserError` where the disk does not take it."""
+    def add(self, block: Block) -> None:
+        """Note a block that is written. Raises `UserError` where the disk does not take the note."""
         try:
-            place, done = memoryview(np.ascontiguousarray(samples)).cast("B"), 0
-            while done < len(place):
-                done += self._file.write(place[done:])
             self._log.write(json.dumps(vars(block)) + "\n")
             self._log.flush()
         except OSError as error:
-            raise UserError(
-                f"{self.samples} cannot be written ({error.strerror}): make room; what is packed is kept, and the "
-                "same command goes on behind it"
-            ) from error
+            raise not_written(self.journal, error) from error
         self.blocks.append(block)
 
     def close(self) -> None:
@@ -267,7 +271,7 @@ class Packing:
         os.fsync(self._file.fileno())
         self.close()
         n_bytes = self.samples.stat().st_size
-        if n_bytes != sum(block.n_bytes for block in self.blocks):
+        if n_bytes != max(block.end for block in self.blocks):
             raise UserError(f"{self.samples} is not whole after writing (a failing disk?): run the same command again")
         index_path = self.folder / f"index-{self.id}.npz"
         columns = self._index(filenames)
@@ -280,7 +284,9 @@ class Packing:
             "n_bytes": n_bytes,
             "source_bytes": int(columns["source_size"].sum()),
             "index_sha256": hashlib.sha256(index_path.read_bytes()).hexdigest(),
-            "blocks": [{"n_bytes": block.n_bytes, "sha256": block.sha256} for block in self.blocks],
+            "blocks": [
+                {"start": block.start, "n_bytes": block.n_bytes, "sha256": block.sha256} for block in self.blocks
+            ],
         }
         text = json.dumps(manifest, indent=1)
         replace_file(self.folder / "manifest.json", lambda beside: beside.write_text(text))
@@ -289,8 +295,9 @@ class Packing:
 
     def _index(self, filenames: Sequence[str]) -> dict[str, np.ndarray]:
         """The columns, sorted by filename. Of a clip packed twice (its WAV file had changed) the later counts."""
-        rows, start = {}, 0
+        rows = {}
         for block in self.blocks:
+            start = block.start // 2
             known = (block.length, block.scale, block.source_size, block.source_mtime_ns)
             for name, length, *rest in zip(block.filename, *known, strict=True):
                 rows[name] = (start, length, *rest)
@@ -312,6 +319,13 @@ def read_id(folder: Path) -> str | None:
 def _save_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
     with open(path, "wb") as file:  # given a name, numpy would add .npz to it
         np.savez(file, **columns)
+
+
+def not_written(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be written ({error.strerror}): make room; what is packed is kept, and the same command goes on "
+        "behind it"
+    )
 
 
 def refuse_full_disk(folder: Path, n_bytes: int) -> None:

@@ -1,10 +1,12 @@
-"""Packing a data folder's clips into one file: read, resampled and made int16 over all cores, written by one."""
+"""Packing a data folder's clips into one file: read, resampled, made int16 and written over all cores."""
 
 import hashlib
+import multiprocessing
 import os
 from contextlib import closing
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +15,20 @@ from tqdm import tqdm
 
 from dcase.cores import over_all_cores
 from dcase.errors import UserError
-from dcase.pack import Block, Pack, Packing, Rates, exists, only_one, quantise, refuse_full_disk, stamp
+from dcase.pack import (
+    Block,
+    Pack,
+    Packing,
+    Rates,
+    exists,
+    not_written,
+    only_one,
+    quantise,
+    refuse_full_disk,
+    stamp,
+)
 from dcase.sound import read_wav
-from dcase.tau22 import Clips, DataConfig, check_files, load_clips
+from dcase.tau22 import Clips, DataConfig, check_files, load_splits
 
 _CHUNK = 32  # clips a process packs at a time, and of a block
 
@@ -26,7 +39,7 @@ def pack_clips(folder: Path, config) -> None:
     A pack that is there already, fits and is undamaged stays. Raises `UserError` where a clip cannot be read, or
     the pack cannot be written; what is packed by then is kept for the next time.
     """
-    clips = [load_clips(folder, split) for split in (f"split{config.subset}", "test")]
+    clips = load_splits(folder, f"split{config.subset}", "test")
     target = DataConfig(pack_dir=config.pack_dir).pack_folder(folder)
     rates = Rates(config.orig_sample_rate, config.sample_rate)
     for part in clips:
@@ -71,44 +84,70 @@ def _pack(folder: Path, target: Path, filenames: list[str], rates: Rates, num_wo
         n_samples = read_wav(folder / todo[0], rates.orig_sample_rate).shape[-1] * rates.sample_rate
         refuse_full_disk(target, 2 * len(todo) * n_samples // rates.orig_sample_rate)
     chunks = [todo[i : i + _CHUNK] for i in range(0, len(todo), _CHUNK)]
-    blocks = over_all_cores(partial(pack_block, folder, rates), chunks, num_workers)
+    n_bytes = multiprocessing.Value("q", packing.n_bytes)  # so far: every process takes its places behind it
+    prepare = partial(_open_samples, packing.samples, n_bytes)
+    blocks = over_all_cores(partial(pack_block, folder, rates), chunks, num_workers, prepare)
     bar = tqdm(total=len(filenames), initial=len(filenames) - len(todo), desc="packing", unit=" clips")
     try:
         with bar, closing(blocks):
-            for samples, block in blocks:
-                packing.add(samples, block)
+            for block in blocks:
+                packing.add(block)
                 bar.update(len(block.filename))
         packing.finish(filenames)
     finally:
         packing.close()
-    size = sum(block.n_bytes for block in packing.blocks)
-    print(f"{target}: {len(filenames)} clips at {rates.sample_rate} Hz, {size / 1e9:.2f} GB; training reads it now")
+    size = sum(block.n_bytes for block in packing.blocks) / 1e9
+    print(f"{target}: {len(filenames)} clips at {rates.sample_rate} Hz, {size:.2f} GB; training reads it now")
 
 
-def pack_block(folder: Path, rates: Rates, filenames: list[str]) -> tuple[np.ndarray, Block]:
-    """Some clips' samples one behind the other, int16, and their block. Raises `UserError` naming a file at fault."""
-    stamps, waveforms = [], []
+_samples: tuple[Path, int, Any] | None = None  # of a packing process: the file, its descriptor, and its bytes so far
+
+
+def _open_samples(path: Path, n_bytes: Any) -> None:
+    global _samples
+    _samples = path, os.open(path, os.O_WRONLY), n_bytes
+
+
+def _write_samples(samples: np.ndarray) -> int:
+    """Write samples behind all that is written; where they begin in the file, bytes."""
+    path, file, n_bytes = _samples
+    with n_bytes.get_lock():
+        start = n_bytes.value
+        n_bytes.value += samples.nbytes
+    content, done = memoryview(samples).cast("B"), 0
+    try:
+        while done < len(content):
+            done += os.pwrite(file, content[done:], start + done)
+    except OSError as error:
+        raise not_written(path, error) from error
+    return start
+
+
+def pack_block(folder: Path, rates: Rates, filenames: list[str]) -> Block:
+    """Write some clips' samples one behind the other. Raises `UserError` naming a file at fault."""
+    sources, waveforms = [], []
     for name in filenames:
-        stamps.append(os.stat(folder / name))
+        sources.append(stamp(folder / name))
         waveforms.append(read_wav(folder / name, rates.orig_sample_rate))
     samples, scales = [], []
     for waveform in _resampled(waveforms, rates):
         ints, scale = quantise(waveform.numpy())
         samples.append(ints[0])
         scales.append(float(scale[0]))
-    for name, before in zip(filenames, stamps, strict=True):
-        if stamp(folder / name) != (before.st_size, before.st_mtime_ns):
+    for name, source in zip(filenames, sources, strict=True):
+        if stamp(folder / name) != source:
             raise UserError(f"{folder / name} changed while it was read: run the same command again")
     joined = np.concatenate(samples)
-    block = Block(
+    sizes, times = zip(*sources, strict=True)
+    return Block(
+        start=_write_samples(joined),
         filename=filenames,
         length=[len(ints) for ints in samples],
         scale=scales,
-        source_size=[found.st_size for found in stamps],
-        source_mtime_ns=[found.st_mtime_ns for found in stamps],
+        source_size=list(sizes),
+        source_mtime_ns=list(times),
         sha256=hashlib.sha256(joined).hexdigest(),
     )
-    return joined, block
 
 
 def _resampled(waveforms: list[torch.Tensor], rates: Rates) -> list[torch.Tensor]:

@@ -141,17 +141,30 @@ def load_clips(folder: Path, split: str) -> Clips:
     Prints one line when meta_clean.csv leaves clips out, and one when the list had to be fetched.
     Raises `UserError`, naming file and line, for anything wrong with the folder, its lists or its files.
     """
+    return load_splits(folder, split)[0]
+
+
+def load_splits(folder: Path, *splits: str) -> list[Clips]:
+    """`load_clips` of each split; meta.csv, the longest list, is read only once."""
     folder = Path(folder)
     check_folder(folder)
-    rows = _read_or_fetch_split(folder, split)
-    meta = _meta_of(folder, rows, split)
-    return Clips(
-        folder=folder,
-        filenames=_as_bytes(meta["filename"]),
-        scene=pd.Index(SCENES).get_indexer(meta["scene_label"]).astype(np.int64),
-        device=pd.Index(DEVICES).get_indexer(meta["source_label"]).astype(np.int64),
-        location=_as_bytes(meta["identifier"]),
-    )
+    lists = {split: _read_or_fetch_split(folder, split) for split in splits}
+    path = folder / ("meta_clean.csv" if "meta_clean.csv" in _listing(folder) else "meta.csv")
+    meta = read_meta(path)
+    place = pd.Index(meta["filename"])
+    loaded = []
+    for split, rows in lists.items():
+        found = _meta_of(path, meta, place.get_indexer(rows["filename"]), rows, split)
+        loaded.append(
+            Clips(
+                folder=folder,
+                filenames=_as_bytes(found["filename"]),
+                scene=pd.Index(SCENES).get_indexer(found["scene_label"]).astype(np.int64),
+                device=pd.Index(DEVICES).get_indexer(found["source_label"]).astype(np.int64),
+                location=_as_bytes(found["identifier"]),
+            )
+        )
+    return loaded
 
 
 def check_files(clips: Clips) -> None:
@@ -207,19 +220,17 @@ def missing_files(folder: Path, filenames: Sequence[str]) -> list[str]:
     return [name for name, parent, base in split_names if base not in present[parent]]
 
 
-def _meta_of(folder: Path, rows: pd.DataFrame, split: str) -> pd.DataFrame:
-    """meta's rows for the rows of a split list, in the list's order, less what meta_clean.csv leaves out."""
-    names = _listing(folder)
-    path = folder / ("meta_clean.csv" if "meta_clean.csv" in names else "meta.csv")
+def _meta_of(path: Path, meta: pd.DataFrame, found: np.ndarray, rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The rows of ``meta`` (the file ``path``) for those of a split list, in the list's order, less what meta_clean.csv
+    leaves out. ``found``: each row's place in meta, -1 where it is not there."""
+    folder = path.parent
     list_path = folder / "split_setup" / f"{split}.csv"
-    meta = read_meta(path)
-    found = pd.Index(meta["filename"]).get_indexer(rows["filename"])
     unknown = pd.Series(found < 0, index=rows.index)
     if path.name == "meta_clean.csv" and unknown.any():
         _say_left_out(path, split, int(unknown.sum()), len(rows))
         if unknown.all():
             raise UserError(f"{path} leaves out every clip of {split}: run `python -m dcase.prepare` again")
-        if "meta.csv" in names:  # left out is only what meta.csv knows; the rest is a mistake
+        if "meta.csv" in _listing(folder):  # left out is only what meta.csv knows; the rest is a mistake
             unknown &= ~rows["filename"].isin(read_meta(folder / "meta.csv")["filename"])
         else:
             unknown[:] = False
