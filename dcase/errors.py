@@ -1,8 +1,10 @@
 """The one exception for what a user can put right: its message is all that they see, and it says what to do."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class UserError(Exception):
@@ -35,18 +37,20 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         # The line break ends a progress bar's line. A reading process hands its message on behind a traceback.
-        print(f"\nerror: {str(error).strip().rpartition('UserError: ')[2]}", file=sys.stderr)
-        sys.exit(2)
+        _end(2, f"error: {str(error).strip().rpartition('UserError: ')[2]}")
     except RuntimeError as error:
         if not _others_are_gone(error):
             raise
-        print("\nerror: another process of this run has ended; what it said is the reason", file=sys.stderr)
-        sys.exit(1)
-    except Stopped as stop:
-        print(f"\n{stop}", file=sys.stderr)
-        sys.exit(128 + stop.number)
-    except KeyboardInterrupt:
-        print("\nstopped by the keyboard; a training run goes on with --resume and its run id", file=sys.stderr)
-        sys.exit(130)
+        _end(1, "error: another process of this run has ended; what it said is the reason")
+    except (Stopped, KeyboardInterrupt) as end:
+        with suppress(ValueError):  # outside the main thread
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses Ctrl-C again has been heard
+        said = "stopped by the keyboard; a training run goes on with --resume and its run id"
+        _end(128 + getattr(end, "number", signal.SIGINT), str(end) or said)
     except BrokenPipeError:  # the reader of a pipe, as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _end(code: int, message: str) -> None:
+    print(f"\n{message}", file=sys.stderr)
+    sys.exit(code)

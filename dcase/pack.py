@@ -168,15 +168,22 @@ def exists(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> dict:
+    """manifest.json. Raises `UserError` where it is of another version, or damaged."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
-        version = manifest["version"]
+        if manifest["version"] != VERSION:
+            raise UserError(f"{path} is of version {manifest['version']}, this code reads {VERSION}: {AGAIN}")
+        content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+        if manifest["manifest_sha256"] != _sha256_of(content):
+            raise ValueError("it is damaged")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
-    if version != VERSION:
-        raise UserError(f"{path} is of version {version}, this code reads {VERSION}: {AGAIN}")
     return manifest
+
+
+def _sha256_of(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def stamp(path: Path | str) -> tuple[int, int] | None:
@@ -288,7 +295,7 @@ class Packing:
                 {"start": block.start, "n_bytes": block.n_bytes, "sha256": block.sha256} for block in self.blocks
             ],
         }
-        text = json.dumps(manifest, indent=1)
+        text = json.dumps({**manifest, "manifest_sha256": _sha256_of(manifest)}, indent=1)
         replace_file(self.folder / "manifest.json", lambda beside: beside.write_text(text))
         self.journal.unlink()
         self._remove_remains()

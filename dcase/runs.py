@@ -76,7 +76,15 @@ class Run:
         return (self.folder / "config.json").is_file()
 
     def read_config(self) -> dict:
-        return json.loads((self.folder / "config.json").read_text())["config"]
+        """Raises `UserError` where config.json is damaged."""
+        path = self.folder / "config.json"
+        try:
+            return json.loads(path.read_text())["config"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({one_line(error)}): without it the run cannot go on; its checkpoints can "
+                "still be tested (--ckpt_path) and fine-tuned (--ckpt_id)"
+            ) from error
 
 
 def new_run(project_name: str) -> Run:
