@@ -1,6 +1,6 @@
 # make demo   both stages and the evaluation on synthetic data, about 3 minutes on 2 cores
 # make test   the whole test suite, as CI runs it
-# make drill  kills, full disks, damaged files: is anything lost? about 15 minutes
+# make drill  kills, full disks, damaged files: is anything lost? about 5 minutes
 # make lint   ruff
 # Each makes .venv and installs the pinned requirements first, once.
 

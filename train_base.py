@@ -16,7 +16,7 @@ from dcase.config import parse_base, start_run
 from dcase.lit import SceneClassifier
 from dcase.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.logmel import frames_of
-from dcase.runs import find_checkpoint, load_checkpoint, newest_checkpoint
+from dcase.runs import find_checkpoint, load_checkpoint
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     module = SceneClassifier(config, frames)
     module.clips_id = clips_id(train_clips, val_clips)
     run = start_run(config, run)
-    if not newest_checkpoint(run.checkpoints):
+    if not training.checkpoint_to_resume(run.checkpoints):
         training.fit_normalisation(module, train, config.machine)
 
     with training.loggers(config, run) as loggers:

@@ -67,7 +67,7 @@ class MachineConfig:
     devices: str = "1"
     """Accelerators of a machine, a process each, as Lightning's Trainer takes it: 2, or "2," for the third GPU only."""
     num_nodes: int = 1
-    """Machines that train together, started by torchrun or SLURM."""
+    """Machines that train together, started by torchrun or SLURM, with --project_name in a folder that all share."""
     strategy: str = "auto"
     """How several processes share the work: ddp, or auto, which is ddp where there are several."""
     scan_backend: Literal["auto", "cpu", "triton", "mamba_ssm", "torch"] = "auto"
@@ -116,7 +116,7 @@ class DeviceConfig(TrainConfig):
 
     def __post_init__(self):
         unknown = set(filter(None, self.only_devices.split(","))) - set(TRAIN_DEVICES)
-        if unknown:
+        if unknown or (self.only_devices and not self.devices_to_tune):
             raise UserError(f"--only_devices {self.only_devices}: known devices are {','.join(TRAIN_DEVICES)}")
 
     @property
@@ -130,7 +130,7 @@ Config = TypeVar("Config", bound=EvalConfig)
 # What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
 _FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
-    "scan_backend", "deterministic", "compile", "pack_dir",
+    "scan_backend", "deterministic", "compile", "read_from", "pack_dir",
 }  # fmt: skip
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
@@ -173,7 +173,10 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
         raise UserError(
             "--ckpt_path is missing: give a checkpoint file, as <project_name>/<run_id>/checkpoints/best.ckpt"
         )
-    checkpoint = merged_checkpoint({part: load_checkpoint(part) for part in path.split(",")})
+    parts = path.split(",")
+    if len(set(parts)) < len(parts):
+        raise UserError(f"--ckpt_path {path}: one of these files is there twice")
+    checkpoint = merged_checkpoint({part: load_checkpoint(part) for part in parts})
     default = _like_checkpoint(TestConfig, checkpoint)
     config = cli.parse(TestConfig, description, default, args)
     _refuse_changes(default, config, ("model", "logmel", "data"), f"the checkpoint {path}", free=_FREE_DATA)

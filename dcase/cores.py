@@ -18,6 +18,11 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _AHEAD = 4  # tasks per process that are handed out before their results are asked for
 
 
+def n_cores() -> int:
+    """Cores that this process may use: in a container or a SLURM job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def over_all_cores(
     work: Callable[[Task], Result],
     tasks: Iterable[Task],
@@ -31,8 +36,8 @@ def over_all_cores(
     """
     # Not multiprocessing.Pool: that waits forever where a worker is killed (for its memory, or by a broken file). Not
     # Executor.map: it would let all results that are done wait in memory.
-    workers = num_workers or os.cpu_count() or 1
-    pool = ProcessPoolExecutor(workers, initializer=_become_worker, initargs=(prepare,))
+    workers = num_workers or n_cores()
+    pool = ProcessPoolExecutor(workers, initializer=_become_worker, initargs=(os.getpid(), prepare))
     try:
         tasks = iter(tasks)
         waiting = deque(pool.submit(work, task) for task in islice(tasks, _AHEAD * workers))
@@ -46,10 +51,12 @@ def over_all_cores(
         pool.shutdown(cancel_futures=True)
 
 
-def _become_worker(prepare: Callable[[], object]) -> None:
+def _become_worker(parent: int, prepare: Callable[[], object]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     if sys.platform == "linux":  # end with the parent, even where that is killed; elsewhere a worker would stay, idle
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
     import torch
 
     torch.set_num_threads(1)  # there is a process per core

@@ -25,10 +25,6 @@ class Clip(NamedTuple):
     device: torch.Tensor  # (b,), in DEVICES
     index: torch.Tensor  # (b,), row in the data set's Clips
 
-    def first(self, n: int) -> "Clip":
-        """The first ``n`` clips of a batch."""
-        return Clip(*(field[:n] if isinstance(field, torch.Tensor) else field for field in self))
-
 
 @dataclass(frozen=True)
 class Sound:

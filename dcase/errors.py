@@ -28,7 +28,8 @@ def one_line(error: Exception) -> str:
 
 def _others_are_gone(error: RuntimeError) -> bool:
     """Whether this is one of several processes, and can no longer reach another one."""
-    return "LOCAL_RANK" in os.environ and any(name in str(error) for name in ("gloo", "NCCL", "TCPStore"))
+    several = "LOCAL_RANK" in os.environ or "SLURM_LOCALID" in os.environ
+    return several and any(name in str(error) for name in ("gloo", "NCCL", "TCPStore"))
 
 
 def run(main: Callable[[], None]) -> None:
@@ -41,12 +42,17 @@ def run(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not _others_are_gone(error):
             raise
-        _end(1, "error: another process of this run has ended; what it said is the reason")
+        _end(
+            1,
+            f"error: processes have lost each other; if one has said why above, that is the reason ({one_line(error)})",
+        )
     except (Stopped, KeyboardInterrupt) as end:
         with suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses Ctrl-C again has been heard
         said = "stopped by the keyboard; a training run goes on with --resume and its run id"
-        _end(128 + getattr(end, "number", signal.SIGINT), str(end) or said)
+        # Lightning kills the main process, which may still be busy, where another one ends with anything but 0.
+        main_process = os.environ.get("LOCAL_RANK", "0") == "0"
+        _end(128 + getattr(end, "number", signal.SIGINT) if main_process else 0, str(end) or said)
     except BrokenPipeError:  # the reader of a pipe, as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -12,7 +12,7 @@ from dcase.dataset import TAU22
 from dcase.lit import SceneClassifier
 from dcase.loading import Source, evaluation_batches, loader
 from dcase.runs import MetricsCsv, Run, Wandb, write_json
-from dcase.training import make_trainer
+from dcase.training import make_trainer, no_silent_exit
 
 
 def measure(module: SceneClassifier) -> complexity.Complexity:
@@ -40,7 +40,8 @@ def evaluate(
         if isinstance(logger, MetricsCsv):
             logger.drop_from(0, "test/")  # of an earlier end of this run
     batches = loader(test, config.machine, evaluation_batches(test, config.machine))
-    make_trainer(config.machine, run.folder, list(loggers)).test(module, batches, verbose=False)
+    with no_silent_exit():
+        make_trainer(config.machine, run.folder, list(loggers)).test(module, batches, verbose=False)
     if not processes.is_main():
         return module.results
     chosen = "The model was chosen on the test split: its figures are optimistic." if optimistic else ""

@@ -1,6 +1,7 @@
 """How every file that matters is written: beside its place, then renamed."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_halves(path)
         try:
             write(beside)
             with open(beside, "rb+") as file:
@@ -24,15 +26,36 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|unexpected pos", str(error)):
+            raise  # these two are what torch.save makes of a full disk
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} cannot be written ({reason}): check rights and space there") from error
+
+
+def _remove_halves(path: Path) -> None:
+    """What processes that were killed while they wrote this file have left beside it."""
+    for half in path.parent.iterdir():
+        pid = half.name.removeprefix(f".{path.name}.")
+        if pid != half.name and pid.isdigit() and not _is_running(int(pid)):
+            half.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def keep_copy(path: Path, copy: Path) -> None:
     """Make ``copy`` the same file as ``path``, without copying where the file system has hard links."""
     beside = copy.with_name(f".{copy.name}.{os.getpid()}")
     try:
+        _remove_halves(copy)
         beside.unlink(missing_ok=True)
         try:
             os.link(path, beside)

@@ -17,7 +17,7 @@ from dcase.lit import SceneClassifier
 from dcase.loading import evaluation_batches, loader, mixed_seed
 from dcase.runs import Run, load_checkpoint, write_json
 from dcase.tau22 import DEVICES, Clips
-from dcase.training import MONITOR, make_trainer, train
+from dcase.training import MONITOR, make_trainer, no_silent_exit, train
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,8 @@ def _decide(
     general_acc = None
     if val_set is not None:
         batches = loader(val_set, config.machine, evaluation_batches(val_set, config.machine))
-        make_trainer(config.machine, folder, []).validate(general, batches, verbose=False)
+        with no_silent_exit():
+            make_trainer(config.machine, folder, []).validate(general, batches, verbose=False)
         general_acc = general.results[MONITOR]
     # Each device has a seed of its own, so that its result does not depend on which were trained before it.
     seed = mixed_seed(config.fit.seed, DEVICES.index(device_id)) % 2**32

@@ -2,16 +2,18 @@
 
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from dcase import pack, processes, synth
+from dcase import pack, processes, stopping, synth
 from dcase.config import EvalConfig, MachineConfig
+from dcase.cores import n_cores
 from dcase.dataset import TAU22, Clip, Sound
 from dcase.errors import UserError
 from dcase.logmel import samples_for
@@ -194,21 +196,28 @@ def evaluation_batches(dataset: TAU22, machine: MachineConfig) -> Batches:
     return Batches(len(dataset), machine.batch_size, rank=processes.rank(), processes=processes.count())
 
 
-def loader(dataset: Dataset, machine: MachineConfig, batches: Batches) -> DataLoader:
+def loader(dataset: TAU22, machine: MachineConfig, batches: Batches) -> DataLoader:
     """Batches of `dataset.Clip`. A pack is read so fast that further processes would only cost time: on a CPU none is
     used then, beside a GPU one, which reads ahead."""
-    workers = min(machine.num_workers, os.cpu_count() or 1)
+    workers = min(machine.num_workers, n_cores())
     on_gpu = torch.cuda.is_available() and machine.accelerator != "cpu"
-    if getattr(dataset, "sound", None) and dataset.sound.pack:
+    if dataset.sound.pack:
         workers = min(workers, int(on_gpu))
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_it_is,
+        worker_init_fn=_leave_signals_to_the_parent,
         persistent_workers=workers > 0,
         pin_memory=on_gpu,
     )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """SLURM sends its signals to all processes of a job: the training process saves, and then ends these."""
+    for number in stopping.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_it_is(batch: Clip) -> Clip:

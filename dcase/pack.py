@@ -9,9 +9,11 @@ A sample is its int16 times its clip's scale, the clip's peak / 32767. So it is 
 65534: a clip keeps 16 bits however quiet it is.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -56,9 +58,8 @@ class Block:
     def n_bytes(self) -> int:
         return 2 * sum(self.length)
 
-    @property
-    def end(self) -> int:
-        return self.start + self.n_bytes
+    def summary(self) -> dict:
+        return {"start": self.start, "n_bytes": self.n_bytes, "sha256": self.sha256}
 
 
 def quantise(waveform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -206,20 +207,19 @@ class Packing:
         """Go on with what an interrupted run left in ``folder``, where that was of the same rates and is undamaged."""
         self.folder, self.rates = folder, rates
         folder.mkdir(parents=True, exist_ok=True)
-        self.blocks: list[Block] = []
-        journals = sorted(folder.glob("journal-*.jsonl"))
-        self.id = journals[-1].stem.partition("-")[2] if journals else secrets.token_hex(4)
+        journals = sorted(id for kind, id in map(_kind_and_id, folder.iterdir()) if kind == "journal")
+        self.id = journals[-1] if journals else secrets.token_hex(4)
         if exists(folder) and self.id == read_id(folder):  # killed between the manifest and the end
             self.id = secrets.token_hex(4)
-        self._remove_remains()
-        self.blocks = list(self._whole_blocks())
-        header = {"version": VERSION, **vars(rates)}
-        lines = [header, *map(vars, self.blocks)]
-        replace_file(self.journal, lambda beside: beside.write_text("".join(json.dumps(x) + "\n" for x in lines)))
-        self.n_bytes = max((block.end for block in self.blocks), default=0)  # where new blocks begin
+        remove_remains(folder, self.id)
+        self.blocks: list[dict] = []  # start, bytes and checksum of each
+        self._packed: dict[str, tuple[int, int]] = {}  # filename -> stamp of its WAV file, of what was left
+        replace_file(self.journal, self._copy_journal)
+        ends = [block["start"] + block["n_bytes"] for block in self.blocks]
+        self.n_bytes = max(ends, default=0)  # new blocks come behind it
         self._file = open(self.samples, "ab")
         self._file.truncate(self.n_bytes)
-        self._log = open(self.journal, "a")
+        self._log = open(self.journal, "ab", buffering=0)
 
     @property
     def samples(self) -> Path:
@@ -229,45 +229,48 @@ class Packing:
     def journal(self) -> Path:
         return self.folder / f"journal-{self.id}.jsonl"
 
-    def _remove_remains(self) -> None:
-        """Files of neither the pack that is read nor the one in the making."""
-        kept = {self.id, read_id(self.folder)}
-        for path in self.folder.iterdir():
-            kind, _, rest = path.stem.partition("-")
-            if kind in ("samples", "index", "journal") and (rest not in kept or kind == "journal" and rest != self.id):
-                path.unlink()
+    def _copy_journal(self, to: Path) -> None:
+        """The journal of an interrupted run, as far as its blocks are whole."""
+        with open(to, "w") as copy:
+            copy.write(json.dumps({"version": VERSION, **vars(self.rates)}) + "\n")
+            for block in tqdm(self._whole_blocks(), desc="checking what is packed", unit=" blocks", leave=False):
+                copy.write(json.dumps(vars(block)) + "\n")
+                self.blocks.append(block.summary())
+                stamps = zip(block.source_size, block.source_mtime_ns, strict=True)
+                self._packed.update(zip(block.filename, stamps, strict=True))
 
     def _whole_blocks(self) -> Iterator[Block]:
         """The journal's blocks, up to the first whose samples are not all there, unharmed."""
         try:
-            lines = self.journal.read_text().splitlines()
-            if not lines or json.loads(lines[0]) != {"version": VERSION, **vars(self.rates)}:
-                return
             with open(self.samples, "rb") as file:
-                for line in tqdm(lines[1:], desc="checking what is packed", unit=" blocks", leave=False):
-                    block = Block(**json.loads(line))
+                for block in self._read_journal():
                     if checksum(file, block.start, block.n_bytes) != block.sha256:
                         return
                     yield block
-        except (OSError, ValueError, TypeError):  # no journal, or a line that was cut
+        except (OSError, ValueError, TypeError):  # no journal, of other rates, or a line that was cut
             return
 
-    def packed(self) -> dict[str, tuple[int, int]]:
-        """Filename -> (bytes, time) of the WAV file that a clip was packed from."""
-        return {
-            name: (size, mtime_ns)
-            for block in self.blocks
-            for name, size, mtime_ns in zip(block.filename, block.source_size, block.source_mtime_ns, strict=True)
-        }
+    def _read_journal(self) -> Iterator[Block]:
+        with open(self.journal) as lines:
+            if json.loads(next(lines, "")) != {"version": VERSION, **vars(self.rates)}:
+                raise ValueError("it is of other rates")
+            for line in lines:
+                yield Block(**json.loads(line))
+
+    def todo(self, folder: Path, filenames: Sequence[str]) -> list[str]:
+        """Those of the clips that an interrupted run has not packed, or whose WAV files have changed since."""
+        prefix, packed, self._packed = f"{folder}/", self._packed, {}
+        return [name for name in filenames if name not in packed or packed[name] != stamp(prefix + name)]
 
     def add(self, block: Block) -> None:
         """Note a block that is written. Raises `UserError` where the disk does not take the note."""
+        line = (json.dumps(vars(block)) + "\n").encode()
         try:
-            self._log.write(json.dumps(vars(block)) + "\n")
-            self._log.flush()
+            if self._log.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise not_written(self.journal, error) from error
-        self.blocks.append(block)
+        self.blocks.append(block.summary())
 
     def close(self) -> None:
         self._file.close()
@@ -278,7 +281,7 @@ class Packing:
         os.fsync(self._file.fileno())
         self.close()
         n_bytes = self.samples.stat().st_size
-        if n_bytes != max(block.end for block in self.blocks):
+        if n_bytes != max(block["start"] + block["n_bytes"] for block in self.blocks):
             raise UserError(f"{self.samples} is not whole after writing (a failing disk?): run the same command again")
         index_path = self.folder / f"index-{self.id}.npz"
         columns = self._index(filenames)
@@ -291,28 +294,41 @@ class Packing:
             "n_bytes": n_bytes,
             "source_bytes": int(columns["source_size"].sum()),
             "index_sha256": hashlib.sha256(index_path.read_bytes()).hexdigest(),
-            "blocks": [
-                {"start": block.start, "n_bytes": block.n_bytes, "sha256": block.sha256} for block in self.blocks
-            ],
+            "blocks": self.blocks,
         }
         text = json.dumps({**manifest, "manifest_sha256": _sha256_of(manifest)}, indent=1)
         replace_file(self.folder / "manifest.json", lambda beside: beside.write_text(text))
         self.journal.unlink()
-        self._remove_remains()
+        remove_remains(self.folder)
 
     def _index(self, filenames: Sequence[str]) -> dict[str, np.ndarray]:
         """The columns, sorted by filename. Of a clip packed twice (its WAV file had changed) the later counts."""
-        rows = {}
-        for block in self.blocks:
-            start = block.start // 2
-            known = (block.length, block.scale, block.source_size, block.source_mtime_ns)
-            for name, length, *rest in zip(block.filename, *known, strict=True):
-                rows[name] = (start, length, *rest)
-                start += length
-        names = sorted(name.encode() for name in filenames)
-        table = [(name, *rows[name.decode()]) for name in names]
-        columns = zip(*table, strict=True)
-        return {name: np.array(column, dtype) for (name, dtype), column in zip(_COLUMNS.items(), columns, strict=True)}
+        names = np.array(sorted(name.encode() for name in filenames))
+        columns = {name: np.zeros(len(names), dtype) for name, dtype in _COLUMNS.items() if name != "filename"}
+        for block in self._read_journal():
+            given = np.array([name.encode() for name in block.filename])
+            rows = np.minimum(np.searchsorted(names, given), len(names) - 1)
+            wanted = names[rows] == given
+            start = block.start // 2 + np.cumsum([0, *block.length[:-1]])
+            known = {"start": start, **{name: getattr(block, name) for name in columns if name != "start"}}
+            for name, values in known.items():
+                columns[name][rows[wanted]] = np.asarray(values)[wanted]
+        return {"filename": names, **columns}
+
+
+def remove_remains(folder: Path, in_the_making: str | None = None) -> None:
+    """Remove a pack's files of neither the pack that is read nor the one ``in_the_making``, an id."""
+    kept = {("journal", in_the_making), ("samples", in_the_making)}
+    kept |= {(kind, read_id(folder)) for kind in ("samples", "index")}
+    for path in folder.iterdir():
+        if _kind_and_id(path)[0] and _kind_and_id(path) not in kept:
+            path.unlink()
+
+
+def _kind_and_id(path: Path) -> tuple[str, str]:
+    """Of a pack's file, also of one half written beside its place: ("samples", ID); ("", "") of any other file."""
+    found = re.fullmatch(r"(\.?)(samples|index|journal)-([0-9a-f]{8})\.(?:i16|npz|jsonl)(?:\.\d+)?", path.name)
+    return (found[1] + found[2], found[3]) if found else ("", "")
 
 
 def read_id(folder: Path) -> str | None:
@@ -357,6 +373,8 @@ def only_one(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise UserError(f"another process is packing into {folder}: wait for its end, or stop it") from error
+        except OSError:  # a file system without locks: two at once are not noticed there
+            pass
         yield

@@ -4,17 +4,16 @@ import hashlib
 import multiprocessing
 import os
 from contextlib import closing
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torchaudio
 from tqdm import tqdm
 
 from dcase.cores import over_all_cores
-from dcase.errors import UserError
+from dcase.errors import UserError, one_line
 from dcase.pack import (
     Block,
     Pack,
@@ -25,9 +24,10 @@ from dcase.pack import (
     only_one,
     quantise,
     refuse_full_disk,
+    remove_remains,
     stamp,
 )
-from dcase.sound import read_wav
+from dcase.sound import read_wav, resampler
 from dcase.tau22 import Clips, DataConfig, check_files, load_splits
 
 _CHUNK = 32  # clips a process packs at a time, and of a block
@@ -48,10 +48,13 @@ def pack_clips(folder: Path, config) -> None:
     try:
         with only_one(target):
             if exists(target) and _is_up_to_date(target, rates, clips):
+                remove_remains(target)  # of a run that was killed in its last moment
                 return
             _pack(folder, target, filenames, rates, config.num_workers)
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}): give another folder as --pack_dir") from error
+        raise UserError(
+            f"{target}: {one_line(error)}: check rights and space there, or give another folder as --pack_dir"
+        ) from error
 
 
 def _is_up_to_date(target: Path, rates: Rates, clips: list[Clips]) -> bool:
@@ -67,7 +70,7 @@ def _is_up_to_date(target: Path, rates: Rates, clips: list[Clips]) -> bool:
         damaged = pack.damaged_blocks()
         if damaged:
             raise UserError(f"{len(damaged)} blocks of {pack.path} are damaged")
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"{str(error).partition(': make it again')[0]}: making it anew")
         return False
     print(f"{target} is whole: {len(pack)} clips at {rates.sample_rate} Hz, every checksum right, no recording changed")
@@ -76,8 +79,7 @@ def _is_up_to_date(target: Path, rates: Rates, clips: list[Clips]) -> bool:
 
 def _pack(folder: Path, target: Path, filenames: list[str], rates: Rates, num_workers: int | None) -> None:
     packing = Packing(target, rates)
-    packed = packing.packed()
-    todo = [name for name in filenames if packed.get(name) != stamp(folder / name)]
+    todo = packing.todo(folder, filenames)
     if len(todo) < len(filenames):
         print(f"{len(filenames) - len(todo)} of {len(filenames)} clips are packed already: going on behind them")
     if todo:
@@ -96,7 +98,7 @@ def _pack(folder: Path, target: Path, filenames: list[str], rates: Rates, num_wo
         packing.finish(filenames)
     finally:
         packing.close()
-    size = sum(block.n_bytes for block in packing.blocks) / 1e9
+    size = sum(block["n_bytes"] for block in packing.blocks) / 1e9
     print(f"{target}: {len(filenames)} clips at {rates.sample_rate} Hz, {size:.2f} GB; training reads it now")
 
 
@@ -152,12 +154,7 @@ def pack_block(folder: Path, rates: Rates, filenames: list[str]) -> Block:
 
 def _resampled(waveforms: list[torch.Tensor], rates: Rates) -> list[torch.Tensor]:
     """Each (1, samples) at the pack's rate; together where all are as long, which takes half the time."""
-    resample = _resampler(rates)
+    resample = resampler(rates.orig_sample_rate, rates.sample_rate)
     if len({waveform.shape for waveform in waveforms}) == 1:
         return list(resample(torch.stack(waveforms)))
     return [resample(waveform) for waveform in waveforms]
-
-
-@lru_cache
-def _resampler(rates: Rates) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(rates.orig_sample_rate, rates.sample_rate)

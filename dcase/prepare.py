@@ -202,10 +202,11 @@ def main() -> None:
     dataset_dir = config.dataset_dir or os.environ.get("TAU22_DIR")
     if not dataset_dir:
         raise UserError("which folder? Give --dataset_dir or set TAU22_DIR")
+    folder = Path(dataset_dir).expanduser()
     if config.pack:
-        pack_clips(Path(dataset_dir), config)
+        pack_clips(folder, config)
     else:
-        prepare(Path(dataset_dir), config)
+        prepare(folder, config)
 
 
 if __name__ == "__main__":

@@ -47,15 +47,15 @@ def start(trainer) -> None:
     from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
     launcher = trainer.strategy.launcher
-    if not isinstance(trainer.strategy, DDPStrategy) or not isinstance(launcher, _SubprocessScriptLauncher | None):
+    if not isinstance(trainer.strategy, DDPStrategy) or not isinstance(launcher, _SubprocessScriptLauncher):
         raise UserError(f"--strategy: several processes train with ddp, not with {type(trainer.strategy).__name__}")
-    if launcher is None:
-        trainer.strategy.setup_environment()
-    else:
+    try:
         launcher.launch(trainer.strategy.setup_environment)
+    except ValueError as error:
+        raise UserError(f"--devices and --num_nodes do not fit the processes that were started: {error}") from error
     atexit.register(dist.destroy_process_group)  # else its threads may abort the program's end
-    if launcher is not None:
-        atexit.register(launcher.kill, signal.SIGTERM)  # the others, which may wait for this one where it fails
+    # The others may wait for this one where it fails, deaf to gentler signals.
+    atexit.register(launcher.kill, getattr(signal, "SIGKILL", signal.SIGTERM))
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks
         logging.getLogger("aum").setLevel(logging.WARNING)
@@ -82,9 +82,12 @@ def from_main(value: Value) -> Value:
 
 def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of every process's tensor, in every process."""
-    if _together():
-        dist.all_reduce(tensor)
-    return tensor
+    if not _together():
+        return tensor
+    on_gpu = dist.get_backend() == "nccl"  # which knows no other tensors
+    total = tensor.to("cuda") if on_gpu else tensor.clone()
+    dist.all_reduce(total)
+    return total.to(tensor.device)
 
 
 def any_of_all(number: int, device: torch.device) -> int:

@@ -169,6 +169,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
             continue
         if problem:
             print(f"WARNING: {problem}. Going on from {path}, which was written before it.")
+            damaged = paths[0].rename(paths[0].with_name("last.ckpt.damaged"))  # it must not become previous.ckpt
+            print(f"The damaged file is now {damaged}.")
         return path
     if problem:
         raise problem
@@ -210,11 +212,16 @@ class MetricsCsv(Logger):
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         new = not self.path.exists()
-        with open(self.path, "a", newline="") as file:
-            writer = csv.writer(file)
-            if new:
-                writer.writerow(self.columns)
-            writer.writerows((step, name, value) for name, value in metrics.items() if name != "epoch")
+        try:
+            with open(self.path, "a", newline="") as file:
+                writer = csv.writer(file)
+                if new:
+                    writer.writerow(self.columns)
+                writer.writerows((step, name, value) for name, value in metrics.items() if name != "epoch")
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}): check rights and space there"
+            ) from error
 
     def drop_from(self, step: int, prefix: str) -> None:
         """Drop what was logged at this optimiser step or later under names that start with ``prefix``."""

@@ -49,10 +49,10 @@ def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
     divisor = math.gcd(rate, sample_rate)
     if (rate // divisor) * (sample_rate // divisor) > 50_000_000:  # coefficients: 200 MB
         raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to --sample_rate {sample_rate}: {CHECK}")
-    return _resampler(rate, sample_rate)(waveform)
+    return resampler(rate, sample_rate)(waveform)
 
 
 @lru_cache
-def _resampler(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
+def resampler(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
     """Kept, as its coefficients cost eight times as much as resampling a 1-s clip."""
     return torchaudio.transforms.Resample(rate, sample_rate)

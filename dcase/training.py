@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from tqdm import tqdm
 
 import aum
@@ -56,12 +58,18 @@ class KeepCheckpoints(Checkpoint):
         self._catch_up(trainer, module)
 
     def on_fit_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
-        self._catch_up(trainer, module)  # where the last epoch's validation is all that a resumed run has left to do
+        # Where the last epoch's validation is all that a resumed run has left to do. Lightning has cleared up by now.
+        module.to(trainer.strategy.root_device)
+        self._catch_up(trainer, module)
+        module.cpu()
 
     def _catch_up(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         if self.validation_due:
             _drop_from(trainer, trainer.global_step - 1, f"{module.log_prefix}val/")
+            progress = trainer.fit_loop.epoch_progress.current
+            progress.completed -= 1  # as it was when the epoch's training ended: the checkpoints tell the epoch
             self._validate(trainer, module)
+            progress.completed += 1
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: SceneClassifier, outputs, batch, batch_idx: int) -> None:
         # Between optimiser steps only. An epoch's last batch leaves it to the epoch's end.
@@ -136,6 +144,34 @@ class KeepCheckpoints(Checkpoint):
         self.__dict__.update(state)
 
 
+@contextmanager
+def no_silent_exit() -> Iterator[None]:
+    """Lightning ends the program without a word where a signal hits it; turn that into what `errors.run` tells."""
+    try:
+        yield
+    except SIGTERMException as end:
+        raise Stopped(
+            signal.SIGTERM, "stopped by SIGTERM; a training run goes on with --resume and its run id"
+        ) from end
+    except SystemExit as end:
+        raise KeyboardInterrupt from end
+
+
+class PlainSignals(Callback):
+    """SIGTERM ends an evaluation as it ends any program. Lightning's handler would end it with exit code 0."""
+
+    def on_test_start(self, *args) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    on_validation_start = on_test_start
+
+
+def checkpoint_to_resume(folder: Path) -> Path | None:
+    """`runs.newest_checkpoint`, as the main process finds it; None where a run begins."""
+    return processes.from_main(newest_checkpoint(folder) if processes.is_main() else None)
+
+
 def _drop_from(trainer: pl.Trainer, step: int, prefix: str) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, MetricsCsv):
@@ -160,6 +196,12 @@ def check_machine(machine: MachineConfig) -> None:
     if machine.scan_backend != "auto":
         os.environ["AUM_SCAN_BACKEND"] = machine.scan_backend  # for the processes that this one starts, too
     trainer = make_trainer(machine, Path("."), [])
+    started = int(os.environ.get("WORLD_SIZE", trainer.world_size))  # by torchrun
+    if started != trainer.world_size:
+        raise UserError(
+            f"{started} processes were started, and --devices {machine.devices} --num_nodes {machine.num_nodes} make "
+            f"{trainer.world_size}: give as many"
+        )
     if trainer.world_size > 1:
         processes.start(trainer)
     device = trainer.strategy.root_device.type
@@ -185,7 +227,7 @@ def make_trainer(
             "gradient_clip_val": config.fit.gradient_clip_val or None,
             "callbacks": [checkpoints],
         }
-    fit["callbacks"] = [*fit.get("callbacks", []), TQDMProgressBar(leave=False)]
+    fit["callbacks"] = [*fit.get("callbacks", [PlainSignals()]), TQDMProgressBar(leave=False)]
     try:
         trainer = pl.Trainer(
             accelerator=machine.accelerator,
@@ -294,14 +336,16 @@ def train(
     module.clips_per_step = batches.together * fit.accumulate_grad_batches
     validation = loader(val_clips, config.machine, evaluation_batches(val_clips, config.machine)) if val_clips else None
     with stopping.on_signals():
-        try:
+        with no_silent_exit():
             trainer.fit(
                 module,
                 loader(train_clips, config.machine, batches),
                 validation,
-                ckpt_path=newest_checkpoint(folder),
+                ckpt_path=checkpoint_to_resume(folder),
                 weights_only=True,
             )
-        except SystemExit as end:  # what Lightning makes of the second Ctrl-C
-            raise KeyboardInterrupt from end
+        number = processes.any_of_all(stopping.received, trainer.strategy.root_device)
+        if number:  # it came too late for a step's or an epoch's end
+            text = f"stopped by {signal.Signals(number).name} after training; go on with --resume and the run id"
+            raise Stopped(number, text)
     return checkpoints

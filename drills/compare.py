@@ -11,9 +11,9 @@ import torch
 
 from drills.drill import Lost
 
-# Of a checkpoint. "loops" counts what this process did, "epoch" is one more where a validation was left to do, and
-# "config" holds paths; whether a run goes on where it was is seen from its steps.
-_STATE = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "train_loss")
+# Of a checkpoint. "loops" counts what this process did, and "config" holds paths; whether a run goes on where it was is
+# seen from its steps.
+_STATE = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks", "epoch", "global_step", "train_loss")
 
 
 def same(a, b) -> bool:

@@ -8,7 +8,7 @@ from itertools import repeat
 from pathlib import Path
 
 from drills.compare import read_checkpoint, same_packs
-from drills.drill import Disturbance, Drill, Lost, Unclear, disturb, must_name, must_be_orderly
+from drills.drill import Disturbance, Drill, Lost, Unclear, disturb, must_be_orderly, must_name
 from drills.faults import AtStep, Damage, Raise
 from drills.folder import RATE
 from drills.tasks import Training

@@ -1,5 +1,6 @@
 """Runs that are stopped, damaged or split up end where an undisturbed run does. (Kills: test_scripts.py and drills.)"""
 
+import json
 import os
 import random
 import re
@@ -118,6 +119,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(harm, undisturbed
     done = script("train_base.py", "--resume", run.name, "--project_name", "P")
     assert done.code == 0, done.err
     assert "WARNING" in done.out and "last.ckpt" in done.out and "Going on from" in done.out
+    assert (run / "checkpoints" / "last.ckpt.damaged").exists()  # and did not replace previous.ckpt
     same_files(run, undisturbed)
 
 
@@ -265,6 +267,4 @@ def test_a_pack_trains_as_the_files_do(general_run, learnable, script, tmp_path)
     for (_, name, value), (_, _, expected) in zip(*curves, strict=True):
         assert float(value) == pytest.approx(float(expected), rel=1e-4), name
     assert read_results(run)["confusion"] == read_results(general_run)["confusion"]
-    # A resumed run reads what it read, whatever there is by then.
-    done = script("train_base.py", "--resume", run.name, "--project_name", "P", "--read_from", "wav")
-    done.refused("--read_from wav", "pack")
+    assert json.loads((run / "config.json").read_text())["config"]["data"]["read_from"] == "pack"  # what --resume reads
