@@ -1,5 +1,6 @@
 """The one exception for what a user can put right: its message is all that they see, and it says what to do."""
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -55,8 +56,20 @@ def run(main: Callable[[], None]) -> None:
         _end(128 + getattr(end, "number", signal.SIGINT) if main_process else 0, str(end) or said)
     except BrokenPipeError:  # the reader of a pipe, as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        _end_reading_processes()
 
 
 def _end(code: int, message: str) -> None:
     print(f"\n{message}", file=sys.stderr)
     sys.exit(code)
+
+
+def _end_reading_processes() -> None:
+    """Where an error has ended the training process; they are deaf to SIGTERM, which Python would wait for in vain."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        with suppress(ValueError):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
+    for child in children:
+        child.kill()

@@ -36,12 +36,13 @@ def undisturbed(learnable, tmp_path_factory) -> Path:
     return only_run(cwd / "P")
 
 
-def start(args: list, cwd: Path) -> subprocess.Popen:
+def start(args: list, cwd: Path, **options) -> subprocess.Popen:
     """train_base.py, which does not inherit that Ctrl-C is ignored, as it is where the tests run in the background."""
     command = [sys.executable, ROOT / "train_base.py", *args, "--project_name", "P"]
     return subprocess.Popen(
         list(map(str, command)), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **options,
     )  # fmt: skip
 
 
@@ -151,6 +152,26 @@ def test_wandb_may_lose_its_process(learnable, tmp_path):
 def started_by(process: Path, pid: int) -> bool:
     """wandb-core is told whose it is."""
     return f"{pid}" in (process / "cmdline").read_text().split("\0")
+
+
+def test_a_signal_to_all_processes_of_a_job_is_the_training_process_s(learnable, tmp_path):
+    """As SLURM sends it: to the processes that read, too."""
+    args = [*LONG, "--num_workers", "2", "--n_epochs", "60", "--dataset_dir", learnable]
+    program = start(args, tmp_path, start_new_session=True)
+    wait_for("P/*/checkpoints/last.ckpt", tmp_path, program)
+    os.killpg(program.pid, signal.SIGTERM)
+    said = program.communicate(timeout=60)[0]
+    assert program.returncode == 143 and "stopped by SIGTERM, saved in epoch" in said, said
+
+
+def test_an_error_ends_the_processes_that_read(learnable, script, tmp_path):
+    data = Path(shutil.copytree(learnable, tmp_path / "data"))
+    path = sorted((data / "audio").glob("tram-lyon-*-b.wav"))[-1]
+    path.write_bytes(path.read_bytes()[:900])
+    begun = time.monotonic()
+    done = script("train_base.py", *SMALL, *FIT, "--dataset_dir", data, "--num_workers", "2", "--val_fraction", "0")
+    done.refused(path.name)
+    assert time.monotonic() - begun < 60  # they did not keep it waiting
 
 
 class Killed(Exception):
