@@ -196,8 +196,8 @@ def check_machine(machine: MachineConfig) -> None:
     if machine.scan_backend != "auto":
         os.environ["AUM_SCAN_BACKEND"] = machine.scan_backend  # for the processes that this one starts, too
     trainer = make_trainer(machine, Path("."), [])
-    started = int(os.environ.get("WORLD_SIZE", trainer.world_size))  # by torchrun
-    if started != trainer.world_size:
+    started = int(os.environ.get("WORLD_SIZE", trainer.world_size))
+    if "LOCAL_RANK" in os.environ and started != trainer.world_size:  # torchrun sets both
         raise UserError(
             f"{started} processes were started, and --devices {machine.devices} --num_nodes {machine.num_nodes} make "
             f"{trainer.world_size}: give as many"

@@ -123,6 +123,17 @@ def test_torchrun_starts_them_and_a_resumed_run_keeps_its_steps(learnable, tmp_p
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path / "P")
     assert read_results(run)["n_clips"] == 32 and done.stdout.count("everything goes to") == 1
+    alone = [
+        *torchrun,
+        ROOT / "train_base.py",
+        *args[:-4],
+        "--devices",
+        "1",
+    ]  # would be two runs that know nothing of each other
+    done = subprocess.run(list(map(str, alone)), cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (
+        done.returncode != 0 and "2 processes were started, and --devices 1" in done.stderr and only_run(tmp_path / "P")
+    )
     resumed = [sys.executable, ROOT / "train_base.py", "--resume", run.name, "--project_name", "P", "--devices", "1"]
     done = subprocess.run(list(map(str, resumed)), cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "32 clips per optimiser step" in done.stderr and "--devices" in done.stderr
