@@ -5,8 +5,8 @@
     index-ID.npz       an array per column, a row per clip, sorted by filename
     journal-ID.jsonl   while packing only: the blocks that are whole, so that a killed run goes on behind them
 
-A sample is its int16 times its clip's scale, the clip's peak / 32767. So it is off by at most half a step, peak /
-65534: a clip keeps 16 bits however quiet it is.
+A sample is its int16 times its clip's scale, the clip's peak / 32767. So it is off by at most half a step and
+float32's rounding, less than peak / 65000: a clip keeps 16 bits however quiet it is.
 """
 
 import errno

@@ -272,7 +272,7 @@ def test_unknown_device(script, tmp_path):
 
 
 def test_a_pack_trains_as_the_files_do(general_run, learnable, script, tmp_path):
-    """But for 16-bit roundings, at most a 65,534th of a clip's peak: the same augmentation, curves and figures."""
+    """But for 16-bit roundings, less than a 65,000th of a clip's peak: the same augmentation, curves and figures."""
     pack = tmp_path / "pack"
     done = script("dcase.prepare", "--dataset_dir", learnable, "--pack", "--pack_dir", pack,
                   "--orig_sample_rate", "8000", "--sample_rate", "8000")  # fmt: skip
