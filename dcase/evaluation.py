@@ -30,7 +30,8 @@ def evaluate(
     more: dict | None = None,
     optimistic: bool = False,
 ) -> dict:
-    """Run the test split through the module; write and show the results. Returns the content of results.json.
+    """Run the test split through the module; write and show the results. Returns the content of results.json;
+    of several processes, only the main one writes, shows and returns all of it.
 
     ``more`` goes into results.json beside the figures; ``optimistic``: the model was chosen on the test split, which
     results.json and the report then say.

@@ -35,10 +35,10 @@ Config = TypeVar("Config", bound=EvalConfig)
 
 @dataclass(frozen=True)
 class Source:
-    """A data folder, its test clips, and what may be said of figures from it."""
+    """A data folder, its training and test clips, and what may be said of figures from it."""
 
     folder: Path
-    training: Clips | None  # of --subset
+    training: Clips | None  # of --subset, the validation part included; None where only a test is asked for
     test: Clips
     name: str  # for tables and charts
     comparable: bool  # with published figures: TAU22, the whole test split

@@ -90,7 +90,7 @@ def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:
     return total.to(tensor.device)
 
 
-def any_of_all(number: int, device: torch.device) -> int:
+def largest_of_all(number: int, device: torch.device) -> int:
     """The largest of the processes' numbers, in every process."""
     if not _together():
         return number

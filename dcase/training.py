@@ -128,7 +128,7 @@ class KeepCheckpoints(Checkpoint):
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def _stop_asked(self, trainer: pl.Trainer) -> int:
-        return processes.any_of_all(stopping.received, trainer.strategy.root_device)
+        return processes.largest_of_all(stopping.received, trainer.strategy.root_device)
 
     def _stop(self, trainer: pl.Trainer) -> None:
         raise Stopped(
@@ -344,7 +344,7 @@ def train(
                 ckpt_path=checkpoint_to_resume(folder),
                 weights_only=True,
             )
-        number = processes.any_of_all(stopping.received, trainer.strategy.root_device)
+        number = processes.largest_of_all(stopping.received, trainer.strategy.root_device)
         if number:  # it came too late for a step's or an epoch's end
             text = f"stopped by {signal.Signals(number).name} after training; go on with --resume and the run id"
             raise Stopped(number, text)

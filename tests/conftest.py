@@ -12,6 +12,8 @@ import pytest
 import soundfile
 from data_folder import clip_row, write_lists
 
+from dcase.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 8000  # Hz
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts: fast at this size, and the same roundings everywhere
@@ -94,6 +96,14 @@ def script(tmp_path):
         return Finished(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+def refusal(call, *args) -> str:
+    """The message of the `UserError` that a call ends in: one line."""
+    with pytest.raises(UserError) as caught:
+        call(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def only_run(project: Path) -> Path:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from conftest import refusal
 from data_folder import SAMPLE_RATE, clip_row, noise, write_data_folder, write_lists
 from torch.utils.data import DataLoader
 
@@ -27,14 +28,6 @@ def folder(tmp_path):
 @pytest.fixture
 def clips(folder):
     return load_clips(folder, "split25")
-
-
-def refusal(call, *args) -> str:
-    """The message of the `UserError` that a call ends in: one line."""
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
+from conftest import refusal
 from data_folder import SAMPLE_RATE, noise, write_data_folder
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -18,7 +19,6 @@ from hypothesis import strategies as st
 from dcase import packing, prepare
 from dcase.config import TrainConfig
 from dcase.dataset import TAU22, Sound
-from dcase.errors import UserError
 from dcase.loading import open_sound, with_sound
 from dcase.pack import Pack, Packing, Rates, quantise
 from dcase.prepare import PrepareConfig
@@ -41,13 +41,6 @@ def pack(folder: Path, **options) -> Pack:
 
 def sound_of(folder: Path, **options) -> Sound:
     return open_sound(TrainConfig(data=DataConfig(**options)), folder)[1]
-
-
-def refusal(call, *args) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @example([0.9330630898475647, 0.8958311080932617], 1.0)  # half a step and float32's rounding

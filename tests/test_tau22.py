@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refusal
 from data_folder import META_COLUMNS, write_data_folder, write_list
 
 from dcase import tau22
-from dcase.errors import UserError
 from dcase.tau22 import (
     DEVICES,
     SCENES,
@@ -38,14 +38,6 @@ def clips(folder):
 
 def arrays(clips: Clips) -> list[list]:
     return [getattr(clips, name).tolist() for name in ("filenames", "scene", "device", "location")]
-
-
-def refusal(call, *args) -> str:
-    """The message of the `UserError` that a call ends in: one line."""
-    with pytest.raises(UserError) as caught:
-        call(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def edit(path, old: str, new: str, count: int = 1) -> None:
