@@ -2,6 +2,7 @@
 
 | parameter | initial value | source |
 |---|---|---|
+| ``stem`` convolutions' weight | normal, variance 2 / fan-out (for the ReLU after it) | He et al., arXiv:1502.01852 |
 | ``patch_embed.proj.weight``, ``.bias`` | normal, variance 1 / fan-in (LeCun); 0 | Vim, arXiv:2401.09417 |
 | ``cls_token``, ``pos_embed.pos_embed`` | normal of deviation 0.02, cut at 2 | the same |
 | ``norm.weight``, ``norm_f.weight`` | 1 | |
@@ -28,6 +29,10 @@ from torch import Tensor, nn
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # step size delta, in tokens
 TOKEN_STD = 0.02
+
+
+def init_stem(conv: nn.Conv2d) -> None:
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
 
 def init_patch_embed(proj: nn.Conv2d) -> None:

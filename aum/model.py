@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aum.init import init_last_linear, init_patch_embed, init_token, scale_out_proj
 from aum.mamba import BiMamba, Block, Direction, wide
+from aum.stem import RelaxedFreqNorm, Stem
 
 CLASSIFIER_WIDTH = 512  # hidden units of the MLP head
 
@@ -26,8 +27,14 @@ class AuMConfig:
     n_mels: int = 256
     target_length: int = 65
     """Frames of the log-mel."""
+    freq_norm: float = 0.0
+    """Share of the frequency-wise norm in the relaxed one that the log-mel goes through first, 0 to 1; 0: no norm."""
+    stem: tuple[int, ...] = ()
+    """Channels of 3 x 3 convolutions before the patches, each of which halves mel bins and frames; (): none."""
+    stem_blocks: int = 0
+    """Inverted residual blocks of convolutions after those."""
     patch_size: tuple[int, int] = (16, 16)
-    """Mel bins and frames of a patch."""
+    """Mel bins and frames of a patch: of the log-mel, or of what the stem makes of it."""
     strides: tuple[int, int] | None = None
     """Mel bins and frames from one patch to the next; None: patch_size."""
     embed_dim: int = 384
@@ -41,13 +48,17 @@ class AuMConfig:
     pool: Literal["mean", "cls"] = "mean"
     cls_position: Literal["middle", "start", "end", "none"] = "middle"
     pos_embed: bool = False
+    factorised_pos_embed: bool = False
+    """The position embedding is the sum of one for the mel and one for the time axis, not one vector per patch."""
+    local_conv: bool = False
+    """A 3 x 3 depthwise convolution over the grid of patches before each block: a scan has neighbours in time only."""
     head: Literal["mlp", "linear"] = "mlp"
     dropout: float = 0.1
     drop_path: float = 0.0
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        for name in ("patch_size", "strides"):  # a list, from JSON or a checkpoint, is as good as a tuple
+        for name in ("patch_size", "strides", "stem"):  # a list, from JSON or a checkpoint, is as good as a tuple
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("n_mels", "target_length", "embed_dim", "depth", "d_state", "d_conv", "expand", "n_classes"):
@@ -58,10 +69,16 @@ class AuMConfig:
                 len(pair) == 2 and min(pair) >= 1,
                 f"{name} is two numbers of at least 1, mel bins and frames; got {pair}",
             )
-        size, patch = (self.n_mels, self.target_length), self.patch_size
+        _check(all(channels >= 1 for channels in self.stem), f"stem is channels of at least 1; got {self.stem}")
+        _check(
+            self.stem_blocks == 0 or (self.stem and self.stem_blocks > 0),
+            f"stem_blocks is a number from 0, and needs a stem; got {self.stem_blocks}",
+        )
+        size, patch = self.after_stem(self.n_mels, self.target_length), self.patch_size
         _check(
             patch[0] <= size[0] and patch[1] <= size[1],
-            f"patch_size {patch} does not fit into a log-mel of {size[0]} mel bins x {size[1]} frames",
+            f"patch_size {patch} does not fit into a log-mel of {size[0]} mel bins x {size[1]} frames"
+            + (" (after the stem)" if self.stem else ""),
         )
         for name, allowed in (
             ("direction", ("fo_fo", "fo_bi", "bi_bi")),
@@ -78,6 +95,9 @@ class AuMConfig:
         _check(
             not (self.pool == "cls" and self.cls_position == "none"), "pool 'cls' needs a cls_position other than none"
         )
+        _check(0 <= self.freq_norm <= 1, f"freq_norm is from 0 to 1; got {self.freq_norm}")
+        plain = self.cls_position == "none" and not self.paired_layers
+        _check(plain or not self.local_conv, "local_conv needs cls_position none and no paired_layers")
         _check(not (self.paired_layers and self.depth % 2), f"paired_layers needs an even depth; got {self.depth}")
 
     @property
@@ -88,7 +108,12 @@ class AuMConfig:
     def grid_of(self, frames: int) -> tuple[int, int]:
         """Patches along (mel, time) of a log-mel of ``frames`` frames."""
         (p_mel, p_time), (s_mel, s_time) = self.patch_size, self.strides or self.patch_size
-        return (self.n_mels - p_mel) // s_mel + 1, (frames - p_time) // s_time + 1
+        mels, frames = self.after_stem(self.n_mels, frames)
+        return (mels - p_mel) // s_mel + 1, (frames - p_time) // s_time + 1
+
+    def after_stem(self, *size: int) -> tuple[int, ...]:
+        """What the stem makes of mel bins and frames: half, rounded up, at each of its convolutions."""
+        return tuple(-(-n // 2 ** len(self.stem)) for n in size)
 
 
 def _check(ok: bool, message: str) -> None:
@@ -97,12 +122,13 @@ def _check(ok: bool, message: str) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Log-mel (b, 1, n_mels, frames) -> tokens (b, grid_mel * grid_time, embed_dim), time running fastest."""
+    """(b, channels, mel bins, frames) -> tokens (b, grid_mel * grid_time, embed_dim), time running fastest."""
 
     def __init__(self, config: AuMConfig):
         super().__init__()
         strides = config.strides or config.patch_size
-        self.proj = nn.Conv2d(1, config.embed_dim, kernel_size=config.patch_size, stride=strides)
+        channels = config.stem[-1] if config.stem else 1
+        self.proj = nn.Conv2d(channels, config.embed_dim, kernel_size=config.patch_size, stride=strides)
         init_patch_embed(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -121,6 +147,42 @@ class PositionEmbedding(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, n_cls + grid[0] * grid[1], embed_dim))
         init_token(self.pos_embed)
 
+    def rows(self) -> Tensor:
+        """(1, n_cls + grid_mel * grid_time, embed_dim)"""
+        return self.pos_embed
+
+
+class FactorisedPositionEmbedding(nn.Module):
+    """The same from (grid_mel + grid_time) vectors in place of grid_mel * grid_time: a patch's is the sum of its mel
+    bins' and its frames'."""
+
+    def __init__(self, grid: tuple[int, int], n_cls: int, embed_dim: int):
+        super().__init__()
+        self.grid = grid
+        self.pos_embed_cls = nn.Parameter(torch.empty(1, n_cls, embed_dim))
+        self.pos_embed_mel = nn.Parameter(torch.empty(1, grid[0], 1, embed_dim))
+        self.pos_embed_time = nn.Parameter(torch.empty(1, 1, grid[1], embed_dim))
+        for part in (self.pos_embed_cls, self.pos_embed_mel, self.pos_embed_time):
+            init_token(part)
+
+    def rows(self) -> Tensor:
+        """(1, n_cls + grid_mel * grid_time, embed_dim)"""
+        return torch.cat([self.pos_embed_cls, (self.pos_embed_mel + self.pos_embed_time).flatten(1, 2)], 1)
+
+
+class LocalConv(nn.Conv2d):
+    """What each token hears of its neighbours in mel and time: tokens (b, l, d) of a grid -> the same, to be added.
+
+    Source: conditional position encodings, arXiv:2102.10882.
+    """
+
+    def __init__(self, d: int):
+        super().__init__(d, d, 3, padding=1, groups=d)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        b, _, d = x.shape
+        return super().forward(x.view(b, *grid, d).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+
 
 class AudioMamba(nn.Module):
     """Audio Mamba (arXiv:2406.03344) over log-mel patches."""
@@ -129,18 +191,25 @@ class AudioMamba(nn.Module):
         super().__init__()
         self.config = config
         d = config.embed_dim
+        if config.freq_norm:
+            self.freq_norm = RelaxedFreqNorm(config.n_mels, config.freq_norm)
+        if config.stem:
+            self.stem = Stem(config.stem, config.stem_blocks)
         self.patch_embed = PatchEmbed(config)
         has_cls = config.cls_position != "none"
         if has_cls:
             self.cls_token = nn.Parameter(torch.empty(1, 1, d))
             init_token(self.cls_token)
         if config.pos_embed:
-            self.pos_embed = PositionEmbedding(config.grid, int(has_cls), d)
+            kind = FactorisedPositionEmbedding if config.factorised_pos_embed else PositionEmbedding
+            self.pos_embed = kind(config.grid, int(has_cls), d)
         drop_path = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]  # deeper, more often
         self.layers = nn.ModuleList(
             Block(BiMamba(d, config.d_state, config.d_conv, config.expand, config.direction), config.norm_eps, p)
             for p in drop_path
         )
+        if config.local_conv:
+            self.local = nn.ModuleList(LocalConv(d) for _ in self.layers)
         self.norm_f = nn.RMSNorm(d, eps=config.norm_eps)
         if config.head == "mlp":
             self.classifier = nn.Sequential(
@@ -168,6 +237,7 @@ class AudioMamba(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Log-mel (b, 1, n_mels, frames) -> (b, embed_dim): the mean over every token, or the class token."""
+        grid = self.config.grid_of(x.shape[-1])
         x, cls_index = self._tokens(x)
         x = wide(x)  # the residual stream
         if self.config.paired_layers:
@@ -175,7 +245,9 @@ class AudioMamba(nn.Module):
             for forward, backward in zip(self.layers[::2], self.layers[1::2], strict=True):
                 x = 2 * x + forward(x) + backward(x.flip(1)).flip(1)
         else:
-            for layer in self.layers:
+            for i, layer in enumerate(self.layers):
+                if self.config.local_conv:
+                    x = x + self.local[i](x, grid)
                 x = x + layer(x)
         x = self.norm_f(x)
         return x.mean(1) if self.config.pool == "mean" else x[:, cls_index]
@@ -185,30 +257,47 @@ class AudioMamba(nn.Module):
         config = self.config
         if x.dim() != 4 or x.shape[1] != 1 or x.shape[2] != config.n_mels:
             raise ValueError(f"a log-mel is (b, 1, {config.n_mels}, frames) for this model; got {tuple(x.shape)}")
-        if x.shape[3] < config.patch_size[1]:
-            raise ValueError(f"{x.shape[3]} frames are fewer than the {config.patch_size[1]} of one patch")
+        (seen,) = config.after_stem(x.shape[3])
+        if seen < config.patch_size[1]:
+            raise ValueError(f"{seen} frames are fewer than the {config.patch_size[1]} of one patch")
         grid = config.grid_of(x.shape[3])
         if config.pos_embed and grid != self.pos_embed.grid:
             raise ValueError(
                 f"{x.shape[3]} frames make a grid of {grid[0]} x {grid[1]} patches, but the position embedding is for "
                 f"{self.pos_embed.grid[0]} x {self.pos_embed.grid[1]}: target_length is {config.target_length} frames"
             )
-        x = self.patch_embed(x)
+        x = self.freq_norm(x) if config.freq_norm else x
+        x = self.patch_embed(self.stem(x) if config.stem else x)
         b, l, _ = x.shape
         if config.cls_position == "none":
-            return (x + self.pos_embed.pos_embed if config.pos_embed else x), None
+            return (x + self.pos_embed.rows() if config.pos_embed else x), None
         cls = self.cls_token
         if config.pos_embed:
-            cls, x = cls + self.pos_embed.pos_embed[:, :1], x + self.pos_embed.pos_embed[:, 1:]
+            rows = self.pos_embed.rows()
+            cls, x = cls + rows[:, :1], x + rows[:, 1:]
         index = {"start": 0, "middle": l // 2, "end": l}[config.cls_position]
         cls = cls.expand(b, -1, -1).to(x.dtype)
         return torch.cat([x[:, :index], cls, x[:, index:]], dim=1), index
 
 
-# Named sizes: what differs from AuMConfig's defaults. Tiny, small and base are AuM's; aum_nano, for demos and laptops,
-# fits the challenge's memory limit in 16 bit.
+# Named sizes: what differs from AuMConfig's defaults. Tiny, small and base are AuM's. The two of aum_nano are made for
+# the challenge's limits, 128,000 bytes and 30 million MACs: aum_nano in 16 bit, aum_nano_8bit in 8 bit.
+# docs/aum_nano.md has how they were found.
+_NANO = {
+    "freq_norm": 0.5,
+    "stem": (8, 32),
+    "patch_size": (4, 1),
+    "depth": 3,
+    "d_state": 4,
+    "cls_position": "none",
+    "pos_embed": True,
+    "factorised_pos_embed": True,
+    "local_conv": True,
+    "head": "linear",
+}
 SIZES = {
-    "aum_nano": {"embed_dim": 48, "depth": 2, "d_state": 8, "pos_embed": True, "head": "linear"},
+    "aum_nano": {**_NANO, "embed_dim": 44},
+    "aum_nano_8bit": {**_NANO, "embed_dim": 56},
     "aum_tiny": {"embed_dim": 192},
     "aum_small": {"embed_dim": 384},
     "aum_base": {"embed_dim": 768},
@@ -245,6 +334,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     decayed, spared = [], []
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
-        whole = parameter.ndim < 2 or leaf in ("A_log", "A_b_log", "cls_token", "pos_embed")
+        whole = parameter.ndim < 2 or leaf in ("A_log", "A_b_log", "cls_token") or leaf.startswith("pos_embed")
         (spared if whole else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]

@@ -9,6 +9,10 @@ from reference_model import logits as reference_logits
 from torch import nn
 
 import aum
+from aum.model import LocalConv
+from aum.stem import RelaxedFreqNorm
+from dcase.complexity import macs_by_part
+from dcase.quantisation import stored_bytes
 
 TINY = {"n_mels": 24, "target_length": 20, "patch_size": (8, 5), "embed_dim": 12, "depth": 2, "d_state": 3}
 
@@ -202,8 +206,13 @@ def test_published_state_dicts_load_strictly(direction):
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+def small(**overrides) -> aum.AudioMamba:
+    """An Audio Mamba with AuM's parts only: class token, position embedding, no stem."""
+    return aum.create_model("aum_tiny", **{"embed_dim": 48, "depth": 2, "d_state": 8, "pos_embed": True, **overrides})
+
+
 def test_mlp_head_has_the_earlier_codes_names():
-    names = {name for name in aum.create_model("aum_nano", head="mlp").state_dict() if name.startswith("classifier")}
+    names = {name for name in small(head="mlp").state_dict() if name.startswith("classifier")}
     assert names == {f"classifier.{i}.{kind}" for i in (0, 2, 5) for kind in ("weight", "bias")}
 
 
@@ -228,7 +237,7 @@ def test_initialisation():
 
 
 def test_parameter_groups_spare_what_decay_would_harm():
-    model = aum.create_model("aum_nano", head="mlp")
+    model = small(head="mlp")
     decayed, spared = aum.parameter_groups(model, 0.1)
     assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -245,7 +254,7 @@ def test_parameter_groups_spare_what_decay_would_harm():
 
 def test_dropout_and_drop_path_work_in_training_only():
     torch.manual_seed(0)
-    model = aum.create_model("aum_nano", depth=4, dropout=0.5, drop_path=0.5, head="mlp")
+    model = small(depth=4, dropout=0.5, drop_path=0.5, head="mlp")
     x = torch.randn(4, 1, 256, 65)
     model.eval()
     assert torch.equal(model(x), model(x))
@@ -257,7 +266,7 @@ def test_dropout_and_drop_path_work_in_training_only():
 
 
 def test_residual_stream_stays_float32_under_autocast():
-    model = aum.create_model("aum_nano").eval()
+    model = small().eval()
     x, streams = torch.randn(2, 1, 256, 65), []
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda module, args: streams.append(args[0].dtype))
@@ -269,9 +278,9 @@ def test_residual_stream_stays_float32_under_autocast():
 
 def test_other_lengths_without_a_position_embedding_only():
     x = torch.randn(1, 1, 256, 100)
-    assert aum.create_model("aum_nano", pos_embed=False)(x).shape == (1, 10)
+    assert small(pos_embed=False)(x).shape == (1, 10)
     with pytest.raises(ValueError, match="16 x 6 patches.*16 x 4.*target_length is 65"):
-        aum.create_model("aum_nano")(x)
+        small()(x)
 
 
 @pytest.mark.parametrize(
@@ -287,19 +296,85 @@ def test_other_lengths_without_a_position_embedding_only():
         ({"direction": "v2"}, "fo_fo"),
         ({"dropout": 1.0}, "dropout"),
         ({"widht": 3}, "widht"),
+        ({"stem": (8, 0)}, "stem"),
+        ({"stem": (8, 8, 8, 8, 8)}, "after the stem"),
+        ({"stem_blocks": 1}, "stem_blocks"),
+        ({"freq_norm": 1.5}, "freq_norm"),
+        ({"local_conv": True}, "local_conv needs cls_position none"),
     ],
 )
 def test_impossible_configurations_name_the_field(overrides, message):
     with pytest.raises(ValueError, match=message):
-        aum.create_config("aum_nano", **overrides)
+        aum.create_config("aum_tiny", **overrides)
 
 
 def test_unknown_model_and_wrong_input():
     with pytest.raises(ValueError, match="aum_small"):
         aum.create_model("aum_smal")
-    model = aum.create_model("aum_nano")
+    model = small()
     for shape in ((1, 1, 128, 65), (1, 256, 65), (1, 3, 256, 65)):
         with pytest.raises(ValueError, match="256"):
             model(torch.zeros(shape))
     with pytest.raises(ValueError, match="fewer than the 16"):
         model(torch.zeros(1, 1, 256, 15))
+
+
+# AuM-Nano
+
+
+@pytest.mark.parametrize("name, bits", [("aum_nano", 16), ("aum_nano_8bit", 8)])
+def test_aum_nano_is_within_the_challenges_limits(name, bits):
+    model = aum.create_model(name)
+    assert sum(stored_bytes(model, bits).values()) <= 128_000
+    assert sum(macs_by_part(model, (1, 1, 256, 65)).values()) <= 30_000_000
+
+
+def test_relaxed_freq_norm_is_the_papers():
+    torch.manual_seed(0)
+    x = 3 + 2 * torch.randn(4, 1, 6, 50, dtype=torch.float64)
+    by_mel = (x - x.mean(3, keepdim=True)) / (x.var(3, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    whole = (x - x.mean((2, 3), keepdim=True)) / (x.var((2, 3), unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(RelaxedFreqNorm(6, 0.3)(x), 0.3 * by_mel + 0.7 * whole)
+
+
+def test_freq_norm_1_does_not_hear_what_a_device_adds_to_a_mel_bin():
+    x = torch.randn(2, 1, 256, 65)
+    model = aum.create_model("aum_nano", freq_norm=1.0).eval()
+    torch.testing.assert_close(model(x + torch.randn(1, 1, 256, 1)), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_each_convolution_of_the_stem_halves_both_axes():
+    for frames in (64, 65, 66, 67):
+        config = aum.create_config("aum_nano", target_length=frames)
+        stem = aum.AudioMamba(config).stem.eval()
+        assert stem(torch.zeros(1, 1, 256, frames)).shape == (1, 32, *config.after_stem(256, frames))
+    assert aum.create_config("aum_nano").grid == (16, 17)
+
+
+def test_factorised_positions_are_sums_of_a_mel_and_a_time_part():
+    model = small(factorised_pos_embed=True)
+    rows = model.pos_embed.rows()
+    assert rows.shape == (1, 1 + 16 * 4, 48)
+    mel, time = model.pos_embed.pos_embed_mel[0, 5, 0], model.pos_embed.pos_embed_time[0, 0, 3]
+    assert torch.equal(rows[0, 1 + 5 * 4 + 3], mel + time)  # time runs fastest
+    assert torch.equal(rows[:, :1], model.pos_embed.pos_embed_cls)
+
+
+def test_local_convolution_looks_at_the_neighbours_in_mel_and_time():
+    conv, grid = LocalConv(3).double(), (4, 5)
+    x = torch.zeros(1, 20, 3, dtype=torch.float64)
+    x[0, 2 * 5 + 3, 1] = 1  # mel 2, time 3, channel 1
+    y = (conv(x, grid) - conv.bias).view(4, 5, 3)
+    expected = torch.zeros(4, 5, 3, dtype=torch.float64)
+    expected[1:4, 2:5, 1] = conv.weight[1, 0].flip(0, 1)
+    torch.testing.assert_close(y, expected)
+
+
+def test_aum_nano_is_its_parts_in_their_order():
+    torch.manual_seed(0)
+    model, x = aum.create_model("aum_nano").eval(), torch.randn(2, 1, 256, 65)
+    tokens = model.patch_embed.proj(model.stem(model.freq_norm(x))).flatten(2).transpose(1, 2) + model.pos_embed.rows()
+    for local, layer in zip(model.local, model.layers, strict=True):
+        tokens = tokens + local(tokens, (16, 17))
+        tokens = tokens + layer.mixer(layer.norm(tokens))
+    torch.testing.assert_close(model(x), model.head(model.norm_f(tokens).mean(1)))
