@@ -1,10 +1,12 @@
 """Augmentation of training batches, on the batch's device; nothing here runs in evaluation.
 
-Time rolling works on the waveform, Freq-MixStyle and masking on the normalised log-mel, in this order: MixStyle's
-statistics would otherwise be those of the masks. A mask is filled with 0, the mean of the normalised log-mel.
+Device responses (`responses.py`) and time rolling work on the waveform; Freq-MixStyle, mixup and masking on the
+normalised log-mel, in this order: MixStyle's statistics would otherwise be those of the masks. A mask is filled with 0,
+the mean of the normalised log-mel.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torchaudio
@@ -28,6 +30,13 @@ class AugmentConfig:
     timem_max_fraction: float = 0.2
     """A time mask covers at most this part of the clip; 1.0: no such cap (64 of 65 frames would erase half of a
     1-second clip on average)."""
+    dir_path: str | None = None
+    """Folder of impulse responses of recording devices, WAV or FLAC files of any rate, through which clips of device a
+    are heard, as MicIRP's (micirp.blogspot.com) for TAU22; None: as they were recorded."""
+    dir_p: float = 0.4
+    """Probability that a clip of device a is heard through one of --dir_path's responses."""
+    mixup_alpha: float = 0.0
+    """Mixup's weights are drawn from Beta(alpha, alpha), as 0.3; 0: no mixup."""
 
     def __post_init__(self):
         for name, low, high in (
@@ -36,6 +45,8 @@ class AugmentConfig:
             ("freqm", 0, float("inf")),
             ("timem", 0, float("inf")),
             ("timem_max_fraction", 0, 1),
+            ("dir_p", 0, 1),
+            ("mixup_alpha", 0, 100),  # where all weights are near a half
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name} is from {low} to {high}; got {getattr(self, name)}")
@@ -70,6 +81,33 @@ def freq_mixstyle(x: Tensor, p: float, alpha: float) -> Tensor:
     mixed_mean = weight * mean + (1 - weight) * mean[other]
     mixed_std = weight * std + (1 - weight) * std[other]
     return (x - mean) / std * mixed_std + mixed_mean
+
+
+class Mix(NamedTuple):
+    """Mixup of one batch: every clip keeps the share ``weight`` (b,), at least a half, of itself, and has the rest from
+    clip ``other`` (b,). The log-mel and every kind of target go through one and the same. Both None: no mixup.
+
+    Source: mixup, arXiv:1710.09412. There a weight may be below a half: the same pairs, with the clips' places swapped.
+    """
+
+    weight: Tensor | None = None
+    other: Tensor | None = None
+
+    @classmethod
+    def draw(cls, b: int, alpha: float, device: torch.device | str = "cpu") -> "Mix":
+        """A weight from Beta(alpha, alpha) for each of ``b`` clips, and a random order of them; ``alpha`` 0: no mixup,
+        and no random number is used up."""
+        if alpha == 0:
+            return cls()
+        weight = torch.distributions.Beta(alpha, alpha).sample((b,)).to(device)
+        return cls(torch.maximum(weight, 1 - weight), torch.randperm(b, device=device))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Mix (b, ...): a log-mel (b, 1, n_mels, frames), or targets (b, n_classes)."""
+        if self.weight is None:
+            return x
+        weight = self.weight.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        return weight * x + (1 - weight) * x[self.other]
 
 
 class Masking(nn.Module):

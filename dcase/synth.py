@@ -1,6 +1,7 @@
 """SynthTAU: an embedded stand-in for TAU22, made of arithmetic, in TAU22's exact layout.
 
     python -m dcase.synth --out D
+    python -m dcase.synth --responses D
 
 Names, lists and file format are TAU22's, so that everything runs without its 30 GB of recordings; the sound is not, and
 every page that shows a figure from it says so. A clip is a weighted sum of layers, through the room of its location,
@@ -26,6 +27,7 @@ b c      gently coloured by a smooth random curve         as they are   low, 16-
 s1-s3    coloured, narrower band, a resonance             compressed    higher, 10-15 kHz
 s4-s6    a further draw of that family, a little harsher  compressed    higher, 8-14 kHz
 Devices are the same for every seed. Test clips exist on all nine: devices are compared on equal content.
+--responses makes impulse responses of further devices, for --dir_path: none of them is one of the nine.
 """
 
 import fcntl
@@ -38,6 +40,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -301,13 +304,13 @@ RECORDERS = {
     "s6": Device(4.5, 6, 220, 14000, 2.2, -70),
 }
 THRESHOLD = -40.0  # dB full scale
+N_RESPONSES = 40
+RESPONSE_SAMPLES = SAMPLE_RATE // 10  # far more than the 20 ms in which all of them fall to -60 dB
 BLOCK = 63  # samples of one step of the compressor; SAMPLE_RATE is a multiple
 
 
-@lru_cache
-def device_response(device_id: str) -> Spectrum:
+def drawn_response(device: Device, rng: np.random.Generator) -> Spectrum:
     """Complex response of minimum phase: a short impulse response without pre-echo."""
-    device, rng = RECORDERS[device_id], generator("device", device_id)
     curve = device.colour * np.interp(OCTAVES, np.linspace(OCTAVES[0], OCTAVES[-1], 12), rng.standard_normal(12))
     curve += device.resonance * bump(400 * 15 ** rng.random(), 0.25)
     curve -= 10 * np.log10(1 + (device.low_cut / np.maximum(HZ, 1)) ** 4)
@@ -317,6 +320,26 @@ def device_response(device_id: str) -> Spectrum:
     cepstrum[1 : SAMPLE_RATE // 2] *= 2
     cepstrum[SAMPLE_RATE // 2 + 1 :] = 0
     return np.exp(np.fft.rfft(cepstrum)).astype(np.complex64)
+
+
+@lru_cache
+def device_response(device_id: str) -> Spectrum:
+    return drawn_response(RECORDERS[device_id], generator("device", device_id))
+
+
+def further_response(k: int) -> np.ndarray:
+    """Impulse response (RESPONSE_SAMPLES,) of the k-th device that is none of RECORDERS but of b's to s6's family."""
+    rng = generator("response", k)
+    device = Device(
+        colour=rng.uniform(3, 4.5),
+        resonance=rng.uniform(3, 6),
+        low_cut=60 * 4 ** rng.random(),
+        high_cut=8000 * 2 ** rng.random(),
+        ratio=1,  # a response has no dynamics and no noise
+        noise_floor=-math.inf,
+    )
+    taps = np.fft.irfft(drawn_response(device, rng), SAMPLE_RATE)[:RESPONSE_SAMPLES]
+    return taps * (0.9 / np.abs(taps).max())
 
 
 def compress(wave: Waveform, ratio: float) -> Waveform:
@@ -341,8 +364,11 @@ def record(spectrum: Spectrum, name: Name, seed: int) -> Waveform:
 
 @dataclass(frozen=True)
 class SynthConfig:
-    out: str
+    out: str | None = None
     """Folder to make; it must not exist yet, or be empty."""
+    responses: str | None = None
+    """Folder of impulse responses to make, for --dir_path, beside or in place of --out; it must not exist yet, or be
+    empty."""
     train_clips: int = 1800
     """Clips in split25; split10 and split5 are parts of it."""
     test_clips_per_device: int = 100
@@ -355,6 +381,8 @@ class SynthConfig:
     """Processes; 0: none but this one; None: one for each core. The files do not depend on it."""
 
     def __post_init__(self) -> None:
+        if self.out is None and self.responses is None:
+            raise UserError("--out is missing: give a folder to make, or one for impulse responses by --responses")
         for flag, least in (("train_clips", len(SCENES)), ("test_clips_per_device", len(SCENES)), ("num_workers", 0)):
             value = getattr(self, flag)
             if value is not None and value < least:
@@ -422,8 +450,8 @@ def write_all(folder: Path, config: SynthConfig) -> None:
             with ProcessPoolExecutor(n_workers, **ignore) as pool:
                 for n_written in pool.map(write, jobs, chunksize=8):
                     bar.update(n_written)
-    options = {flag: value for flag, value in asdict(config).items() if flag not in ("out", "num_workers")}
-    flags = " ".join(f"--{flag} {value}" for flag, value in options.items())
+    elsewhere = ("out", "responses", "num_workers")  # flags that this folder does not depend on
+    flags = " ".join(f"--{flag} {value}" for flag, value in asdict(config).items() if flag not in elsewhere)
     (folder / MARK).write_text(
         f"""# Synthetic data
 
@@ -443,23 +471,47 @@ def make(out: Path, **options: int | None) -> Path:
     Raises UserError when ``out`` holds something already or cannot be written.
     """
     config, out = SynthConfig(str(out), **options), Path(out).absolute()
-    partial_folder = out.with_name(f".{out.name}.{uuid.uuid4().hex}.partial")
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"--out {out} exists already: name a new folder, or remove it first")
-        write_all(partial_folder, config)
-        partial_folder.replace(out)
-    except (OSError, soundfile.LibsndfileError, BrokenProcessPool) as error:
-        raise _cannot_make(out, error) from error
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+    with _new_folder(out, "SynthTAU", "--out") as folder:
+        write_all(folder, config)
     return out
 
 
-def _cannot_make(folder: Path, error: Exception) -> UserError:
+def make_responses(out: Path) -> Path:
+    """Make a folder of N_RESPONSES impulse responses, all of it or nothing, the same bytes every time. Return its path.
+
+    Raises UserError when ``out`` holds something already or cannot be written.
+    """
+    out = Path(out).absolute()
+    with _new_folder(out, "responses", "--responses") as folder:
+        folder.mkdir(parents=True)
+        for k in range(N_RESPONSES):  # not float: libsndfile would write the time into the file
+            soundfile.write(folder / f"synthetic{k:02}.wav", further_response(k), SAMPLE_RATE, subtype="PCM_24")
+    return out
+
+
+@contextmanager
+def _new_folder(path: Path, what: str, flag: str) -> Iterator[Path]:
+    """A folder beside ``path`` to make and fill; it is renamed when it is full, and removed where that fails.
+
+    Raises UserError, naming the flag, when ``path`` holds something already or cannot be written.
+    """
+    partial_folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{flag} {path} exists already: name a new folder, or remove it first")
+        yield partial_folder
+        partial_folder.replace(path)
+    except (OSError, soundfile.LibsndfileError, BrokenProcessPool) as error:
+        raise _cannot_make(path, error, what, flag) from error
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def _cannot_make(folder: Path, error: Exception, what: str = "SynthTAU", flag: str = "--out") -> UserError:
+    default = " or, for the default one, by the environment variable AUDIO_MAMBA_CACHE" if flag == "--out" else ""
     return UserError(
-        f"SynthTAU cannot be made in {folder} ({error}): give a folder that can be written, on a disk with room, "
-        "by --out or, for the default one, by the environment variable AUDIO_MAMBA_CACHE"
+        f"{what} cannot be made in {folder} ({error}): give a folder that can be written, on a disk with room, "
+        f"by {flag}{default}"
     )
 
 
@@ -500,10 +552,12 @@ def ensure_default() -> Path:
 
 
 def main() -> None:
-    config = parse(SynthConfig, "Make SynthTAU, a synthetic data set in TAU22's layout.")
-    options = asdict(config)
-    folder = make(Path(options.pop("out")), **options)
-    print(f"made SynthTAU (synthetic: see {MARK}) in {folder}")
+    options = asdict(parse(SynthConfig, "Make SynthTAU, a synthetic data set in TAU22's layout."))
+    out, responses = options.pop("out"), options.pop("responses")
+    if out is not None:
+        print(f"made SynthTAU (synthetic: see {MARK}) in {make(Path(out), **options)}")
+    if responses is not None:
+        print(f"made {N_RESPONSES} responses (synthetic: of no real device) in {make_responses(Path(responses))}")
 
 
 if __name__ == "__main__":
