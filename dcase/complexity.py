@@ -1,9 +1,10 @@
 """What a model costs, against the limits of DCASE2025 Task 1: parameters, bytes and multiply-accumulates (MACs).
 
     python -m dcase.complexity --model aum_small
+    python -m dcase.complexity --model cp_mobile --weight_bits 16 --enforce    # exit code 1 where a limit is exceeded
 
 One MAC is one multiplication, with or without an addition. Additions alone, divisions by a constant, exp, softplus,
-sigmoid and the mean over tokens are not counted; neither is a bias. For products and convolutions this agrees with
+sigmoid and means are not counted; neither is a bias. For products and convolutions this agrees with
 ``torch.utils.flop_counter`` (two FLOPs to a MAC), which is blind to the rest. The rest follows Algorithm 2 of
 arXiv:2312.00752 (Mamba) and the published code of AuM (arXiv:2406.03344, kaistmm/Audio-Mamba-AuM).
 
@@ -25,13 +26,19 @@ the forward pass never calls, is refused, so that nothing is counted as free by 
 The challenge's own checker is torchinfo 1.8.0's ``summary(model).total_mult_adds``. It counts a Linear once instead of
 once per token, and 0 for what is not a module's own call: the scan, the gate, functional products
 (github.com/TylerYep/torchinfo/issues/77, /126). Both figures are given; only ours says what the model costs.
+
+For memory the checker adds up the parameters by their dtypes, and no buffers; that is what ``weight_bits`` 32, "as
+stored", counts. 16 and 8 count all that has to be stored to run the model with weights of so many bits: scales, what
+stays in more bits, and BatchNorm's running statistics too (`dcase.quantisation.stored_bytes`).
 """
 
 import copy
+import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Literal
 
 import torch
 import torchinfo
@@ -41,6 +48,7 @@ from aum import AudioMamba, BiMamba
 from dcase.cli import parse
 from dcase.errors import UserError, run
 from dcase.models import ModelConfig, build
+from dcase.quantisation import stored_bytes
 
 # The rules of DCASE2025 Task 1 (its baseline's complexity.py): per model, for one clip of 1 s.
 MAX_PARAMS_MEMORY = 128_000  # bytes
@@ -65,6 +73,14 @@ RULES = (  # types, (layer, its inputs, its output) -> MACs of one call
     (NORMS, lambda layer, inputs, y: (2 if layer.weight is None else 3) * y.numel()),
     (BATCH_NORMS, lambda layer, inputs, y: 2 * layer.num_features),
 )
+# Parts by the beginning of a layer's name; the others go by the name of the model's direct child.
+PARTS = {
+    "classifier": "head",
+    "in_c": "stem",
+    **{f"stages.s{number}": f"stage_{number}" for number in (1, 2, 3)},
+    "feed_forward": "head",
+}
+WeightBits = Literal[32, 16, 8]
 
 
 @dataclass(frozen=True)
@@ -74,10 +90,15 @@ class Complexity:
     input_size: tuple[int, ...]
     params: int
     param_bytes: dict[str, int]
-    """Bytes of the parameters as stored, by dtype; buffers do not count."""
+    """Bytes by dtype: of the parameters as they are, buffers not counted; with ``weight_bits`` 16 or 8, of all that is
+    stored then."""
     macs_by_part: dict[str, int]
     torchinfo_macs: int
     """What the challenge's checker prints."""
+    weight_bits: WeightBits = 32
+    """Of the stored weights; 32: those that the parameters have."""
+    bytes_in_bits: dict[int, int] = field(default_factory=dict)
+    """Bytes of all that is stored with weights of 16 and of 8 bits."""
 
     @property
     def macs(self) -> int:
@@ -106,9 +127,11 @@ class Complexity:
         return {
             "input_size": list(self.input_size),
             "params": self.params,
+            "weight_bits": self.weight_bits,
             "param_bytes": dict(self.param_bytes),
             "total_param_bytes": self.total_param_bytes,
             "max_param_bytes": MAX_PARAMS_MEMORY,
+            **{f"bytes_in_{bits}_bit": total for bits, total in self.bytes_in_bits.items()},
             "macs": self.macs,
             "macs_by_part": dict(self.macs_by_part),
             "torchinfo_macs": self.torchinfo_macs,
@@ -117,9 +140,10 @@ class Complexity:
         }
 
 
-def measure(model: nn.Module, input_size: tuple[int, ...]) -> Complexity:
+def measure(model: nn.Module, input_size: tuple[int, ...], weight_bits: WeightBits = 32) -> Complexity:
     """Count what one forward pass of ``model`` costs on a log-mel of ``input_size`` (1, 1, n_mels, frames).
 
+    ``weight_bits``: as what the weights are to be stored; 32: as they are, buffers not counted, as the checker does.
     The model is left as it is, and no random number is drawn. Two passes over a copy are run, one of them complete,
     because torchinfo needs it.
 
@@ -128,12 +152,16 @@ def measure(model: nn.Module, input_size: tuple[int, ...]) -> Complexity:
         UserError: a parameter's dtype is not in the challenge's table, a layer has no rule to count it by, or the
             forward pass does not call it.
     """
+    as_they_are = param_bytes(model)
+    stored = {bits: stored_bytes(model, bits) for bits in (16, 8)}
     return Complexity(
         input_size=tuple(input_size),
         params=sum(p.numel() for p in model.parameters()),
-        param_bytes=param_bytes(model),
+        param_bytes=stored.get(weight_bits, as_they_are),
         macs_by_part=macs_by_part(model, input_size),
         torchinfo_macs=torchinfo_macs(model, input_size),
+        weight_bits=weight_bits,
+        bytes_in_bits={bits: sum(by_dtype.values()) for bits, by_dtype in stored.items()},
     )
 
 
@@ -164,8 +192,8 @@ def torchinfo_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
 def macs_by_part(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
     """MACs of one forward pass by part, in the order in which the parts first run. Raises as `measure`.
 
-    The parts of the mixers are those of the table above; other layers go by the model's direct child that holds them
-    ("patch_embed", "head"), norms under "norms". The scan itself is not run.
+    The parts of the mixers are those of the table above; other layers go by `PARTS` or by the model's direct child that
+    holds them ("patch_embed", "stem", "head"), norms under "norms". The scan itself is not run.
     """
     probe, clip = _probe(model, input_size)
     parts: Counter[str] = Counter()
@@ -220,9 +248,7 @@ def _layer_pass(name: str, parts: Counter[str], waiting: set[str], layer: nn.Mod
     waiting.discard(name)
     rule = _rule(layer)
     if rule is not None:
-        child = name.partition(".")[0] or type(layer).__name__
-        part = "norms" if isinstance(layer, NORMS + BATCH_NORMS) else "head" if child == "classifier" else child
-        parts[part] += rule(layer, inputs, output)
+        parts[_part(name, layer)] += rule(layer, inputs, output)
     elif list(layer.parameters(recurse=False)) or hasattr(layer, "_packed_params"):  # the latter: a quantised layer
         if not isinstance(layer, AudioMamba):  # its class token only joins the sequence
             raise UserError(f"dcase.complexity has no rule to count {type(layer).__name__} (layer {name!r}): add one")
@@ -232,14 +258,20 @@ def _rule(layer: nn.Module) -> Callable[[nn.Module, tuple, Tensor], int] | None:
     return next((rule for types, rule in RULES if isinstance(layer, types)), None)
 
 
+def _part(name: str, layer: nn.Module) -> str:
+    if isinstance(layer, NORMS + BATCH_NORMS):
+        return "norms"
+    child = name.partition(".")[0] or type(layer).__name__
+    return next((part for start, part in PARTS.items() if f"{name}.".startswith(f"{start}.")), child)
+
+
 def table(complexity: Complexity, name: str) -> str:
-    """Two Markdown tables, aligned for a terminal: totals against the limits, and MACs by part."""
+    """Two Markdown tables, aligned for a terminal: totals against the limits, and MACs by part; then pass or fail."""
     stored = " + ".join(f"{dtype} {size:,} B" for dtype, size in complexity.param_bytes.items())
     totals = [
         ("Parameters", complexity.params, "", None),
         ("Memory, as stored", complexity.total_param_bytes, " B", MAX_PARAMS_MEMORY),
-        ("Memory, in 16 bit", 2 * complexity.params, " B", MAX_PARAMS_MEMORY),
-        ("Memory, in 8 bit", complexity.params, " B", MAX_PARAMS_MEMORY),
+        *((f"Memory, in {bits} bit", n, " B", MAX_PARAMS_MEMORY) for bits, n in complexity.bytes_in_bits.items()),
         ("MACs", complexity.macs, "", MAX_MACS),
         ("MACs, challenge's checker", complexity.torchinfo_macs, "", MAX_MACS),
     ]
@@ -254,8 +286,10 @@ def table(complexity: Complexity, name: str) -> str:
         f"| {'-' * 25} | {'-' * 16}: | {'-' * 6}: |",
         *(f"| {part:<25} | {n:>17,} | {n / complexity.macs:>7.2%} |" for part, n in complexity.macs_by_part.items()),
         "",
-        f"As stored: {stored}. Within the limits: {'yes' if complexity.within_limits else 'no'}.",
+        f"As stored: {stored}.",
         _checker_line(complexity),
+        f"Memory: {_verdict(complexity.total_param_bytes, MAX_PARAMS_MEMORY)} B",
+        f"MACs: {_verdict(complexity.macs, MAX_MACS)}",
     ]
     return "\n".join(lines)
 
@@ -264,6 +298,10 @@ def _total_line(label: str, value: int, unit: str, limit: int | None) -> str:
     of_limit = "-" if limit is None else f"{value / limit:,.3g} x, {'over' if value > limit else 'within'}"
     limit_cell = "-" if limit is None else f"{limit:,}{unit}"
     return f"| {label:<25} | {f'{value:,}{unit}':>17} | {limit_cell:>12} | {of_limit:>16} |"
+
+
+def _verdict(value: int, limit: int) -> str:
+    return f"{'pass' if value <= limit else 'fail'}, {value:,} of {limit:,}"
 
 
 def _checker_line(complexity: Complexity) -> str:
@@ -276,6 +314,21 @@ def _checker_line(complexity: Complexity) -> str:
     )
 
 
+def warning(complexity: Complexity, name: str) -> str | None:
+    """One line to print where the model is over a limit; None where it is not."""
+    over = []
+    if not complexity.memory_within_limit:
+        fits = [bits for bits, n in complexity.bytes_in_bits.items() if n <= MAX_PARAMS_MEMORY]
+        instead = f" (within with --weight_bits {fits[0]})" if fits else ""
+        over.append(f"memory {complexity.total_param_bytes / MAX_PARAMS_MEMORY:,.3g} x{instead}")
+    if not complexity.macs_within_limit:
+        over.append(f"MACs {complexity.macs / MAX_MACS:,.3g} x")
+    if not over:
+        return None
+    shown = "python -m dcase.complexity with the model's flags shows where"
+    return f"WARNING: {name} is over the challenge's limits: {', '.join(over)} ({shown})"
+
+
 @dataclass(frozen=True)
 class ComplexityConfig:
     """Flags of ``python -m dcase.complexity``."""
@@ -285,12 +338,19 @@ class ComplexityConfig:
     """Mel bins of the log-mel."""
     target_length: int = 65
     """Frames of the log-mel; a 1-s clip has 65."""
+    weight_bits: WeightBits = 32
+    """Bits of the stored weights, with all that is stored beside them; 32: the parameters alone, as they are."""
+    enforce: bool = False
+    """End with exit code 1 where a limit is exceeded."""
 
 
 def main() -> None:
     config = parse(ComplexityConfig, "Parameters, bytes and MACs of a model against DCASE2025 Task 1's limits.")
     model = build(config.model, config.n_mels, config.target_length)
-    print(table(measure(model, (1, 1, config.n_mels, config.target_length)), config.model.model))
+    complexity = measure(model, (1, 1, config.n_mels, config.target_length), config.weight_bits)
+    print(table(complexity, config.model.model))
+    if config.enforce and not complexity.within_limits:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

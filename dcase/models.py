@@ -7,22 +7,35 @@ from typing import Literal
 from torch import nn
 
 import aum
+from dcase.cp_mobile import CPMobile
 from dcase.errors import UserError
 from dcase.tau22 import SCENES
+
+CP_MOBILE = "cp_mobile"
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A named size and what of it to change; None: as the named size has it."""
+    """A named model and what of it to change; None: as the named one has it.
+
+    All but ``model`` and ``n_classes`` are of Audio Mamba's shape, and stay None for CP-Mobile, whose shape is fixed.
+    """
 
     model: str = "aum_small"
-    """Named size: aum_nano, aum_tiny, aum_small or aum_base."""
+    """Audio Mamba's named sizes aum_nano and aum_nano_8bit, made for the challenge's limits, aum_tiny, aum_small,
+    aum_base; cp_mobile: the challenge's baseline."""
     embed_dim: int | None = None
     """Width of a token (aum_small: 384)."""
     depth: int | None = None
     """Number of blocks (aum_small: 24)."""
+    freq_norm: float | None = None
+    """Share of the frequency-wise norm in the relaxed one that the log-mel goes through first, 0 to 1; 0: none."""
+    stem: tuple[int, ...] | None = None
+    """Channels of 3 x 3 convolutions before the patches, each of which halves mel bins and frames, as 8,32."""
+    stem_blocks: int | None = None
+    """Inverted residual blocks of convolutions after those of --stem (0)."""
     patch_size: tuple[int, int] | None = None
-    """Mel bins and frames of a patch (aum_small: 16,16)."""
+    """Mel bins and frames of a patch (aum_small: 16,16); with a stem, of what it makes of the log-mel."""
     strides: tuple[int, int] | None = None
     """Mel bins and frames from one patch to the next; None: those of the patch."""
     n_classes: int | None = None
@@ -43,6 +56,10 @@ class ModelConfig:
     """Where the class token stands (middle)."""
     pos_embed: bool | None = None
     """Learned position embedding (False)."""
+    factorised_pos_embed: bool | None = None
+    """The position embedding is the sum of one for mel and one for time, not a vector per patch (False)."""
+    local_conv: bool | None = None
+    """A 3 x 3 depthwise convolution over the grid of patches before each block (False)."""
     head: Literal["mlp", "linear"] | None = None
     """Classifier: MLP of 512 units or one linear layer (aum_small: mlp)."""
     dropout: float | None = None
@@ -51,26 +68,42 @@ class ModelConfig:
     """Stochastic depth: probability at the last block, 0 to 1 (0)."""
 
 
+def names() -> list[str]:
+    """What --model takes."""
+    return [*aum.list_models(), CP_MOBILE]
+
+
 def fill(config: ModelConfig, n_mels: int, frames: int) -> ModelConfig:
-    """The same with every None replaced by the named size's value. Raises `UserError` where it makes no model."""
-    shape = _shape(config, n_mels, frames)
-    overridable = {field.name for field in dataclasses.fields(config)} - {"model"}
-    return dataclasses.replace(config, **{name: getattr(shape, name) for name in overridable})
+    """The same with every None replaced by the named model's value. Raises `UserError` where it makes no model."""
+    if config.model not in names():
+        raise UserError(f"--model is one of {', '.join(names())}; got {config.model!r}")
+    if config.model == CP_MOBILE:
+        for name in _given(config):
+            if name != "n_classes":
+                raise UserError(f"--{name} does not apply to {CP_MOBILE}: leave it out")
+        filled = dataclasses.replace(config, **{"n_classes": len(SCENES), **_given(config)})
+    else:
+        shape = _shape(config, n_mels, frames)
+        of_shape = {field.name for field in dataclasses.fields(config)} - {"model"}
+        filled = dataclasses.replace(config, **{name: getattr(shape, name) for name in of_shape})
+    if filled.n_classes != len(SCENES):
+        raise UserError(f"--n_classes is {len(SCENES)}, the scenes of TAU22; got {filled.n_classes}")
+    return filled
 
 
 def build(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
     """The model for log-mels (b, 1, n_mels, frames). Raises `UserError` where the flags make no model."""
-    return aum.AudioMamba(_shape(config, n_mels, frames))
+    config = fill(config, n_mels, frames)
+    return CPMobile(config.n_classes) if config.model == CP_MOBILE else aum.AudioMamba(_shape(config, n_mels, frames))
 
 
 def _shape(config: ModelConfig, n_mels: int, frames: int) -> aum.AuMConfig:
-    overrides = {name: value for name, value in vars(config).items() if name != "model" and value is not None}
-    if config.model not in aum.list_models():
-        raise UserError(f"--model is one of {', '.join(aum.list_models())}; got {config.model!r}")
     try:
-        shape = aum.create_config(config.model, n_mels=n_mels, target_length=frames, **overrides)
+        return aum.create_config(config.model, n_mels=n_mels, target_length=frames, **_given(config))
     except ValueError as error:  # its message begins with the field's name, which is the flag's
         raise UserError(f"--{error}") from error
-    if shape.n_classes != len(SCENES):
-        raise UserError(f"--n_classes is {len(SCENES)}, the scenes of TAU22; got {shape.n_classes}")
-    return shape
+
+
+def _given(config: ModelConfig) -> dict:
+    """The flags that change the named model, by name."""
+    return {name: value for name, value in vars(config).items() if name != "model" and value is not None}

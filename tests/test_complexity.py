@@ -1,5 +1,6 @@
 """The counter against figures found by other means: AUM.md's table, FlopCounterMode, CP-Mobile's published cost."""
 
+import dataclasses
 import json
 import sys
 
@@ -11,11 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import aum
 import aum.mamba
-from dcase import complexity
-from dcase.complexity import MAX_MACS, MAX_PARAMS_MEMORY, Complexity, macs_by_part, measure, table
+from dcase import complexity, models
+from dcase.complexity import MAX_MACS, MAX_PARAMS_MEMORY, Complexity, macs_by_part, measure, table, warning
+from dcase.cp_mobile import CPMobile
 from dcase.errors import UserError
 
-PRODUCTS = ("patch_embed", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "head")
+PRODUCTS = ("stem", "patch_embed", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "head")
 
 
 def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
@@ -46,10 +48,10 @@ def test_every_part_of_aum_small_is_the_reference_count():
         ("head", 384 * 512 + 512 * 10),
     ]
     assert sum(parts.values()) == 1_751_572_736
-    assert sum(parts[part] for part in PRODUCTS) == 1_587_958_784
+    assert sum(parts.get(part, 0) for part in PRODUCTS) == 1_587_958_784
     longer = macs_by_part(small, (1, 1, 256, 1024))
     assert sum(longer.values()) == 27_619_410_176
-    assert sum(longer[part] for part in PRODUCTS) == 25_039_361_024
+    assert sum(longer.get(part, 0) for part in PRODUCTS) == 25_039_361_024
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,7 @@ def test_macs_of_the_other_models_are_the_reference_counts(name, overrides, fram
         {},
         {"embed_dim": 48, "depth": 3, "head": "linear", "cls_position": "none"},
         {"patch_size": (8, 4), "strides": (4, 3), "d_state": 5, "d_conv": 3, "expand": 3, "paired_layers": True},
+        {"stem": (4, 12), "patch_size": (4, 4), "pos_embed": True, "factorised_pos_embed": True},
     ],
 )
 def test_products_and_convolutions_agree_with_flop_counter(direction, overrides):
@@ -83,7 +86,7 @@ def test_products_and_convolutions_agree_with_flop_counter(direction, overrides)
     parts = macs_by_part(model, (1, 1, 64, 33))
     with aum.use_backend("torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 1, 64, 33))
-    assert counter.get_total_flops() == 2 * sum(parts[part] for part in PRODUCTS)
+    assert counter.get_total_flops() == 2 * sum(parts.get(part, 0) for part in PRODUCTS)
 
 
 @pytest.mark.parametrize("direction", ["fo_fo", "fo_bi", "bi_bi"])
@@ -116,33 +119,30 @@ def test_a_mixer_alone_is_counted_for_its_tokens():
 # Other networks
 
 
-def conv(c_in: int, c_out: int, kernel: int = 1, stride=1, groups: int = 1) -> nn.Sequential:
-    padding = kernel // 2
-    layer = nn.Conv2d(c_in, c_out, kernel, stride, padding, groups=groups, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.ReLU())
-
-
-def block(c_in: int, width: int, c_out: int, stride=1) -> nn.Sequential:
-    return nn.Sequential(conv(c_in, width), conv(width, width, 3, stride, width), conv(width, c_out))
-
-
-def cp_mobile() -> nn.Sequential:
-    """The layers of the challenge's baseline that cost anything; its shortcuts and activations are free."""
-    return nn.Sequential(
-        nn.Sequential(conv(1, 8, 3, 2), conv(8, 32, 3, 2)),
-        nn.Sequential(block(32, 64, 32), block(32, 64, 32), block(32, 64, 32, (1, 2)), block(32, 64, 56, (2, 1))),
-        nn.Sequential(block(56, 120, 56), block(56, 120, 104)),
-        nn.Sequential(nn.Conv2d(104, 10, 1, bias=False), nn.BatchNorm2d(10), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-    )
-
-
 def test_cp_mobile_costs_what_the_challenge_published():
-    baseline = measure(cp_mobile().half(), (1, 1, 256, 65))
+    baseline = measure(CPMobile().half(), (1, 1, 256, 65))
     assert baseline.params == 61_148
     assert baseline.param_bytes == {"float16": 122_296}
     assert baseline.macs == baseline.torchinfo_macs == 29_419_156
     assert baseline.macs - baseline.macs_by_part["norms"] == 29_416_448  # FlopCounterMode / 2
     assert baseline.within_limits
+
+
+def test_cp_mobiles_parts_add_up_by_hand():
+    assert list(macs_by_part(CPMobile(), (1, 1, 256, 65)).items()) == [  # outputs x weights of one output
+        ("stem", 128 * 33 * 8 * 9 + 64 * 17 * 32 * 8 * 9),
+        ("norms", 2 * 1_354),
+        ("stage_1", 64 * 17 * 2 * (32 * 64 + 64 * 9 + 64 * 32) + 64 * 17 * 32 * 64 + 64 * 9 * (64 * 9 + 64 * 32)),
+        ("stage_2", 64 * 9 * 32 * 64 + 32 * 9 * (64 * 9 + 64 * 56) + 32 * 9 * (56 * 120 + 120 * 9 + 120 * 56)),
+        ("stage_3", 32 * 9 * (56 * 120 + 120 * 9 + 120 * 104)),
+        ("head", 32 * 9 * 104 * 10),
+    ]
+
+
+def test_the_parts_of_audio_mambas_stem():
+    parts = macs_by_part(tiny(stem=(4, 12), patch_size=(4, 4)), (1, 1, 64, 33))
+    assert list(parts)[:3] == ["stem", "norms", "patch_embed"]
+    assert parts["stem"] == 32 * 17 * 4 * 9 + 16 * 9 * 12 * 4 * 9
 
 
 def test_a_linear_layer_counts_at_every_token_and_not_once():
@@ -223,6 +223,18 @@ def test_limits_are_the_challenges_and_inclusive():
     assert over.memory_within_limit and not over.within_limits  # though the checker would pass it
 
 
+@pytest.mark.parametrize("bits", [16, 8])
+def test_fewer_bits_count_all_that_is_stored(bits):
+    model = CPMobile()
+    cost, plain = measure(model, (1, 1, 64, 33), bits), measure(model, (1, 1, 64, 33))
+    assert cost.weight_bits == bits and cost.param_bytes == complexity.stored_bytes(model, bits)
+    assert cost.total_param_bytes == cost.bytes_in_bits[bits] == plain.bytes_in_bits[bits]
+    assert plain.weight_bits == 32 and plain.param_bytes == {"float32": 4 * 61_148}
+    assert not plain.memory_within_limit and cost.memory_within_limit
+    weights = bits // 8 * sum(p.numel() for p in model.parameters() if p.ndim == 4)
+    assert weights < cost.total_param_bytes < weights + 4 * 4 * 1_354  # the rest: norms, or scales and shifts
+
+
 def test_only_one_clip_is_measured():
     with pytest.raises(ValueError, match="one clip"):
         measure(nn.Linear(2, 2), (2, 2))
@@ -253,17 +265,26 @@ def test_measuring_changes_nothing():
 # What the user sees
 
 
+TOY = Complexity(
+    (1, 1, 256, 65),
+    params=40_000,
+    param_bytes={"float32": 120_000, "float16": 20_000},
+    macs_by_part={"conv": 15_000_000},
+    torchinfo_macs=1_500_000,
+    bytes_in_bits={16: 81_000, 8: 41_000},
+)
+
+
 def test_table_in_full():
-    cost = Complexity((1, 1, 256, 65), 40_000, {"float32": 120_000, "float16": 20_000}, {"conv": 15_000_000}, 1_500_000)
-    assert table(cost, "toy") == (
+    assert table(TOY, "toy") == (
         "Complexity of toy, one clip of 256 x 65 (mel bins x frames)\n"
         "\n"
         "|                           |             Value |        Limit |     Of the limit |\n"
         "| ------------------------- | ----------------: | -----------: | ---------------: |\n"
         "| Parameters                |            40,000 |            - |                - |\n"
         "| Memory, as stored         |         140,000 B |    128,000 B |     1.09 x, over |\n"
-        "| Memory, in 16 bit         |          80,000 B |    128,000 B |  0.625 x, within |\n"
-        "| Memory, in 8 bit          |          40,000 B |    128,000 B |  0.312 x, within |\n"
+        "| Memory, in 16 bit         |          81,000 B |    128,000 B |  0.633 x, within |\n"
+        "| Memory, in 8 bit          |          41,000 B |    128,000 B |   0.32 x, within |\n"
         "| MACs                      |        15,000,000 |   30,000,000 |    0.5 x, within |\n"
         "| MACs, challenge's checker |         1,500,000 |   30,000,000 |   0.05 x, within |\n"
         "\n"
@@ -271,10 +292,33 @@ def test_table_in_full():
         "| ------------------------- | ----------------: | ------: |\n"
         "| conv                      |        15,000,000 | 100.00% |\n"
         "\n"
-        "As stored: float32 120,000 B + float16 20,000 B. Within the limits: no.\n"
+        "As stored: float32 120,000 B + float16 20,000 B.\n"
         "The challenge's checker (torchinfo) prints 1,500,000 MACs, 10.0% of the true cost: it counts a Linear layer "
-        "once instead of once per token, and 0 for the scan and for whatever else is computed without calling a module."
+        "once instead of once per token, and 0 for the scan and for whatever else is computed without calling a "
+        "module.\n"
+        "Memory: fail, 140,000 of 128,000 B\n"
+        "MACs: pass, 15,000,000 of 30,000,000"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "over"),
+    [
+        ({"param_bytes": {"float16": 128_000}}, None),
+        ({}, "memory 1.09 x (within with --weight_bits 16)"),
+        ({"bytes_in_bits": {16: 128_001, 8: 128_000}}, "memory 1.09 x (within with --weight_bits 8)"),
+        ({"bytes_in_bits": {16: 128_001, 8: 128_001}}, "memory 1.09 x"),
+        ({"param_bytes": {"int8": 1}, "macs_by_part": {"scan": 60_000_000}}, "MACs 2 x"),
+        (
+            {"param_bytes": {"int8": 101_369_384}, "bytes_in_bits": {}, "macs_by_part": {"scan": 1_751_572_736}},
+            "memory 792 x, MACs 58.4 x",
+        ),
+    ],
+)
+def test_warning_says_in_one_line_what_is_over(changes, over):
+    line = warning(dataclasses.replace(TOY, **changes), "toy")
+    shown = "(python -m dcase.complexity with the model's flags shows where)"
+    assert line == (over and f"WARNING: toy is over the challenge's limits: {over} {shown}")
 
 
 def test_as_dict_is_plain_and_complete():
@@ -282,6 +326,9 @@ def test_as_dict_is_plain_and_complete():
     assert json.loads(json.dumps(plain)) == plain
     assert plain["macs"] == sum(plain["macs_by_part"].values())
     assert plain["total_param_bytes"] == 4 * plain["params"]
+    in_16_bit = measure(tiny(), (1, 1, 64, 33), weight_bits=16).as_dict()
+    assert (plain["weight_bits"], in_16_bit["weight_bits"]) == (32, 16)
+    assert in_16_bit["total_param_bytes"] == in_16_bit["bytes_in_16_bit"] == plain["bytes_in_16_bit"]
 
 
 def run_main(monkeypatch, *flags: str) -> None:
@@ -290,18 +337,49 @@ def run_main(monkeypatch, *flags: str) -> None:
 
 
 def test_command_line_prints_the_table_of_the_overridden_model(monkeypatch, capsys):
-    flags = "--model aum_nano --n_mels 64 --target_length 33 --embed_dim 32 --depth 2 --patch_size 8,4"
-    run_main(monkeypatch, *flags.split(), "--direction", "fo_bi", "--head", "mlp")
+    flags = "--model aum_tiny --n_mels 64 --target_length 33 --embed_dim 32 --depth 2 --patch_size 8,4"
+    run_main(monkeypatch, *flags.split(), "--direction", "fo_bi", "--d_state", "8", "--pos_embed", "True")
     model = tiny(patch_size=(8, 4), direction="fo_bi", d_state=8, pos_embed=True)
     out = capsys.readouterr().out
     assert f"{macs(model, (1, 1, 64, 33)):,}" in out
     assert f"{sum(p.numel() for p in model.parameters()):,}" in out
 
 
+def test_command_line_measures_cp_mobile(monkeypatch, capsys):
+    run_main(monkeypatch, "--model", "cp_mobile", "--weight_bits", "16")
+    out = capsys.readouterr().out
+    in_16_bit = sum(complexity.stored_bytes(CPMobile(), 16).values())
+    assert f"Memory: pass, {in_16_bit:,} of 128,000 B\nMACs: pass, 29,419,156 of 30,000,000\n" in out
+    assert "counts the same MACs" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "code"),
+    [
+        ("--model cp_mobile --weight_bits 16", 0),
+        ("--model cp_mobile --weight_bits 8", 0),
+        ("--model cp_mobile", 1),  # 244,592 B in 32 bit
+        ("--model cp_mobile --weight_bits 16 --target_length 129", 1),  # twice the MACs
+    ],
+)
+def test_enforce_ends_with_exit_code_1_after_the_table(monkeypatch, capsys, flags, code):
+    run_main(monkeypatch, *flags.split())  # without it, never
+    table_alone = capsys.readouterr().out
+    if code:
+        with pytest.raises(SystemExit) as end:
+            run_main(monkeypatch, *flags.split(), "--enforce")
+        assert end.value.code == code
+    else:
+        run_main(monkeypatch, *flags.split(), "--enforce")
+    out = capsys.readouterr().out
+    assert out == table_alone and ("fail, " in out) == bool(code)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "aum_huge"], "--model is one of aum_nano, aum_tiny, aum_small, aum_base; got 'aum_huge'"),
+        (["--model", "aum_huge"], f"--model is one of {', '.join(models.names())}; got 'aum_huge'"),
+        (["--model", "cp_mobile", "--depth", "2"], "--depth does not apply to cp_mobile: leave it out"),
         (["--patch_size", "0,16"], "--patch_size"),
         (["--patch_size", "16,66"], "--patch_size"),
     ],

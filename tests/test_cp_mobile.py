@@ -1,0 +1,226 @@
+"""CP-Mobile against its description, and as one of the models that --model takes."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import refusal
+from torch import Tensor, nn
+
+import aum
+from dcase import models
+from dcase.config import TrainConfig, from_plain, to_plain
+from dcase.cp_mobile import Block, CPMobile
+from dcase.models import ModelConfig, build, fill
+
+BLOCKS = {
+    "stages.s1.b1": (32, 64, 32, (1, 1)),
+    "stages.s1.b2": (32, 64, 32, (1, 1)),
+    "stages.s1.b3": (32, 64, 32, (1, 2)),
+    "stages.s2.b4": (32, 64, 56, (2, 1)),
+    "stages.s2.b5": (56, 120, 56, (1, 1)),
+    "stages.s3.b6": (56, 120, 104, (1, 1)),
+}
+
+
+def random_model(seed: int = 0) -> CPMobile:
+    """With statistics and norms that are not 0 and 1, as after training."""
+    torch.manual_seed(seed)
+    model = CPMobile().eval()
+    for norm in (layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)):
+        for tensor, low, high in (
+            (norm.weight, 0.5, 1.5),
+            (norm.bias, -0.5, 0.5),
+            (norm.running_mean, -0.5, 0.5),
+            (norm.running_var, 0.5, 1.5),
+        ):
+            nn.init.uniform_(tensor, low, high)
+    return model
+
+
+# The network
+
+
+def test_size_and_names_are_the_published_ones():
+    state = CPMobile().state_dict()
+    assert sum(p.numel() for p in CPMobile().parameters()) == 61_148
+    convs = {name: tuple(tensor.shape) for name, tensor in state.items() if tensor.ndim == 4}
+    expected = {"in_c.0.0.weight": (8, 1, 3, 3), "in_c.1.0.weight": (32, 8, 3, 3)}
+    for name, (c_in, width, c_out, _) in BLOCKS.items():
+        expected[f"{name}.block.0.0.weight"] = (width, c_in, 1, 1)
+        expected[f"{name}.block.1.0.weight"] = (width, 1, 3, 3)
+        expected[f"{name}.block.2.0.weight"] = (c_out, width, 1, 1)
+    expected["feed_forward.0.weight"] = (10, 104, 1, 1)
+    assert convs == expected
+    of_norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    norms = {f"{name.removesuffix('0.weight')}1.{tensor}" for name in convs for tensor in of_norm}
+    assert set(state) == set(convs) | norms
+
+
+def test_it_computes_what_is_described():
+    model, x = random_model(), torch.randn(3, 1, 63, 38)
+    state = model.state_dict()
+
+    def conv(x: Tensor, name: str, relu: bool = True, **how) -> Tensor:
+        weight, norm = state[f"{name}0.weight"], (state[f"{name}1.{part}"] for part in ("running_mean", "running_var"))
+        x = F.conv2d(x, weight, padding=weight.shape[-1] // 2, **how)
+        x = F.batch_norm(x, *norm, state[f"{name}1.weight"], state[f"{name}1.bias"], eps=1e-5)
+        return x.relu() if relu else x
+
+    y = conv(conv(x, "in_c.0.", stride=2), "in_c.1.", stride=2)
+    for name, (c_in, width, c_out, stride) in BLOCKS.items():
+        before = y
+        y = conv(conv(y, f"{name}.block.0."), f"{name}.block.1.", stride=stride, groups=width)
+        y = conv(y, f"{name}.block.2.", relu=False)
+        if c_in == c_out:
+            ones = torch.ones(c_in, 1, 3, 3) / 9
+            same = stride == (1, 1)
+            y = y + (before if same else F.conv2d(before, ones, stride=stride, padding=1, groups=c_in))
+        y = y.relu()
+    expected = conv(y, "feed_forward.", relu=False).mean((2, 3))
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("size", "sizes"),
+    [
+        ((256, 65), [(64, 17), (64, 9), (32, 9), (32, 9)]),
+        ((128, 64), [(32, 16), (32, 8), (16, 8), (16, 8)]),
+        ((1, 1), [(1, 1)] * 4),
+    ],
+)
+def test_every_size_goes_in_and_the_strides_are_along_the_right_axes(size, sizes):
+    model, seen = CPMobile().eval(), []
+    for part in (model.in_c, *model.stages):
+        part.register_forward_hook(lambda _, inputs, y: seen.append(tuple(y.shape[1:])))
+    assert model(torch.randn(2, 1, *size)).shape == (2, 10)
+    assert seen == [(channels, *size) for channels, size in zip((32, 32, 56, 104), sizes, strict=True)]
+    assert CPMobile(n_classes=4)(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (1, 2), (2, 1)])
+def test_the_shortcut_with_a_stride_averages_nine_with_the_zeros_around_the_edge(stride):
+    block, x = Block(8, 16, 8, stride), torch.randn(2, 8, 7, 9)
+    y = block.shortcut(x)
+    assert y.shape == block.block(x).shape
+    if stride == (1, 1):
+        assert y is x
+        return
+    padded = F.pad(x, (1, 1, 1, 1))
+    for m in range(y.shape[2]):
+        for t in range(y.shape[3]):
+            corner = padded[:, :, m * stride[0] :, t * stride[1] :]
+            torch.testing.assert_close(y[:, :, m, t], corner[:, :, :3, :3].sum((2, 3)) / 9)
+    for axis in (2, 3):  # an odd number of bins and frames has a middle: mirrored input, mirrored output
+        torch.testing.assert_close(block.shortcut(x.flip(axis)), y.flip(axis))
+    assert torch.allclose(block.shortcut(torch.ones(1, 8, 7, 9))[0, 0, 0, 0], torch.tensor(4 / 9))
+
+
+def test_a_mirrored_block_sees_a_mirrored_input_mirrored():
+    torch.manual_seed(0)
+    block, x = Block(8, 16, 8, (1, 2)).eval(), torch.randn(2, 8, 7, 9)
+    mirrored = copy.deepcopy(block)
+    mirrored.block[1][0].weight.data = block.block[1][0].weight.data.flip(3)
+    torch.testing.assert_close(mirrored(x.flip(3)), block(x).flip(3))
+
+
+def test_there_is_no_shortcut_where_the_channels_change():
+    assert {name for name, module in CPMobile().named_modules() if getattr(module, "has_shortcut", False)} == {
+        name for name, (c_in, _, c_out, _) in BLOCKS.items() if c_in == c_out
+    }
+    block = Block(8, 16, 12, (2, 1)).eval()
+    assert torch.equal(block(x := torch.randn(1, 8, 6, 6)), block.block(x).relu())
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    for name, layer in CPMobile().named_modules():
+        if isinstance(layer, nn.Conv2d):
+            fan_out = layer.weight.shape[0] * layer.weight[0, 0].numel()
+            deviation = (layer.weight * (fan_out / 2) ** 0.5).std()
+            assert abs(deviation - 1) < 4 / (2 * layer.weight.numel()) ** 0.5, name  # 4 standard errors
+        if isinstance(layer, nn.BatchNorm2d):
+            assert torch.all(layer.weight == 1) and torch.all(layer.bias == 0), name
+
+
+def tones(scene: Tensor) -> Tensor:
+    """(n,) -> (n, 1, 64, 17): noise, and four mel bins that stand out, elsewhere for each of four scenes."""
+    x = 0.3 * torch.randn(len(scene), 1, 64, 17)
+    for clip, s in zip(x, scene.tolist(), strict=True):
+        clip[0, 16 * s + 6 : 16 * s + 10] += 1
+    return x
+
+
+def test_it_learns_to_tell_tones_apart():
+    torch.manual_seed(0)
+    steps, scene = 60, torch.arange(32) % 4
+    model = CPMobile(n_classes=4)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / steps)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        F.cross_entropy(model(tones(scene)), scene).backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+        optimiser.step()
+        schedule.step()
+    assert torch.equal(model.eval()(tones(scene)).argmax(1), scene)  # BatchNorm's running statistics have caught up
+
+
+def test_weight_decay_is_for_convolutions_only():
+    model = CPMobile()
+    decayed, spared = (group["params"] for group in aum.parameter_groups(model, 0.01))
+    assert {p.ndim for p in decayed} == {4} and {p.ndim for p in spared} == {1}
+    assert len(decayed) + len(spared) == len(list(model.parameters()))
+
+
+# As --model cp_mobile
+
+
+def test_names_and_help_list_every_model():
+    assert models.names() == [*aum.list_models(), "cp_mobile"]
+    help_of_model = Path(models.__file__).read_text().partition("    model: str = ")[2].partition("embed_dim")[0]
+    assert [name for name in models.names() if name not in help_of_model] == []
+
+
+def test_build_makes_cp_mobile_for_any_log_mel():
+    for n_mels, frames in ((256, 65), (40, 10**9)):
+        assert isinstance(build(ModelConfig("cp_mobile"), n_mels, frames), CPMobile)
+    assert isinstance(build(ModelConfig("aum_nano"), 256, 65), aum.AudioMamba)
+
+
+def test_a_filled_configuration_keeps_none_and_comes_back_from_a_checkpoint():
+    filled = fill(ModelConfig("cp_mobile"), 256, 65)
+    assert {name: value for name, value in vars(filled).items() if value is not None} == {
+        "model": "cp_mobile",
+        "n_classes": 10,
+    }
+    assert fill(filled, 256, 65) == filled
+    back = from_plain(TrainConfig, json.loads(json.dumps(to_plain(TrainConfig(model=filled)))))
+    assert back.model == filled
+    state = CPMobile().state_dict()
+    build(back.model, 256, 65).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"depth": 24}, "--depth does not apply to cp_mobile: leave it out"),
+        ({"embed_dim": 384}, "--embed_dim does not apply to cp_mobile: leave it out"),
+        ({"patch_size": (16, 16)}, "--patch_size does not apply to cp_mobile: leave it out"),
+        ({"pos_embed": False}, "--pos_embed does not apply to cp_mobile: leave it out"),
+        ({"dropout": 0.0}, "--dropout does not apply to cp_mobile: leave it out"),
+        ({"n_classes": 12}, "--n_classes is 10, the scenes of TAU22; got 12"),
+        ({"n_classes": 0}, "--n_classes is 10, the scenes of TAU22; got 0"),
+    ],
+)
+def test_flags_of_audio_mambas_shape_are_refused(flags, message):
+    config = ModelConfig("cp_mobile", **flags)
+    assert refusal(fill, config, 256, 65) == refusal(build, config, 256, 65) == message
+
+
+def test_an_unknown_model_is_refused_with_all_names():
+    message = refusal(fill, ModelConfig("cp_mobil"), 256, 65)
+    assert message == f"--model is one of {', '.join(models.names())}; got 'cp_mobil'"
