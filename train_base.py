@@ -2,6 +2,7 @@
 
     python train_base.py --dataset_dir /data/TAU22 --model aum_small
     python train_base.py --model aum_nano --n_epochs 20        # without a data folder: synthetic data, on a laptop
+    python train_base.py --model aum_nano --teacher RUN_ID     # learn from another run's model, too
     python train_base.py --resume RUN_ID                       # go on after an interruption
 
 The run goes to <project_name>/<run_id>/; its id is what train_device_specific.py takes as --ckpt_id.
@@ -17,6 +18,7 @@ from dcase.lit import SceneClassifier
 from dcase.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.logmel import frames_of
 from dcase.runs import find_checkpoint, load_checkpoint
+from dcase.teachers import load_teachers
 
 
 def main() -> None:
@@ -34,12 +36,17 @@ def main() -> None:
     pl.seed_everything(config.fit.seed, workers=True, verbose=False)
     module = SceneClassifier(config, frames)
     module.clips_id = clips_id(train_clips, val_clips)
+    module.load_responses()
+    teachers = load_teachers(config, module)
+    if config.init_from:
+        module.start_from(load_checkpoint(find_checkpoint(config.run.project_name, config.init_from, "--init_from")))
+    evaluation.warn_if_over(module)
     run = start_run(config, run)
     if not training.checkpoint_to_resume(run.checkpoints):
         training.fit_normalisation(module, train, config.machine)
 
     with training.loggers(config, run) as loggers:
-        training.train(module, train, val, config, run.checkpoints, loggers)
+        training.train(module, train, val, config, run.checkpoints, loggers, teachers)
         best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))
         module = SceneClassifier.from_checkpoint(best, config)
         optimistic = config.split.val_split == "test"

@@ -17,6 +17,7 @@ from dcase.errors import UserError
 from dcase.lit import SceneClassifier
 from dcase.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.runs import save_checkpoint
+from dcase.teachers import load_teachers
 
 
 def main() -> None:
@@ -36,12 +37,14 @@ def main() -> None:
     module.refuse_other_frames(train)
     module.clips_id = clips_id(*clips)
     module.refuse_other_clips(checkpoint, f"the general model --ckpt_id {config.ckpt_id}")
+    module.load_responses()
+    teachers = load_teachers(config, module)
     run = start_run(config, run)
 
     with training.loggers(config, run) as loggers:
         outcomes, weights = {}, {}
         for device_id in config.devices_to_tune:
-            outcome, kept = fine_tuning.fine_tune(device_id, module, clips, train, config, run, loggers)
+            outcome, kept = fine_tuning.fine_tune(device_id, module, clips, train, config, run, loggers, teachers)
             outcomes[device_id] = dataclasses.asdict(outcome)
             if kept:
                 weights[device_id] = kept

@@ -14,21 +14,25 @@ _registry = tyro.constructors.ConstructorRegistry()
 
 
 @_registry.primitive_rule
-def _pair(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Read ``tuple[int, int]`` as one argument: ``--patch_size 16,16``."""
-    if typing.get_args(info.type) != (int, int):
+def _integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Read ``tuple[int, int]`` and ``tuple[int, ...]`` as one argument: ``--patch_size 16,16``."""
+    kinds = typing.get_args(info.type)
+    if typing.get_origin(info.type) is not tuple or kinds not in ((int, int), (int, ...)):
         return None
+    two = kinds == (int, int)
 
-    def read(args: list[str]) -> tuple[int, int]:
-        first, second = args[0].split(",")
-        return int(first), int(second)
+    def read(args: list[str]) -> tuple[int, ...]:
+        values = tuple(int(value) for value in args[0].split(",") if value or two)
+        if two and len(values) != 2:
+            raise ValueError(f"two whole numbers with a comma between them, not {args[0]}")
+        return values
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT,INT",
+        metavar="INT,INT" if two else "INT,...",
         instance_from_str=read,
-        is_instance=lambda value: isinstance(value, tuple) and len(value) == 2,
-        str_from_instance=lambda value: [f"{value[0]},{value[1]}"],
+        is_instance=lambda value: isinstance(value, tuple) and (len(value) == 2 or not two),
+        str_from_instance=lambda value: [",".join(map(str, value))],
     )
 
 

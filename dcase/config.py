@@ -15,10 +15,12 @@ from typing import Literal, TypeVar
 from dcase import cli, models, processes
 from dcase.augment import AugmentConfig
 from dcase.devices import merged_checkpoint
+from dcase.distillation import DistillConfig
 from dcase.errors import UserError
 from dcase.logmel import LogMelConfig
 from dcase.models import ModelConfig
 from dcase.runs import Run, RunConfig, find_checkpoint, find_run, load_checkpoint, new_run, write_json
+from dcase.stored import load_stored
 from dcase.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
 
 
@@ -38,6 +40,11 @@ class FitConfig:
     """Largest norm of the gradient; 0: no clipping."""
     check_val_every_n_epoch: int = 10
     """Validate, and keep the best model, every so many epochs and after the last one."""
+    ema_decay: float = 0.0
+    """Validate and keep the average of the weights over the last steps: the share of it that a step keeps, as 0.995
+    (a memory of 200 steps); 0: the last step's weights."""
+    qat_epochs: int = 10
+    """Of the last epochs, as many as are trained with weights rounded to --weight_bits 8 (quantisation-aware)."""
     compile: bool = False
     """torch.compile the model: a minute or more at the start of training, on GPUs fewer launches after it."""
     seed: int = 0
@@ -47,11 +54,20 @@ class FitConfig:
         for name in ("n_epochs", "check_val_every_n_epoch", "accumulate_grad_batches"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is at least 1; got {getattr(self, name)}")
-        for name in ("lr", "warmup_steps", "weight_decay", "gradient_clip_val", "seed"):
+        for name in ("lr", "warmup_steps", "weight_decay", "gradient_clip_val", "seed", "qat_epochs"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"--{name} is a number not below 0; got {getattr(self, name)}")
         if self.seed >= 2**32:
             raise UserError(f"--seed is below 2^32; got {self.seed}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"--ema_decay is from 0 to below 1; got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    weight_bits: Literal[32, 16, 8] = 32
+    """Bits of the weights as they are stored in stored/, counted and tested: 32; 16; or 8 with a 16-bit scale per
+    channel, and 16 for A_log, D, biases, norms and whatever is small."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +104,15 @@ class EvalConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     logmel: LogMelConfig = field(default_factory=LogMelConfig)
+    storage: StorageConfig = field(default_factory=StorageConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
 
 
 @dataclass(frozen=True)
 class TestConfig(EvalConfig):
     ckpt_path: str = ""
-    """Checkpoint file to evaluate, of either stage; several of stage 2, with commas between them, are merged."""
+    """Checkpoint file to evaluate, of either stage; several of stage 2, with commas between them, are merged. Or a
+    stored model: stored/general.safetensors, or the folder stored/ with all devices' models."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +121,15 @@ class TrainConfig(EvalConfig):
     """Id of a run to go on with: its configuration, weights, optimiser, schedule, epoch and random state."""
     split: SplitConfig = field(default_factory=SplitConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+
+
+@dataclass(frozen=True)
+class BaseConfig(TrainConfig):
+    init_from: str = ""
+    """Id of a run of train_base.py whose weights to start from. Where that Audio Mamba is wider, deeper or has more
+    states, its most important channels, layers and states are taken (structured pruning)."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +138,31 @@ class DeviceConfig(TrainConfig):
     """Run id of the general model, trained by train_base.py in the same --project_name."""
     only_devices: str = ""
     """Devices to fine-tune for, as a,b; without it a, b, c, s1, s2, s3. The test is then left to test_only.py."""
+    finetune: Literal["full", "lora", "head"] = "full"
+    """What is fine-tuned: full: every weight; lora: a low-rank addition to each matrix, merged into it at the end;
+    head: the classifier."""
+    lora_rank: int = 4
+    """Rank of the additions of --finetune lora."""
+    lr_choices: str = ""
+    """Learning rates to try for each device, as 0.0001,0.0005; the device's validation clips decide. "": --lr alone."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(n_epochs=50, warmup_steps=100))
 
     def __post_init__(self):
+        if self.lora_rank < 1:
+            raise UserError(f"--lora_rank is at least 1; got {self.lora_rank}")
+        if not all(0 < lr < float("inf") for lr in self.learning_rates):
+            raise UserError(f"--lr_choices {self.lr_choices}: learning rates above 0, with commas between them")
         unknown = set(filter(None, self.only_devices.split(","))) - set(TRAIN_DEVICES)
         if unknown or (self.only_devices and not self.devices_to_tune):
             raise UserError(f"--only_devices {self.only_devices}: known devices are {','.join(TRAIN_DEVICES)}")
+
+    @property
+    def learning_rates(self) -> list[float]:
+        """Those to try: --lr_choices, or --lr alone."""
+        try:
+            return [float(lr) for lr in self.lr_choices.split(",") if lr] or [self.fit.lr]
+        except ValueError:
+            return [float("nan")]
 
     @property
     def devices_to_tune(self) -> list[str]:
@@ -130,17 +175,17 @@ Config = TypeVar("Config", bound=EvalConfig)
 # What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
 _FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
-    "scan_backend", "deterministic", "compile", "read_from", "pack_dir",
+    "scan_backend", "deterministic", "compile", "read_from", "pack_dir", "dir_path",
 }  # fmt: skip
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
 
-def parse_base(description: str, args: list[str] | None = None) -> tuple[TrainConfig, Run | None]:
+def parse_base(description: str, args: list[str] | None = None) -> tuple[BaseConfig, Run | None]:
     """train_base.py's configuration, and the run where one is resumed."""
-    resumed = _resumed(TrainConfig, description, args)
+    resumed = _resumed(BaseConfig, description, args)
     if resumed:
         return resumed
-    config = cli.parse(TrainConfig, description, args=args)
+    config = cli.parse(BaseConfig, description, args=args)
     # Before any data is looked for: the clips' length is not known yet, so a patch may be of any length.
     models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or 10**9)
     return config, None
@@ -176,7 +221,10 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
     parts = path.split(",")
     if len(set(parts)) < len(parts):
         raise UserError(f"--ckpt_path {path}: one of these files is there twice")
-    checkpoint = merged_checkpoint({part: load_checkpoint(part) for part in parts})
+    stored = any(Path(part).is_dir() or part.endswith(".safetensors") for part in parts)
+    if stored and len(parts) > 1:
+        raise UserError(f"--ckpt_path {path}: of stored models give one file, or the folder that holds them")
+    checkpoint = load_stored(path) if stored else merged_checkpoint({part: load_checkpoint(part) for part in parts})
     default = _like_checkpoint(TestConfig, checkpoint)
     config = cli.parse(TestConfig, description, default, args)
     _refuse_changes(default, config, ("model", "logmel", "data"), f"the checkpoint {path}", free=_FREE_DATA)
@@ -230,7 +278,7 @@ def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
     """A script's defaults, with the model, the front end and the split of a checkpoint."""
     saved = from_plain(cls, checkpoint["config"])
     data = DataConfig(orig_sample_rate=saved.data.orig_sample_rate)
-    kept = {"model": saved.model, "logmel": saved.logmel, "data": data}
+    kept = {"model": saved.model, "logmel": saved.logmel, "data": data, "storage": saved.storage}
     if "split" in {f.name for f in dataclasses.fields(cls)}:
         kept["split"] = saved.split
     return dataclasses.replace(cls(), **kept)
@@ -242,7 +290,7 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
         return None
     run = find_run(_peek("project_name", args) or RunConfig().project_name, run_id, "--resume")
     saved = run.read_config()
-    if ("ckpt_id" in saved) != (cls is DeviceConfig) or "split" not in saved:
+    if ("ckpt_id" in saved) != (cls is DeviceConfig) or "split" not in saved:  # a test's run has no split
         raise UserError(f"--resume {run_id}: that run was made by another script")
     default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
     config = cli.parse(cls, description, default, args)

@@ -12,12 +12,29 @@ from dcase.dataset import TAU22
 from dcase.lit import SceneClassifier
 from dcase.loading import Source, evaluation_batches, loader
 from dcase.runs import MetricsCsv, Run, Wandb, write_json
+from dcase.stored import load_stored, save_stored
 from dcase.training import make_trainer, no_silent_exit
 
 
 def measure(module: SceneClassifier) -> complexity.Complexity:
     """Complexity of one model, the general one: a device-specific one has the same shape, and limits hold for each."""
-    return complexity.measure(module.model, (1, 1, module.config.logmel.n_mels, module.frames))
+    input_size = (1, 1, module.config.logmel.n_mels, module.frames)
+    return complexity.measure(module.model, input_size, module.config.storage.weight_bits)
+
+
+def warn_if_over(module: SceneClassifier) -> None:
+    """Say before a model is trained that it will be too large for the challenge, where it will."""
+    warning = complexity.warning(measure(module), module.config.model.model)
+    if warning:
+        print(warning)
+
+
+def store(module: SceneClassifier, folder: Path) -> None:
+    """Write each model of the module into ``folder``, in --weight_bits; the module then is what these files hold."""
+    with processes.main_first():
+        if processes.is_main():
+            save_stored(module.as_checkpoint(), folder, module.config.storage.weight_bits)
+        module.load_stored(load_stored(folder))
 
 
 def evaluate(
@@ -37,6 +54,9 @@ def evaluate(
     results.json and the report then say.
     """
     module.refuse_other_frames(test)
+    if config.storage.weight_bits < 32:
+        store(module, run.folder / "stored")
+        print(f"stored in {config.storage.weight_bits} bit, and tested as stored: {run.folder / 'stored'}/")
     for logger in loggers:
         if isinstance(logger, MetricsCsv):
             logger.drop_from(0, "test/")  # of an earlier end of this run

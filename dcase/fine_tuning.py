@@ -13,11 +13,14 @@ from torch import Tensor
 from dcase import processes
 from dcase.config import DeviceConfig
 from dcase.dataset import TAU22
-from dcase.lit import SceneClassifier
+from dcase.lit import SceneClassifier, final_state
 from dcase.loading import evaluation_batches, loader, mixed_seed
-from dcase.runs import Run, load_checkpoint, write_json
+from dcase.runs import FORMAT, Run, load_checkpoint, save_checkpoint, trained_checkpoint, write_json
 from dcase.tau22 import DEVICES, Clips
+from dcase.teachers import Teachers
 from dcase.training import MONITOR, make_trainer, no_silent_exit, train
+
+TUNED = "tuned.ckpt"  # a device's own model, ready for use
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Outcome:
     n_val: int = 0
     general: float | None = None
     fine_tuned: float | None = None
+    general_loss: float | None = None
+    fine_tuned_loss: float | None = None
+    lr: float | None = None
     epoch: int | None = None
 
     def line(self, device_id: str) -> str:
@@ -47,8 +53,9 @@ def fine_tune(
     config: DeviceConfig,
     run: Run,
     loggers: Sequence[Logger],
+    teachers: Teachers | None = None,
 ) -> tuple[Outcome, dict[str, Tensor] | None]:
-    """Fine-tune every tensor of the general model on one device's clips; (outcome, the model's weights if kept).
+    """Fine-tune the general model on one device's clips; (outcome, the model's weights if kept).
 
     ``clips`` are (training, validation) of all devices; ``like`` is their data set, for the clips' length.
     A device that an interrupted run has finished is not trained again; one that it was in goes on where it was.
@@ -58,11 +65,11 @@ def fine_tune(
     if decision.is_file():
         outcome = Outcome(**json.loads(decision.read_text()))
     else:
-        outcome = _decide(device_id, general, clips, like, config, folder, list(loggers))
+        outcome = _decide(device_id, general, clips, like, config, folder, list(loggers), teachers)
         if processes.is_main():
             write_json(decision, dataclasses.asdict(outcome))
     print(outcome.line(device_id))
-    return outcome, _weights(folder) if outcome.kept else None
+    return outcome, load_checkpoint(folder / TUNED)["state_dict"] if outcome.kept else None
 
 
 def _decide(
@@ -73,6 +80,7 @@ def _decide(
     config: DeviceConfig,
     folder: Path,
     loggers: list[Logger],
+    teachers: Teachers | None,
 ) -> Outcome:
     train_clips, val_clips = (part.of_device(device_id) if part is not None else None for part in clips)
     if not len(train_clips):
@@ -82,32 +90,46 @@ def _decide(
     train_set = TAU22(train_clips, like.sound, like)
     val_set = TAU22(val_clips, like.sound, like) if val_clips is not None else None
 
-    general_acc = None
+    before = {MONITOR: None, "loss": None}
     if val_set is not None:
         batches = loader(val_set, config.machine, evaluation_batches(val_set, config.machine))
         with no_silent_exit():
             make_trainer(config.machine, folder, []).validate(general, batches, verbose=False)
-        general_acc = general.results[MONITOR]
+        before = general.results
     # Each device has a seed of its own, so that its result does not depend on which were trained before it.
     seed = mixed_seed(config.fit.seed, DEVICES.index(device_id)) % 2**32
-    config = dataclasses.replace(config, fit=dataclasses.replace(config.fit, seed=seed))
-    pl.seed_everything(seed, workers=True, verbose=False)
-    module = SceneClassifier(config, general.frames)
-    module.load_state_dict(general.state_dict())
-    module.log_prefix, module.clips_id = f"{device_id}/", general.clips_id
     print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
-    best = train(module, train_set, val_set, config, folder, loggers)
+    tried = []
+    for lr in config.learning_rates if val_set is not None else config.learning_rates[:1]:
+        tuned = dataclasses.replace(config, fit=dataclasses.replace(config.fit, seed=seed, lr=lr))
+        pl.seed_everything(seed, workers=True, verbose=False)
+        module = SceneClassifier(tuned, general.frames)
+        module.load_state_dict(general.state_dict())
+        module.choose_trained(config.finetune, config.lora_rank)
+        module.responses = general.responses
+        module.log_prefix, module.clips_id = f"{device_id}/", general.clips_id
+        place = folder
+        if len(config.learning_rates) > 1:
+            place, module.log_prefix = folder / f"lr_{lr:g}", f"{device_id}/lr_{lr:g}/"
+        tried.append((lr, train(module, train_set, val_set, tuned, place, loggers, teachers), module))
+    lr, best, module = max(tried, key=lambda one: (one[1].best_score or 0, -(one[1].best_loss or 0)))
+    if processes.is_main():
+        module.load_state_dict(final_state(load_checkpoint(trained_checkpoint(best.folder))))
+        save_checkpoint({"dcase_format": FORMAT, "state_dict": module.merged()}, folder / TUNED)
 
-    counts = {"n_train": len(train_set), "n_val": len(val_set) if val_set else 0}
+    counts = {"n_train": len(train_set), "n_val": len(val_set) if val_set else 0, "lr": lr}
     if val_set is None:
         return Outcome(True, "nothing was held out to compare on (--val_fraction 0)", **counts)
-    kept = best.best_score > general_acc
+    # A handful of clips hardly moves the accuracy; the loss tells luck from learning.
+    kept = best.best_score > before[MONITOR] or (best.best_score == before[MONITOR] and best.best_loss < before["loss"])
     reason = "it beats the general one" if kept else "fine-tuning did not beat it"
-    return Outcome(kept, reason, **counts, general=general_acc, fine_tuned=best.best_score, epoch=best.best_epoch)
-
-
-def _weights(folder: Path) -> dict[str, Tensor]:
-    """State dict of a device's model from its own checkpoints: the best one, else the last."""
-    path = folder / "best.ckpt"
-    state = load_checkpoint(path if path.is_file() else folder / "last.ckpt")["state_dict"]
-    return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+    return Outcome(
+        kept,
+        reason,
+        **counts,
+        general=before[MONITOR],
+        fine_tuned=best.best_score,
+        general_loss=before["loss"],
+        fine_tuned_loss=best.best_loss,
+        epoch=best.best_epoch,
+    )

@@ -2,27 +2,44 @@
 
 import copy
 import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Protocol
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import aum
-from dcase.augment import Masking, freq_mixstyle, roll
+from dcase.adapters import LowRank, trainable
+from dcase.augment import Masking, Mix, freq_mixstyle, roll
+from dcase.averaging import WeightAverage
 from dcase.config import EvalConfig, TrainConfig, from_plain, to_plain
 from dcase.dataset import TAU22, Clip
 from dcase.devices import forward_by_device
+from dcase.distillation import soft_loss, soft_targets
 from dcase.errors import UserError
 from dcase.loading import mixed_seed
 from dcase.logmel import LogMel, frames_of
 from dcase.metrics import SceneMetrics
 from dcase.models import build
 from dcase.processes import sum_over_all
+from dcase.pruning import shrink
+from dcase.quantisation import rounded
+from dcase.responses import DeviceResponses
 from dcase.runs import FORMAT
 from dcase.tau22 import DEVICES
 
 WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach the learning rate asked for
+
+
+class Teacher(Protocol):
+    """What `SceneClassifier` learns from beside the labels: `teachers.Teachers`."""
+
+    def logits(self, batch: Clip, waveform: Tensor, length: Tensor) -> Tensor:
+        """(b, n_classes), of clips that are heard as ``waveform`` (b, 1, samples) at the model's rate."""
 
 
 class SceneClassifier(pl.LightningModule):
@@ -47,8 +64,12 @@ class SceneClassifier(pl.LightningModule):
         self.clips_per_step = 0  # of the optimiser, in all processes
         self.clips_id = ""  # which clips were trained and chosen on: loading.clips_id
         self.total_steps = 0  # optimiser steps of the run, for the schedule
+        self.teacher: Teacher | None = None
+        self.adapters: LowRank | None = None  # while they are trained
+        self.average: WeightAverage | None = None  # of `model`, while it is trained
         if isinstance(config, TrainConfig):
             self.masking = Masking(config.augment, config.logmel.n_mels, frames)
+        self.responses: DeviceResponses | None = None
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict, config: EvalConfig | None = None) -> "SceneClassifier":
@@ -56,7 +77,7 @@ class SceneClassifier(pl.LightningModule):
         config = config or from_plain(TrainConfig, checkpoint["config"])
         module = cls(config, checkpoint["frames"], tuple(checkpoint["device_ids"]))
         try:
-            module.load_state_dict(checkpoint["state_dict"])
+            module.load_state_dict(module._counters() | final_state(checkpoint))
         except RuntimeError as error:
             raise UserError(
                 f"the checkpoint's weights do not fit its configuration: {str(error).splitlines()[1].strip()}"
@@ -78,17 +99,75 @@ class SceneClassifier(pl.LightningModule):
         # Augmentation and dropout depend on seed, epoch, batch and process alone, wherever a run was interrupted.
         torch.manual_seed(mixed_seed(self.config.fit.seed, self.current_epoch, batch_idx, self.global_rank))
         waveform, length = self.sound(batch)
+        if self.responses is not None:
+            waveform = self.responses(waveform, batch.device, length)
         shift = round(augment.roll_sec * self.config.logmel.sample_rate)  # samples
-        x = self.logmel(roll(waveform, shift, length), length)
-        x = freq_mixstyle(x, augment.mixstyle_p, augment.mixstyle_alpha)
-        logits = self.model(self.masking(x))
-        loss = F.cross_entropy(logits.float(), batch.scene)
+        waveform = roll(waveform, shift, length)
+        x = freq_mixstyle(self.logmel(waveform, length), augment.mixstyle_p, augment.mixstyle_alpha)
+        mix = Mix.draw(len(x), augment.mixup_alpha, x.device)
+        last_epochs = self.current_epoch >= self.config.fit.n_epochs - self.config.fit.qat_epochs
+        logits = self.general(self.masking(mix(x)), rounding=last_epochs).float()
+        loss = F.cross_entropy(logits, mix(F.one_hot(batch.scene, logits.shape[1]).float()))
+        if self.teacher is not None:
+            distill = self.config.distill
+            targets = mix(soft_targets(self.teacher.logits(batch, waveform, length), distill.temperature))
+            soft = soft_loss(logits, targets, distill.temperature)
+            loss = (1 - distill.teacher_weight) * loss + distill.teacher_weight * soft
         loader = self.trainer.train_dataloader
         self._refuse_non_finite(loss, batch, loader)
         self.log(f"{self.log_prefix}train/loss_step", loss, prog_bar=True, batch_size=len(batch.scene))
         counted = loader.batch_sampler.counted(batch_idx)
         self.train_loss += torch.stack([loss.detach().double() * counted, loss.new_tensor(counted).double()])
         return loss * loader.batch_sampler.weight(batch_idx)
+
+    def general(self, x: Tensor, rounding: bool = True) -> Tensor:
+        """Log-mel (b, 1, n_mels, frames) -> logits (b, n_classes) of ``model``, with adapters where they are trained,
+        and with weights as they will be stored (--weight_bits) where ``rounding``."""
+        weights = dict(self.model.named_parameters())
+        if self.adapters is not None:
+            weights |= self.adapters.weights(self.model)
+        elif not rounding or self.config.storage.weight_bits == 32:
+            return self.model(x)
+        if rounding:
+            weights = rounded(weights, self.config.storage.weight_bits)
+        return functional_call(self.model, weights, (x,))
+
+    def load_responses(self) -> None:
+        """Read those of --dir_path. Raises `UserError` where there are none."""
+        augment = self.config.augment
+        if augment.dir_path:
+            sample_rate = self.config.logmel.sample_rate
+            self.responses = DeviceResponses.from_folder(Path(augment.dir_path), sample_rate, augment.dir_p)
+
+    def start_averaging(self) -> None:
+        """Keep an average of ``model`` from now on, or from what a checkpoint that is loaded afterwards has."""
+        if self.config.fit.ema_decay:
+            self.average = WeightAverage(self.trained(), self.config.fit.ema_decay)
+
+    def choose_trained(self, finetune: str, rank: int) -> None:
+        """Train all of ``model`` ("full"), low-rank additions to its matrices ("lora"), or its classifier ("head")."""
+        trainable(self.model, finetune)
+        if finetune == "lora":
+            self.adapters = LowRank(self.model, rank)
+            print(self.adapters.line())
+
+    def trained(self) -> nn.Module:
+        """What is trained: the model, or the adapters of its matrices."""
+        return self.model if self.adapters is None else self.adapters
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update(self.trained())
+
+    def on_train_epoch_start(self) -> None:
+        for layer in self.model.modules():  # where --finetune leaves it alone, its statistics stay too
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.weight.requires_grad:
+                layer.eval()
+
+    def averaged(self):
+        """A context in which the average, where one is kept, is in the model's place."""
+        return nullcontext() if self.average is None else self.average.swapped(self.trained())
 
     def _refuse_non_finite(self, loss: Tensor, batch: Clip, dataloader) -> None:
         if not loss.isfinite().all():
@@ -100,7 +179,7 @@ class SceneClassifier(pl.LightningModule):
 
     def _evaluate(self, batch: Clip, batch_idx: int, dataloader) -> None:
         x = self.logmel(*self.sound(batch))
-        logits = forward_by_device(self.model, self.device_models, x, batch.device).float()
+        logits = forward_by_device(self.general, self.device_models, x, batch.device).float()
         loss = F.cross_entropy(logits, batch.scene, reduction="none")
         self._refuse_non_finite(loss, batch, dataloader)
         n = dataloader.batch_sampler.counted(batch_idx)
@@ -145,7 +224,7 @@ class SceneClassifier(pl.LightningModule):
 
     def configure_optimizers(self):
         fit = self.config.fit
-        optimizer = torch.optim.AdamW(aum.parameter_groups(self.model, fit.weight_decay), lr=fit.lr)
+        optimizer = torch.optim.AdamW(aum.parameter_groups(self.trained(), fit.weight_decay), lr=fit.lr)
         # Not trainer.estimated_stepping_batches: it would start the loader before a resumed run knows its epoch.
         total = self.total_steps
         warmup = min(fit.warmup_steps, int(WARMUP_SHARE * total))
@@ -161,6 +240,8 @@ class SceneClassifier(pl.LightningModule):
         checkpoint["device_ids"] = list(self.device_models)
         checkpoint["clips_id"] = self.clips_id
         checkpoint["clips_per_step"] = self.clips_per_step
+        if self.average is not None and not self.average.in_place:
+            checkpoint["average"] = self.average.state_dict()
         training = self._trainer is not None and self.trainer.training
         checkpoint["train_loss"] = (sum_over_all(self.train_loss.clone()) if training else self.train_loss).tolist()
 
@@ -172,6 +253,8 @@ class SceneClassifier(pl.LightningModule):
                 f"--batch_size x --accumulate_grad_batches), and this one would take {self.clips_per_step}: give as "
                 "many --devices and --num_nodes as before"
             )
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint["average"])
         if self.global_rank == 0:  # the sum over all processes
             self.train_loss = torch.tensor(checkpoint["train_loss"], dtype=torch.float64)
 
@@ -198,6 +281,33 @@ class SceneClassifier(pl.LightningModule):
         self.on_save_checkpoint(checkpoint)
         return checkpoint
 
+    def merged(self) -> dict[str, Tensor]:
+        """``model``'s state dict on the CPU, adapters added in."""
+        state = self.model.state_dict() if self.adapters is None else self.adapters.merged(self.model)
+        return {name: value.detach().cpu() for name, value in state.items()}
+
+    def start_from(self, checkpoint: dict) -> None:
+        """Take the weights of another run's general model (--init_from), pruned to this model's sizes.
+
+        Raises `UserError` where that model is smaller, or differs in more than its sizes.
+        """
+        other = self.from_checkpoint(checkpoint).model
+        state = other.state_dict()
+        if isinstance(other, aum.AudioMamba) and isinstance(self.model, aum.AudioMamba):
+            state = shrink(state, other.config, self.model.config)
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError("--init_from: that run's model is of another kind than --model: give the same") from error
+
+    def load_stored(self, checkpoint: dict) -> None:
+        """Take the weights of stored models (`stored.load_stored`)."""
+        self.load_state_dict(self._counters() | checkpoint["state_dict"])
+
+    def _counters(self) -> dict[str, Tensor]:
+        """BatchNorm's counts of batches, which stored models lack and nothing needs."""
+        return {name: x for name, x in self.state_dict().items() if name.endswith("num_batches_tracked")}
+
     def set_device_models(self, states: dict[str, dict[str, Tensor]]) -> None:
         """Device-specific models from the general one's shape and each device's own state dict, in DEVICES's order."""
         self.device_models = nn.ModuleDict()
@@ -206,6 +316,12 @@ class SceneClassifier(pl.LightningModule):
                 model = copy.deepcopy(self.model)
                 model.load_state_dict(states[device_id])
                 self.device_models[device_id] = model
+
+
+def final_state(checkpoint: dict) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, with the average of the weights (--ema_decay) in the place of the last step's."""
+    average = checkpoint.get("average", {"average": {}})["average"]
+    return checkpoint["state_dict"] | {f"model.{name}": value for name, value in average.items()}
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:

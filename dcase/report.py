@@ -69,7 +69,7 @@ def class_table(results: dict, name: str, beside_baseline: bool) -> str:
     header = ["Model", *(_title(scene) for scene in SCENES), "Macro Avg. Accuracy"]
     ours = [name, *(_percent(results["scene_acc"][scene]) for scene in SCENES), _percent(results["macro_avg_acc"])]
     theirs = [[row.name, *map(_points, row.scene_acc), _macro(row)] for row in BASELINE if beside_baseline]
-    return _markdown(header, [*theirs, ours])
+    return markdown(header, [*theirs, ours])
 
 
 def fine_tuning_table(outcomes: dict[str, dict]) -> str:
@@ -84,7 +84,7 @@ def fine_tuning_table(outcomes: dict[str, dict]) -> str:
         clips = [f"{outcome[name]:,}" for name in ("n_train", "n_val")]
         accuracies = [_percent(outcome[name]) for name in ("general", "fine_tuned")]
         rows.append([device_id, *clips, *accuracies, kept])
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def device_table(results: dict, name: str, beside_baseline: bool) -> str:
@@ -95,14 +95,14 @@ def device_table(results: dict, name: str, beside_baseline: bool) -> str:
     header = ["Model", *(device.upper() for device in DEVICES), "Macro Avg. Accuracy"]
     ours = [name, *(_percent(results["device_acc"][device]) for device in DEVICES), _percent(results["macro_avg_acc"])]
     theirs = [[row.name, *map(_points, row.device_acc), _macro(row)] for row in BASELINE if beside_baseline]
-    return f"{_markdown(header, [*theirs, ours])}\n\n{_group_table(results, name, beside_baseline)}"
+    return f"{markdown(header, [*theirs, ours])}\n\n{_group_table(results, name, beside_baseline)}"
 
 
 def _group_table(results: dict, name: str, beside_baseline: bool) -> str:
     header = ["Model", *(f"{_title(group)} ({_members(group)})" for group in DEVICE_GROUPS)]
     ours = [name, *(_percent(results["device_group_acc"][group]) for group in DEVICE_GROUPS)]
     theirs = [[row.name, *map(_points, _group_means(row))] for row in BASELINE if beside_baseline]
-    return _markdown(header, [*theirs, ours])
+    return markdown(header, [*theirs, ours])
 
 
 def _group_means(row: PublishedRow) -> list[float]:
@@ -127,8 +127,8 @@ def complexity_comparison(
         ("MACs", macs, "", max_macs, BASELINE_MACS),
         ("MACs as the challenge's checker counts", checker, "", max_macs, BASELINE_MACS),
         ("Memory (as stored)", complexity["total_param_bytes"], " B", max_bytes, BASELINE_BYTES),
-        ("Memory (16-bit)", 2 * params, " B", max_bytes, 2 * BASELINE_PARAMS),
-        ("Memory (8-bit)", params, " B", max_bytes, BASELINE_PARAMS),
+        ("Memory (16-bit)", complexity["bytes_in_16_bit"], " B", max_bytes, 2 * BASELINE_PARAMS),
+        ("Memory (8-bit)", complexity["bytes_in_8_bit"], " B", max_bytes, BASELINE_PARAMS),
     ]
     header = ["Metric", name, "Limit", "Of the Limit"]
     rows = [[metric, f"{ours:,}{unit}", *_against_limit(ours, unit, limit)] for metric, ours, unit, limit, _ in lines]
@@ -137,7 +137,7 @@ def complexity_comparison(
         for row, (_, ours, unit, _, baseline) in zip(rows, lines, strict=True):
             row += [f"{baseline:,}{unit}", f"{100 * (ours / baseline - 1):+,.1f} %"]
         rows = [*_accuracy_rows(macro_avg_acc), *rows]
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def _against_limit(value: int, unit: str, limit: int | None) -> list[str]:
@@ -161,7 +161,7 @@ def _accuracy_rows(macro_avg_acc: float | None) -> list[list[str]]:
     ]
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns also line up on a terminal: the first to the left, the others to the right."""
     cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]

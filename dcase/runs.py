@@ -110,13 +110,20 @@ def find_run(project_name: str, run_id: str, flag: str) -> Run:
     return run
 
 
-def find_checkpoint(project_name: str, run_id: str) -> Path:
-    """The best checkpoint of a run, or its last one where nothing was held out for validation."""
-    run = find_run(project_name, run_id, "--ckpt_id")
-    for path in (run.best, run.last):
-        if path.is_file():
-            return path
-    raise UserError(f"--ckpt_id {run_id}: {run.checkpoints} holds neither best.ckpt nor last.ckpt; train it first")
+def find_checkpoint(project_name: str, run_id: str, flag: str = "--ckpt_id") -> Path:
+    """The best checkpoint of a run, or its last one where nothing was held out for validation. ``flag`` named the run:
+    errors do too."""
+    run = find_run(project_name, run_id, flag)
+    path = trained_checkpoint(run.checkpoints)
+    if path.is_file():
+        return path
+    raise UserError(f"{flag} {run_id}: {run.checkpoints} holds neither best.ckpt nor last.ckpt; train it first")
+
+
+def trained_checkpoint(folder: Path) -> Path:
+    """The best checkpoint of a folder, or the last one where nothing was held out for validation."""
+    best = folder / "best.ckpt"
+    return best if best.is_file() else folder / "last.ckpt"
 
 
 # Files

@@ -30,6 +30,7 @@ from dcase.errors import Stopped, UserError
 from dcase.lit import SceneClassifier
 from dcase.loading import Batches, evaluation_batches, loader, shuffled
 from dcase.runs import MetricsCsv, Run, SafeCheckpoints, newest_checkpoint, wandb_logger
+from dcase.teachers import Teachers
 
 DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the data in the scan
 MONITOR = "macro_avg_acc"  # on the validation clips
@@ -48,6 +49,7 @@ class KeepCheckpoints(Checkpoint):
         """``every_n_epochs``: when to validate, beside the last epoch; None: never."""
         self.folder, self.every_n_epochs = folder, every_n_epochs
         self.best_score: float | None = None
+        self.best_loss: float | None = None  # on the same clips
         self.best_epoch: int | None = None
         self.validation_due = False
         self.stopped_by = 0  # number of the signal
@@ -104,14 +106,15 @@ class KeepCheckpoints(Checkpoint):
 
     def _validate(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         loop = trainer.fit_loop.epoch_loop.val_loop
-        trainer.validating = True
-        loop.run()
-        trainer.training = True
-        epoch, score, loss = epochs_done(trainer), module.results[MONITOR], module.results["loss"]
-        better = self.best_score is None or score > self.best_score
-        if better:
-            self.best_score, self.best_epoch = score, epoch - 1
-            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        with module.averaged():
+            trainer.validating = True
+            loop.run()
+            trainer.training = True
+            epoch, score, loss = epochs_done(trainer), module.results[MONITOR], module.results["loss"]
+            better = self.best_score is None or score > self.best_score
+            if better:
+                self.best_score, self.best_loss, self.best_epoch = score, loss, epoch - 1
+                trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
         trainer.progress_bar_callback.print(
             f"epoch {epoch}: validation macro_avg_acc {100 * score:.2f} %, loss {loss:.4f}"
             + (" (best so far: kept)" if better else "")
@@ -138,7 +141,7 @@ class KeepCheckpoints(Checkpoint):
         )
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in ("best_score", "best_epoch", "validation_due")}
+        return {name: getattr(self, name) for name in ("best_score", "best_loss", "best_epoch", "validation_due")}
 
     def load_state_dict(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -317,9 +320,15 @@ def train(
     config: TrainConfig,
     folder: Path,
     loggers: list[Logger],
+    teachers: Teachers | None = None,
 ) -> KeepCheckpoints:
     """Train into ``folder``/{last,best}.ckpt, from last.ckpt where there is one; says which epoch was best."""
     fit = config.fit
+    if teachers is not None:
+        if config.distill.teacher_input == "cached":
+            teachers.keep(train_clips, config.machine)
+        module.teacher = teachers
+    module.start_averaging()
     checkpoints = KeepCheckpoints(folder, fit.check_val_every_n_epoch if val_clips else None)
     trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
     _prepare_model(module, trainer, config)

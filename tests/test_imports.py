@@ -13,10 +13,12 @@ TIERS = {
     "errors": 0, "stopping": 0, "cli": 0.1, "files": 0.1, "cores": 0.1, "sound": 0.1, "processes": 0.1, "pack": 0.2,
     "tau22": 0.5, "dataset": 0.6, "packing": 0.6,
     "synth": 1, "prepare": 1, "logmel": 1, "augment": 1, "metrics": 1, "devices": 1, "runs": 1, "report": 1,
-    "models": 1, "complexity": 1.5,
+    "cp_mobile": 0.5, "models": 1, "adapters": 1, "averaging": 1, "distillation": 1, "pruning": 1,
+    "quantisation": 1, "responses": 1, "stored": 1.2, "complexity": 1.5,
     "config": 2,
     "loading": 3,
     "lit": 4,
+    "teachers": 4.5,
     "training": 5,
     "fine_tuning": 6, "evaluation": 6,
 }  # fmt: skip

@@ -1,0 +1,52 @@
+"""Learning from a teacher: its outputs, softened, as further targets.
+
+Source: Hinton et al., arXiv:1503.02531; for acoustic scenes and a small student, CP-JKU's submissions to DCASE 2022 and
+2023 (Schmid et al.).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcase.errors import UserError
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    teacher: str = ""
+    """Run ids of trained models in --project_name, with commas: the model learns from the mean of their outputs too."""
+    teacher_input: Literal["cached", "live"] = "cached"
+    """What the teachers hear: cached: each clip as it is, once, and their outputs are kept in their runs' folders;
+    live: in every step what the model hears, with --roll_sec and --dir_path, without MixStyle and masks."""
+    teacher_weight: float = 0.9
+    """Share of the teachers in the loss, 0 to 1; the rest is the labels'."""
+    temperature: float = 2.0
+    """What logits are divided by before the teachers' and the model's probabilities are compared."""
+
+    def __post_init__(self):
+        if not 0 <= self.teacher_weight <= 1:
+            raise UserError(f"--teacher_weight is from 0 to 1; got {self.teacher_weight}")
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"--temperature is above 0; got {self.temperature}")
+        if self.teacher and len(set(self.teacher_ids)) < len(self.teacher.split(",")):
+            raise UserError(f"--teacher {self.teacher}: run ids with commas between them, each once")
+
+    @property
+    def teacher_ids(self) -> list[str]:
+        return [run_id for run_id in self.teacher.split(",") if run_id]
+
+
+def soft_targets(logits: Tensor, temperature: float) -> Tensor:
+    """A teacher's logits (b, n_classes) -> probabilities (b, n_classes) at a temperature."""
+    return F.softmax(logits.float() / temperature, dim=1)
+
+
+def soft_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Mean over the batch of temperature^2 KL(targets || softmax(logits / temperature)), a scalar; (b, n_classes) both.
+
+    The square keeps the gradient's size whatever the temperature (arXiv:1503.02531, section 2).
+    """
+    log_probabilities = F.log_softmax(logits.float() / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_probabilities, targets, reduction="batchmean")

@@ -1,0 +1,222 @@
+"""Distillation, averaging, rounding, responses, pruning and low-rank fine-tuning through the scripts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import FIT, RATE, ROOT, SMALL, only_run, read_results
+from test_scripts import QUIET, kill_and_resume, weights
+
+from dcase import stored
+from dcase.averaging import WeightAverage
+from dcase.distillation import DistillConfig, soft_loss, soft_targets
+from dcase.errors import UserError
+
+DEVICE_FIT = "--n_epochs 2 --batch_size 8 --warmup_steps 2 --check_val_every_n_epoch 1 --qat_epochs 1".split()
+
+
+def run_script(name: str, *args, cwd: Path) -> str:
+    command = [sys.executable, str(ROOT / name), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_of(out: str, project: Path) -> Path:
+    return project / re.search(r"^run (\w+): everything", out, re.MULTILINE)[1]
+
+
+@pytest.fixture(scope="module")
+def responses(tmp_path_factory) -> Path:
+    """Three impulse responses of other microphones."""
+    folder = tmp_path_factory.mktemp("responses")
+    for seed in range(3):
+        taps = np.random.default_rng(seed).normal(0, 1, 40) * 0.8 ** np.arange(40)
+        soundfile.write(folder / f"{seed}.wav", taps / np.abs(taps).max(), RATE, subtype="PCM_24")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(general_run, learnable, responses) -> list:
+    """The flags of a run with everything at once, beside the general run that is its teacher."""
+    return [
+        *("--dataset_dir", learnable, *SMALL, *FIT, "--teacher", general_run.name, "--dir_path", responses),
+        *"--dir_p 0.5 --mixup_alpha 0.3 --ema_decay 0.9 --weight_bits 8 --qat_epochs 2".split(),
+    ]
+
+
+@pytest.fixture(scope="module")
+def student(general_run, recipe) -> Path:
+    """The folder of a finished run of that recipe, in the general run's project."""
+    project = general_run.parent
+    out = run_script("train_base.py", *recipe, "--project_name", project.name, cwd=project.parent)
+    assert f"teachers: {general_run.name} (aum_nano)" in out and "stored in 8 bit" in out
+    return run_of(out, project)
+
+
+# Averaging
+
+
+def test_the_average_is_the_formulas_and_gives_the_models_own_weights_back():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    average, expected = WeightAverage(model, 0.5), model[0].weight.detach().clone()
+    for step in range(1, 5):
+        with torch.no_grad():
+            model[0].weight += step
+        average.update(model)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+    own = model[0].weight.detach().clone()
+    with average.swapped(model):
+        torch.testing.assert_close(model[0].weight.detach(), expected)
+    assert torch.equal(model[0].weight, own)
+    again = WeightAverage(model, 0.5)
+    again.load_state_dict(average.state_dict())
+    assert again.steps == 4 and all(torch.equal(x, again.average[name]) for name, x in average.average.items())
+
+
+# Distillation
+
+
+def test_soft_loss_is_the_papers():
+    torch.manual_seed(0)
+    ours, theirs, t = torch.randn(5, 4, requires_grad=True), torch.randn(5, 4), 3.0
+    p, q = torch.softmax(theirs.double() / t, 1), torch.softmax(ours.double() / t, 1)
+    expected = t * t * (p * (p / q).log()).sum(1).mean()
+    loss = soft_loss(ours, soft_targets(theirs, t), t)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    assert soft_loss(theirs, soft_targets(theirs, t), t).abs() < 1e-6
+    loss.backward()
+    torch.testing.assert_close(ours.grad, (t * (q - p) / 5).float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("teacher_weight", 1.5), ("temperature", 0.0), ("teacher", "abc,abc"), ("teacher", "abc,")]
+)
+def test_impossible_distillation_names_the_flag(field, value):
+    with pytest.raises(UserError, match=f"--{field}"):
+        DistillConfig(**{field: value})
+
+
+def test_a_teachers_outputs_are_kept_and_are_those_of_its_model(student, general_run, learnable):
+    (file,) = (general_run / "teacher_outputs").iterdir()
+    logits = torch.load(file, weights_only=True)
+    assert logits.shape[1] == 10 and len(logits) > 20 and logits.isfinite().all()
+    assert (logits.argmax(1) < 10).all() and logits.std() > 0.1
+
+
+def test_a_teacher_that_does_not_fit_is_refused(general_run, learnable, script):
+    project = general_run.parent
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", project.name]
+    refused = script("train_base.py", *args, "--teacher", "nobody", cwd=project.parent)
+    refused.refused("--teacher nobody", "no such run")
+    other = script("train_base.py", *args, "--teacher", general_run.name, "--val_fraction", 0, cwd=project.parent)
+    other.refused("--teacher", "clips")
+
+
+def test_live_teachers_hear_what_the_model_hears(general_run, recipe):
+    project = general_run.parent
+    live = [*recipe, "--n_epochs", 1, "--teacher_input", "live", "--project_name", project.name]
+    out = run_script("train_base.py", *live, cwd=project.parent)
+    assert read_results(run_of(out, project))["n_clips"] == 32
+
+
+# All of it together, resumed and stored
+
+
+def test_the_whole_recipe_killed_and_resumed_equals_undisturbed_bit_for_bit(student, general_run, recipe, tmp_path):
+    project = tmp_path / "P"
+    teacher = project / general_run.name
+    (teacher / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "checkpoints/best.ckpt"):
+        (teacher / name).write_bytes((general_run / name).read_bytes())
+    teacher.rename(project / "general")  # where kill_and_resume expects what is not its own run
+    args = [x if x != general_run.name else "general" for x in recipe]
+    run = kill_and_resume("train_base.py", args, project, "checkpoints/last.ckpt", 0.3)
+    assert (run / "results.json").read_bytes() == (student / "results.json").read_bytes()
+    resumed, undisturbed = (weights(folder / "checkpoints" / "last.ckpt") for folder in (run, student))
+    assert all(torch.equal(value, undisturbed[name]) for name, value in resumed.items())
+    assert (run / "stored" / "general.safetensors").stat().st_size > 0
+
+
+def test_the_stored_file_gives_the_runs_figures_and_has_the_counted_size(student, learnable, script, tmp_path):
+    path, results = student / "stored" / "general.safetensors", read_results(student)
+    header, tensors = stored.file_sizes(path)
+    assert header + tensors == path.stat().st_size
+    assert tensors == results["complexity"]["total_param_bytes"] == sum(results["complexity"]["param_bytes"].values())
+    assert set(results["complexity"]["param_bytes"]) == {"int8", "float16"}
+    args = ["--dataset_dir", learnable, "--project_name", "T", *QUIET]
+    done = script("test_only.py", "--ckpt_path", path, *args)
+    assert done.code == 0, done.err
+    assert read_results(only_run(tmp_path / "T")) == results
+
+
+def test_the_checkpoint_is_tested_as_stored_or_in_32_bit(student, learnable, script, tmp_path):
+    args = ["--ckpt_path", student / "checkpoints" / "best.ckpt", "--dataset_dir", learnable, *QUIET]
+    as_stored = script("test_only.py", *args, "--project_name", "T8")
+    in_32 = script("test_only.py", *args, "--project_name", "T32", "--weight_bits", "32")
+    assert as_stored.code == in_32.code == 0, as_stored.err + in_32.err
+    results = read_results(student)
+    assert read_results(only_run(tmp_path / "T8")) == results
+    unrounded = read_results(only_run(tmp_path / "T32"))
+    assert unrounded["loss"] != results["loss"] and unrounded["loss"] == pytest.approx(results["loss"], abs=0.1)
+    assert set(unrounded["complexity"]["param_bytes"]) == {"float32"}
+
+
+# Stage 2
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora", "head"])
+def test_stage_2_trains_what_it_is_told_to_and_stores_a_file_per_device(finetune, student, learnable):
+    project = student.parent
+    args = ["--ckpt_id", student.name, "--dataset_dir", learnable, "--project_name", project.name, *DEVICE_FIT, *QUIET]
+    tried = ["--finetune", finetune, "--lr_choices", "0.003,0.02", "--lora_rank", 2]
+    out = run_script("train_device_specific.py", *args, *tried, cwd=project.parent)
+    run = run_of(out, project)
+    results = read_results(run)
+    outcomes = results["fine_tuning"]
+    assert {outcomes[d]["lr"] for d in ("a", "b", "s1")} <= {0.003, 0.02}
+    general = weights(student / "checkpoints" / "best.ckpt")
+    for device_id in ("a", "b", "s1"):
+        tuned = weights(run / "checkpoints" / device_id / "tuned.ckpt")
+        moved = {name for name, value in tuned.items() if not torch.equal(value, general[f"model.{name}"])}
+        assert set(tuned) == {name.removeprefix("model.") for name in general if name.startswith("model.")}
+        assert moved, "nothing was trained"
+        if finetune == "head":
+            assert moved <= {"head.weight", "head.bias"}
+        if finetune == "lora":
+            assert {name.rpartition(".")[2] for name in moved} == {"weight"}
+            assert not [name for name in moved if "norm" in name or "conv1d" in name or "dt_proj" in name]
+    kept = [device_id for device_id, outcome in outcomes.items() if outcome["kept"]]
+    files = {path.stem for path in (run / "stored").iterdir()}
+    assert files == {"general", *kept} and results["device_models"] == kept
+    for path in (run / "stored").iterdir():
+        assert stored.file_sizes(path)[1] == results["complexity"]["total_param_bytes"]
+    test = ["--ckpt_path", run / "stored", "--dataset_dir", learnable, "--project_name", project.name, *QUIET]
+    again = run_script("test_only.py", *test, cwd=project.parent)
+    repeated = read_results(run_of(again, project))
+    results.pop("fine_tuning")
+    assert repeated == results
+
+
+# Pruning
+
+
+def test_a_larger_model_is_pruned_into_a_smaller_one_and_trained_on(general_run, learnable):
+    project = general_run.parent
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", project.name, "--init_from", general_run.name]
+    out = run_script("train_base.py", *args, "--embed_dim", 12, "--d_state", 3, "--lr", 1e-9, cwd=project.parent)
+    run = run_of(out, project)
+    pruned, large = (weights(r / "checkpoints" / "best.ckpt") for r in (run, general_run))
+    assert pruned["model.layers.0.mixer.A_log"].shape == (24, 3)
+    ours, theirs = pruned["model.head.bias"], large["model.head.bias"]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # it started from there, and hardly moved
+    with_more = [*args, "--embed_dim", "32"]
+    command = [sys.executable, str(ROOT / "train_base.py"), *map(str, with_more)]
+    done = subprocess.run(command, cwd=project.parent, capture_output=True, text=True)
+    assert done.returncode == 2 and "--embed_dim 32 is more than the 16" in done.stderr
