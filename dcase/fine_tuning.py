@@ -122,7 +122,8 @@ def _decide(
         return Outcome(True, "nothing was held out to compare on (--val_fraction 0)", **counts)
     # A handful of clips hardly moves the accuracy; the loss tells luck from learning.
     kept = best.best_score > before[MONITOR] or (best.best_score == before[MONITOR] and best.best_loss < before["loss"])
-    reason = "it beats the general one" if kept else "fine-tuning did not beat it"
+    by_loss = kept and best.best_score == before[MONITOR]
+    reason = "it has the lower loss" if by_loss else "it beats the general one" if kept else "fine-tuning did not beat it"
     return Outcome(
         kept,
         reason,

@@ -17,7 +17,7 @@ from dcase.complexity import MAX_MACS, MAX_PARAMS_MEMORY, Complexity, macs_by_pa
 from dcase.cp_mobile import CPMobile
 from dcase.errors import UserError
 
-PRODUCTS = ("stem", "patch_embed", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "head")
+PRODUCTS = ("stem", "patch_embed", "local", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "head")
 
 
 def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
@@ -79,6 +79,7 @@ def test_macs_of_the_other_models_are_the_reference_counts(name, overrides, fram
         {"embed_dim": 48, "depth": 3, "head": "linear", "cls_position": "none"},
         {"patch_size": (8, 4), "strides": (4, 3), "d_state": 5, "d_conv": 3, "expand": 3, "paired_layers": True},
         {"stem": (4, 12), "patch_size": (4, 4), "pos_embed": True, "factorised_pos_embed": True},
+        {"stem": (4, 12), "stem_blocks": 1, "patch_size": (4, 1), "local_conv": True, "cls_position": "none"},
     ],
 )
 def test_products_and_convolutions_agree_with_flop_counter(direction, overrides):
@@ -139,10 +140,16 @@ def test_cp_mobiles_parts_add_up_by_hand():
     ]
 
 
-def test_the_parts_of_audio_mambas_stem():
-    parts = macs_by_part(tiny(stem=(4, 12), patch_size=(4, 4)), (1, 1, 64, 33))
-    assert list(parts)[:3] == ["stem", "norms", "patch_embed"]
-    assert parts["stem"] == 32 * 17 * 4 * 9 + 16 * 9 * 12 * 4 * 9
+def test_what_stands_before_and_between_the_blocks_of_a_small_audio_mamba():
+    plain = macs_by_part(tiny(stem=(4, 12), patch_size=(4, 4), cls_position="none"), (1, 1, 64, 33))
+    assert list(plain)[:3] == ["stem", "norms", "patch_embed"]
+    assert plain["stem"] == 32 * 17 * 4 * 9 + 16 * 9 * 12 * 4 * 9
+    added = {"stem_blocks": 1, "local_conv": True, "freq_norm": 0.5}
+    parts = macs_by_part(tiny(stem=(4, 12), patch_size=(4, 4), cls_position="none", **added), (1, 1, 64, 33))
+    assert parts["stem"] - plain["stem"] == 16 * 9 * 24 * (12 + 9 + 12)
+    assert parts["local"] == 2 * 4 * 2 * 32 * 9  # blocks x grid x channels x taps
+    # Two norms without weights and their two shares, and BatchNorm of the block's 24 + 24 + 12 channels.
+    assert parts["norms"] - plain["norms"] == (2 + 2 + 2) * 64 * 33 + 2 * 60
 
 
 def test_a_linear_layer_counts_at_every_token_and_not_once():
