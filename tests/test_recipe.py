@@ -1,6 +1,8 @@
 """Distillation, averaging, rounding, responses, pruning and low-rank fine-tuning through the scripts."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,9 @@ DEVICE_FIT = "--n_epochs 2 --batch_size 8 --warmup_steps 2 --check_val_every_n_e
 
 
 def run_script(name: str, *args, cwd: Path) -> str:
-    command = [sys.executable, str(ROOT / name), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    command = [sys.executable, name if name == "-m" else str(ROOT / name), *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -220,3 +223,48 @@ def test_a_larger_model_is_pruned_into_a_smaller_one_and_trained_on(general_run,
     command = [sys.executable, str(ROOT / "train_base.py"), *map(str, with_more)]
     done = subprocess.run(command, cwd=project.parent, capture_output=True, text=True)
     assert done.returncode == 2 and "--embed_dim 32 is more than the 16" in done.stderr
+
+
+# The README's recipe
+
+
+def recipe_commands() -> list[list[str]]:
+    """Those of the README's section, each as its words."""
+    section = (ROOT / "README.md").read_text().partition("## A recipe for the challenge")[2]
+    block = section.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
+
+
+SMALLER = "--n_epochs 2 --n_mels 64 --n_fft 1024 --window_length 1024 --num_workers 0 --wandb_mode disabled".split()
+
+
+def test_every_command_of_the_readmes_recipe_runs_on_synthtau(tmp_path):
+    data, responses = tmp_path / "synth", tmp_path / "responses"
+    run_script("-m", "dcase.synth", "--out", data, "--train_clips", 120, "--test_clips_per_device", 10, cwd=ROOT)
+    run_script("-m", "dcase.synth", "--responses", responses, cwd=ROOT)
+    known = {"/data/TAU22": str(data), "/data/MicIRP": str(responses)}
+    trained = {}
+    names = iter(("TEACHER_1", "TEACHER_2", "STUDENT", "DEVICE_RUN"))
+    commands = recipe_commands()
+    assert [command[1] for command in commands] == [
+        *["train_base.py"] * 3, "train_device_specific.py", "test_only.py", "-m"
+    ]  # fmt: skip
+    for _, script, *args in commands:
+        for name, value in {**known, **trained}.items():
+            args = [arg.replace(name, value) for arg in args]
+        if script == "-m":
+            args += ["--n_mels", "64"]
+        elif script == "train_base.py":
+            size = ["--depth", "1", "--embed_dim", "32"] if "aum_small" in args else []
+            args += [*SMALLER, *size, "--qat_epochs", "1", "--batch_size", "32"]
+        else:
+            args += ["--num_workers", "0", "--wandb_mode", "disabled"]
+            args += ["--n_epochs", "1"] if script == "train_device_specific.py" else []
+        out = run_script(script, *args, cwd=tmp_path)
+        if script.startswith("train"):
+            run = run_of(out, tmp_path / "DCASE25_Task1")
+            trained[next(names)] = run.name
+    assert "Memory: pass" in out and "MACs: pass" in out
+    results = read_results(run)
+    assert results["n_clips"] == 90 and results["complexity"]["within_limits"]
+    assert (run / "stored" / "general.safetensors").is_file()
