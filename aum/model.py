@@ -50,6 +50,8 @@ class AuMConfig:
     pos_embed: bool = False
     factorised_pos_embed: bool = False
     """The position embedding is the sum of one for the mel and one for the time axis, not one vector per patch."""
+    row_scan: bool = False
+    """Each mel row of the grid is a sequence of its own, along time: no scan hears what is far off in frequency."""
     local_conv: bool = False
     """A 3 x 3 depthwise convolution over the grid of patches before each block: a scan has neighbours in time only."""
     head: Literal["mlp", "linear"] = "mlp"
@@ -97,7 +99,8 @@ class AuMConfig:
         )
         _check(0 <= self.freq_norm <= 1, f"freq_norm is from 0 to 1; got {self.freq_norm}")
         plain = self.cls_position == "none" and not self.paired_layers
-        _check(plain or not self.local_conv, "local_conv needs cls_position none and no paired_layers")
+        for name in ("row_scan", "local_conv"):
+            _check(plain or not getattr(self, name), f"{name} needs cls_position none and no paired_layers")
         _check(not (self.paired_layers and self.depth % 2), f"paired_layers needs an even depth; got {self.depth}")
 
     @property
@@ -248,7 +251,8 @@ class AudioMamba(nn.Module):
             for i, layer in enumerate(self.layers):
                 if self.config.local_conv:
                     x = x + self.local[i](x, grid)
-                x = x + layer(x)
+                rows = x.reshape(-1, grid[1], x.shape[2]) if self.config.row_scan else x
+                x = x + layer(rows).view(x.shape)
         x = self.norm_f(x)
         return x.mean(1) if self.config.pool == "mean" else x[:, cls_index]
 

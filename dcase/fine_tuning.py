@@ -121,9 +121,10 @@ def _decide(
     if val_set is None:
         return Outcome(True, "nothing was held out to compare on (--val_fraction 0)", **counts)
     # A handful of clips hardly moves the accuracy; the loss tells luck from learning.
-    kept = best.best_score > before[MONITOR] or (best.best_score == before[MONITOR] and best.best_loss < before["loss"])
-    by_loss = kept and best.best_score == before[MONITOR]
-    reason = "it has the lower loss" if by_loss else "it beats the general one" if kept else "fine-tuning did not beat it"
+    by_loss = best.best_score == before[MONITOR] and best.best_loss < before["loss"]
+    kept = best.best_score > before[MONITOR] or by_loss
+    reason = "it beats the general one" if kept else "fine-tuning did not beat it"
+    reason += ", by its loss" if by_loss else ""
     return Outcome(
         kept,
         reason,

@@ -58,6 +58,8 @@ class ModelConfig:
     """Learned position embedding (False)."""
     factorised_pos_embed: bool | None = None
     """The position embedding is the sum of one for mel and one for time, not a vector per patch (False)."""
+    row_scan: bool | None = None
+    """Each mel row of patches is a sequence of its own, along time (False)."""
     local_conv: bool | None = None
     """A 3 x 3 depthwise convolution over the grid of patches before each block (False)."""
     head: Literal["mlp", "linear"] | None = None

@@ -1,5 +1,6 @@
 """The backbone: computation, parameter counts, names, initialisation, and what it refuses."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -301,6 +302,7 @@ def test_other_lengths_without_a_position_embedding_only():
         ({"stem_blocks": 1}, "stem_blocks"),
         ({"freq_norm": 1.5}, "freq_norm"),
         ({"local_conv": True}, "local_conv needs cls_position none"),
+        ({"row_scan": True}, "row_scan needs cls_position none"),
     ],
 )
 def test_impossible_configurations_name_the_field(overrides, message):
@@ -358,6 +360,22 @@ def test_factorised_positions_are_sums_of_a_mel_and_a_time_part():
     mel, time = model.pos_embed.pos_embed_mel[0, 5, 0], model.pos_embed.pos_embed_time[0, 0, 3]
     assert torch.equal(rows[0, 1 + 5 * 4 + 3], mel + time)  # time runs fastest
     assert torch.equal(rows[:, :1], model.pos_embed.pos_embed_cls)
+
+
+def test_a_row_scan_hears_its_own_mel_row_only():
+    torch.manual_seed(0)
+    model = aum.create_model("aum_tiny", embed_dim=16, depth=2, cls_position="none", row_scan=True).eval()
+    seen = []
+    model.norm_f.register_forward_hook(lambda module, inputs, output: seen.append(output.view(2, 16, 4, 16)))
+    x = torch.randn(2, 1, 256, 65)
+    model(x)
+    x[:, :, 5 * 16 : 6 * 16] += 1
+    model(x)
+    moved = (seen[0] != seen[1]).any(3).any(2).all(0)
+    assert moved.tolist() == [row == 5 for row in range(16)]
+    whole = aum.AudioMamba(dataclasses.replace(model.config, row_scan=False)).eval()
+    whole.load_state_dict(model.state_dict())  # the same parameters
+    assert not torch.allclose(whole(x), model(x))
 
 
 def test_local_convolution_looks_at_the_neighbours_in_mel_and_time():

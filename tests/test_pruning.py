@@ -351,6 +351,7 @@ def test_every_field_of_the_configuration_is_thought_of():
         "norm_eps",
         "freq_norm",
         "stem_blocks",
+        "row_scan",
         "local_conv",
     }
     assert pruned | free | refused == {field.name for field in dataclasses.fields(aum.AuMConfig)}
