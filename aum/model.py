@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aum.init import init_last_linear, init_patch_embed, init_token, scale_out_proj
@@ -54,7 +55,9 @@ class AuMConfig:
     """Each mel row of the grid is a sequence of its own, along time: no scan hears what is far off in frequency."""
     local_conv: bool = False
     """A 3 x 3 depthwise convolution over the grid of patches before each block: a scan has neighbours in time only."""
-    head: Literal["mlp", "linear"] = "mlp"
+    head: Literal["mlp", "linear", "patch"] = "mlp"
+    """Classifier of what is pooled: an MLP or one linear layer; or patch: every patch is classified, and the scores are
+    pooled."""
     dropout: float = 0.1
     drop_path: float = 0.0
     norm_eps: float = 1e-5
@@ -86,7 +89,7 @@ class AuMConfig:
             ("direction", ("fo_fo", "fo_bi", "bi_bi")),
             ("pool", ("mean", "cls")),
             ("cls_position", ("middle", "start", "end", "none")),
-            ("head", ("mlp", "linear")),
+            ("head", ("mlp", "linear", "patch")),
         ):
             _check(
                 getattr(self, name) in allowed, f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}"
@@ -97,6 +100,7 @@ class AuMConfig:
         _check(
             not (self.pool == "cls" and self.cls_position == "none"), "pool 'cls' needs a cls_position other than none"
         )
+        _check(not (self.head == "patch" and self.pool == "cls"), "head 'patch' needs pool mean")
         _check(0 <= self.freq_norm <= 1, f"freq_norm is from 0 to 1; got {self.freq_norm}")
         plain = self.cls_position == "none" and not self.paired_layers
         for name in ("row_scan", "local_conv"):
@@ -187,6 +191,27 @@ class LocalConv(nn.Conv2d):
         return super().forward(x.view(b, *grid, d).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
 
 
+class PatchHead(nn.Module):
+    """Tokens (b, l, d) -> logits (b, n_classes): the mean of every token's own scores.
+
+    BatchNorm, not RMSNorm, comes before them, so that a token in which nothing happens has little to say; and a ReLU, a
+    linear layer, and BatchNorm of the scores. Source: the last layers of CP-Mobile (`dcase.cp_mobile`).
+    """
+
+    def __init__(self, d: int, n_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(d)
+        self.linear = nn.Linear(d, n_classes, bias=False)
+        self.scores = nn.BatchNorm1d(n_classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(b, l, d) -> (b, l, d), what is classified."""
+        return F.relu(self.norm(x.transpose(1, 2)).transpose(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scores(self.linear(self.features(x)).transpose(1, 2)).mean(2)
+
+
 class AudioMamba(nn.Module):
     """Audio Mamba (arXiv:2406.03344) over log-mel patches."""
 
@@ -213,7 +238,8 @@ class AudioMamba(nn.Module):
         )
         if config.local_conv:
             self.local = nn.ModuleList(LocalConv(d) for _ in self.layers)
-        self.norm_f = nn.RMSNorm(d, eps=config.norm_eps)
+        if config.head != "patch":
+            self.norm_f = nn.RMSNorm(d, eps=config.norm_eps)
         if config.head == "mlp":
             self.classifier = nn.Sequential(
                 nn.LayerNorm(d),
@@ -223,9 +249,12 @@ class AudioMamba(nn.Module):
                 nn.Dropout(config.dropout),
                 nn.Linear(CLASSIFIER_WIDTH, config.n_classes),
             )
-        else:
+        elif config.head == "linear":
             self.head = nn.Linear(d, config.n_classes)
-        init_last_linear(self.classifier[-1] if config.head == "mlp" else self.head)
+        else:
+            self.head = PatchHead(d, config.n_classes)
+        if config.head != "patch":
+            init_last_linear(self.classifier[-1] if config.head == "mlp" else self.head)
         for layer in self.layers:
             scale_out_proj(layer.mixer.out_proj, config.depth)
 
@@ -235,11 +264,19 @@ class AudioMamba(nn.Module):
         Raises ValueError where the log-mel does not have ``config.n_mels`` bins, is shorter than one patch, or, with a
         position embedding, does not give the grid it was made for.
         """
+        if self.config.head == "patch":
+            return self.head(self._blocks(x)[0])
         features = self.forward_features(x)
         return self.classifier(features) if self.config.head == "mlp" else self.head(features)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Log-mel (b, 1, n_mels, frames) -> (b, embed_dim): the mean over every token, or the class token."""
+        x, cls_index = self._blocks(x)
+        x = self.head.features(x) if self.config.head == "patch" else self.norm_f(x)
+        return x.mean(1) if self.config.pool == "mean" else x[:, cls_index]
+
+    def _blocks(self, x: Tensor) -> tuple[Tensor, int | None]:
+        """Log-mel -> tokens (b, l, embed_dim) after all blocks, and the class token's index."""
         grid = self.config.grid_of(x.shape[-1])
         x, cls_index = self._tokens(x)
         x = wide(x)  # the residual stream
@@ -253,8 +290,7 @@ class AudioMamba(nn.Module):
                     x = x + self.local[i](x, grid)
                 rows = x.reshape(-1, grid[1], x.shape[2]) if self.config.row_scan else x
                 x = x + layer(rows).view(x.shape)
-        x = self.norm_f(x)
-        return x.mean(1) if self.config.pool == "mean" else x[:, cls_index]
+        return x, cls_index
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, int | None]:
         """Log-mel -> tokens (b, l, embed_dim) with the class token in its place, and its index."""
@@ -290,18 +326,20 @@ class AudioMamba(nn.Module):
 _NANO = {
     "freq_norm": 0.5,
     "stem": (8, 32),
+    "stem_blocks": 1,
     "patch_size": (4, 1),
-    "depth": 3,
+    "depth": 2,
     "d_state": 4,
     "cls_position": "none",
     "pos_embed": True,
     "factorised_pos_embed": True,
+    "row_scan": True,
     "local_conv": True,
-    "head": "linear",
+    "head": "patch",
 }
 SIZES = {
-    "aum_nano": {**_NANO, "embed_dim": 44},
-    "aum_nano_8bit": {**_NANO, "embed_dim": 56},
+    "aum_nano": {**_NANO, "embed_dim": 48},
+    "aum_nano_8bit": {**_NANO, "embed_dim": 64},
     "aum_tiny": {"embed_dim": 192},
     "aum_small": {"embed_dim": 384},
     "aum_base": {"embed_dim": 768},

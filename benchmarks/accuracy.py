@@ -45,7 +45,7 @@ class AccuracyConfig:
     """Seeds, and so runs of each row: 0, 1, ..."""
     n_epochs: int = 30
     """Epochs of every general model."""
-    device_epochs: int = 15
+    device_epochs: int = 12
     """Epochs of every device's model in stage 2."""
     rows: str = ""
     """Rows to run, by their names, with commas between them, and those that they need; "": all."""
@@ -59,13 +59,13 @@ class AccuracyConfig:
 
 MASKS = "--freqm 16 --timem 8"
 AUGMENTED = f"{MASKS} --mixstyle_p 0.4 --mixstyle_alpha 0.3 --dir_path {{dir_path}} --dir_p 0.4"
-NANO = "--batch_size 16 --lr 0.005 --warmup_steps 200 --ema_decay 0.99"
+NANO = "--batch_size 16 --lr 0.005 --warmup_steps 200"
 NANO_16 = f"--model aum_nano --weight_bits 16 {NANO}"
 NANO_8 = f"--model aum_nano_8bit --weight_bits 8 --qat_epochs 8 {NANO}"
-CP_MOBILE = "--model cp_mobile --weight_bits 16 --batch_size 32 --lr 0.005 --warmup_steps 150"
+CP_MOBILE = "--model cp_mobile --weight_bits 16 --batch_size 16 --lr 0.005 --warmup_steps 200"
 TEACHERS = ("cp_aug", "nano", "nano8")
 TAUGHT = f"{AUGMENTED} --teacher {','.join(f'{{{name}}}' for name in TEACHERS)}"
-DEVICE = "--ckpt_id {distilled} --batch_size 16 --warmup_steps 5 --mixstyle_p 0 --check_val_every_n_epoch 5"
+DEVICE = "--ckpt_id {distilled} --batch_size 16 --warmup_steps 10 --mixstyle_p 0 --check_val_every_n_epoch 4"
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,9 @@ class ModelConfig:
     """Each mel row of patches is a sequence of its own, along time (False)."""
     local_conv: bool | None = None
     """A 3 x 3 depthwise convolution over the grid of patches before each block (False)."""
-    head: Literal["mlp", "linear"] | None = None
-    """Classifier: MLP of 512 units or one linear layer (aum_small: mlp)."""
+    head: Literal["mlp", "linear", "patch"] | None = None
+    """Classifier of what is pooled: MLP of 512 units or one linear layer; patch: one of every patch, whose scores
+    are pooled (aum_small: mlp)."""
     dropout: float | None = None
     """Dropout in the MLP head, 0 to 1 (0.1)."""
     drop_path: float | None = None

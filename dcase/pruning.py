@@ -37,6 +37,11 @@ from aum import AuMConfig
 from dcase.errors import UserError
 
 SIZES = ("embed_dim", "depth", "d_state", "expand")  # what may be smaller; so may the stem's channels
+HEADS = {  # name of the first matrix after the stream's end, and of the norm before it
+    "mlp": ("classifier.2.weight", "norm_f.weight"),
+    "linear": ("head.weight", "norm_f.weight"),
+    "patch": ("head.linear.weight", "head.norm.weight"),
+}
 FREE = ("dropout", "drop_path")  # matter in training only: any value goes with any weights
 
 State = dict[str, Tensor]
@@ -151,12 +156,12 @@ def _prune_stem(state: State, i: int, channels: int, last: bool) -> None:
 
 def _prune_stream(state: State, small: AuMConfig) -> None:
     """Leave ``small.embed_dim`` channels of the residual stream, and make up for it in the norms."""
-    before, after = len(state["norm_f.weight"]), small.embed_dim
+    before, after = len(state["patch_embed.proj.bias"]), small.embed_dim
     if after == before:
         return
     layers = [f"layers.{i}." for i in range(small.depth)]
-    head = "classifier.2.weight" if small.head == "mlp" else "head.weight"
-    after_norm = {f"{layer}mixer.in_proj.weight": f"{layer}norm.weight" for layer in layers} | {head: "norm_f.weight"}
+    head, head_norm = HEADS[small.head]
+    after_norm = {f"{layer}mixer.in_proj.weight": f"{layer}norm.weight" for layer in layers} | {head: head_norm}
     out_projs = [f"{layer}mixer.out_proj.weight" for layer in layers]
     tokens = [name for name in state if name == "cls_token" or name.startswith("pos_embed.")]
     local = [f"local.{i}.{part}" for i in range(small.depth) for part in ("weight", "bias") if small.local_conv]
@@ -171,6 +176,9 @@ def _prune_stream(state: State, small: AuMConfig) -> None:
     _keep(state, {name: state[name].dim() - 1 for name in tokens}, kept)
     if small.head == "mlp":
         _keep(state, {"classifier.0.bias": 0}, kept)
+    if small.head == "patch":  # its BatchNorm knows no other channels, and needs no making up
+        _keep(state, {f"head.norm.{part}": 0 for part in ("bias", "running_mean", "running_var")}, kept)
+        norms.remove(head_norm)
     # The mean square was (energy of all channels) / before; now it is (energy of those kept) / after.
     factor = math.sqrt(written[kept].sum() / written.sum() * before / after)
     for name in norms:

@@ -294,6 +294,7 @@ def test_other_lengths_without_a_position_embedding_only():
         ({"embed_dim": -1}, "embed_dim"),
         ({"depth": 3, "paired_layers": True}, "even depth"),
         ({"pool": "cls", "cls_position": "none"}, "cls_position"),
+        ({"pool": "cls", "head": "patch"}, "pool mean"),
         ({"direction": "v2"}, "fo_fo"),
         ({"dropout": 1.0}, "dropout"),
         ({"widht": 3}, "widht"),
@@ -391,8 +392,19 @@ def test_local_convolution_looks_at_the_neighbours_in_mel_and_time():
 def test_aum_nano_is_its_parts_in_their_order():
     torch.manual_seed(0)
     model, x = aum.create_model("aum_nano").eval(), torch.randn(2, 1, 256, 65)
+    for norm in (model.head.norm, model.head.scores):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
     tokens = model.patch_embed.proj(model.stem(model.freq_norm(x))).flatten(2).transpose(1, 2) + model.pos_embed.rows()
     for local, layer in zip(model.local, model.layers, strict=True):
         tokens = tokens + local(tokens, (16, 17))
-        tokens = tokens + layer.mixer(layer.norm(tokens))
-    torch.testing.assert_close(model(x), model.head(model.norm_f(tokens).mean(1)))
+        rows = tokens.reshape(2 * 16, 17, -1)
+        tokens = tokens + layer.mixer(layer.norm(rows)).view(tokens.shape)
+    features = torch.relu(batch_norm(tokens, model.head.norm))
+    torch.testing.assert_close(model.forward_features(x), features.mean(1))
+    torch.testing.assert_close(model(x), batch_norm(model.head.linear(features), model.head.scores).mean(1))
+
+
+def batch_norm(x: torch.Tensor, norm: nn.BatchNorm1d) -> torch.Tensor:
+    """In evaluation, channels last."""
+    return (x - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
