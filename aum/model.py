@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from aum.init import init_last_linear, init_patch_embed, init_token, scale_out_proj
 from aum.mamba import BiMamba, Block, Direction, wide
-from aum.stem import RelaxedFreqNorm, Stem
+from aum.stem import RelaxedMeanNorm, Stem
 
 CLASSIFIER_WIDTH = 512  # hidden units of the MLP head
 
@@ -29,7 +29,7 @@ class AuMConfig:
     target_length: int = 65
     """Frames of the log-mel."""
     freq_norm: float = 0.0
-    """Share of the frequency-wise norm in the relaxed one that the log-mel goes through first, 0 to 1; 0: no norm."""
+    """Share of each mel bin's mean over the frames that is taken off the log-mel, 0 to 1."""
     stem: tuple[int, ...] = ()
     """Channels of 3 x 3 convolutions before the patches, each of which halves mel bins and frames; (): none."""
     stem_blocks: int = 0
@@ -220,7 +220,7 @@ class AudioMamba(nn.Module):
         self.config = config
         d = config.embed_dim
         if config.freq_norm:
-            self.freq_norm = RelaxedFreqNorm(config.n_mels, config.freq_norm)
+            self.freq_norm = RelaxedMeanNorm(config.freq_norm)
         if config.stem:
             self.stem = Stem(config.stem, config.stem_blocks)
         self.patch_embed = PatchEmbed(config)

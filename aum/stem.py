@@ -12,22 +12,21 @@ from aum.init import init_stem
 EXPANSION = 2  # of an inverted residual's depthwise channels over its own
 
 
-class RelaxedFreqNorm(nn.Module):
-    """A log-mel (b, 1, n_mels, frames), partly normalised by mel bin: share * IFN(x) + (1 - share) * LN(x).
+class RelaxedMeanNorm(nn.Module):
+    """A log-mel (b, 1, n_mels, frames) less ``share`` of each mel bin's mean over the clip's frames.
 
-    What a recording device does to a mel bin is the same in every frame, so that IFN, which gives each mel bin of each
-    clip mean 0 and deviation 1 over its frames, takes it away; with it goes the clip's own spectrum, which LN, the same
-    over the whole clip, leaves. Source: relaxed instance frequency-wise normalization, arXiv:2206.12513.
+    What a recording device does to a mel bin is a constant in the log-mel, the same in every frame. Taking off the
+    whole mean, as cepstral mean normalisation does (Atal, JASA 55(6), 1974), takes the clip's own spectrum with it; a
+    part of it is the compromise of relaxed instance frequency-wise normalization, arXiv:2206.12513. Unlike there,
+    deviations stay, and so does the clip's level.
     """
 
-    def __init__(self, n_mels: int, share: float):
+    def __init__(self, share: float):
         super().__init__()
         self.share = share
-        self.by_mel = nn.InstanceNorm1d(n_mels)
-        self.whole = nn.GroupNorm(1, 1, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.share * self.by_mel(x[:, 0])[:, None] + (1 - self.share) * self.whole(x)
+        return x - self.share * x.mean(3, keepdim=True)
 
 
 class Stem(nn.Sequential):

@@ -14,7 +14,7 @@ arXiv:2312.00752 (Mamba) and the published code of AuM (arXiv:2406.03344, kaistm
 | transposed convolution | inputs x weights of one input | flop_counter |
 | Linear | outputs x inputs, every token | flop_counter; torchinfo counts it once, whatever the number of tokens |
 | RMSNorm, LayerNorm, GroupNorm, InstanceNorm | 3 an element | square, times 1 / deviation, times weight |
-| RelaxedFreqNorm | 2 an element, beside its two norms | times their shares |
+| RelaxedMeanNorm | 1 a mel bin | its mean times the share |
 | BatchNorm | 2 a channel | a fixed scale and shift, folded into the convolution beside it; as torchinfo counts it |
 | BiMamba: in_proj, x_proj, dt_proj, out_proj, conv1d | weights, every token | as Linear and convolution |
 | BiMamba: scan, of each direction | d_inner (4 d_state + 2), every token | delta A, (delta u) B, h, C h; delta u, D u |
@@ -46,7 +46,7 @@ import torchinfo
 from torch import Tensor, nn
 
 from aum import AudioMamba, BiMamba
-from aum.stem import RelaxedFreqNorm
+from aum.stem import RelaxedMeanNorm
 from dcase.cli import parse
 from dcase.errors import UserError, run
 from dcase.models import ModelConfig, build
@@ -73,7 +73,7 @@ RULES = (  # types, (layer, its inputs, its output) -> MACs of one call
     ((nn.ConvTranspose1d, nn.ConvTranspose2d), lambda layer, inputs, y: inputs[0].numel() * layer.weight[0].numel()),
     ((nn.Linear,), lambda layer, inputs, y: y.numel() * layer.in_features),
     (NORMS, lambda layer, inputs, y: (2 if layer.weight is None else 3) * y.numel()),
-    ((RelaxedFreqNorm,), lambda layer, inputs, y: 2 * y.numel()),
+    ((RelaxedMeanNorm,), lambda layer, inputs, y: y.numel() // y.shape[3]),
     (BATCH_NORMS, lambda layer, inputs, y: 2 * layer.num_features),
 )
 # Parts by the beginning of a layer's name; the others go by the name of the model's direct child.
@@ -262,7 +262,7 @@ def _rule(layer: nn.Module) -> Callable[[nn.Module, tuple, Tensor], int] | None:
 
 
 def _part(name: str, layer: nn.Module) -> str:
-    if isinstance(layer, (*NORMS, *BATCH_NORMS, RelaxedFreqNorm)):
+    if isinstance(layer, (*NORMS, *BATCH_NORMS, RelaxedMeanNorm)):
         return "norms"
     child = name.partition(".")[0] or type(layer).__name__
     return next((part for start, part in PARTS.items() if f"{name}.".startswith(f"{start}.")), child)

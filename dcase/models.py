@@ -29,7 +29,7 @@ class ModelConfig:
     depth: int | None = None
     """Number of blocks (aum_small: 24)."""
     freq_norm: float | None = None
-    """Share of the frequency-wise norm in the relaxed one that the log-mel goes through first, 0 to 1; 0: none."""
+    """Share of each mel bin's mean over the frames that is taken off the log-mel, 0 to 1 (0)."""
     stem: tuple[int, ...] | None = None
     """Channels of 3 x 3 convolutions before the patches, each of which halves mel bins and frames, as 8,32."""
     stem_blocks: int | None = None
