@@ -148,7 +148,7 @@ def test_what_stands_before_and_between_the_blocks_of_a_small_audio_mamba():
     parts = macs_by_part(tiny(stem=(4, 12), patch_size=(4, 4), cls_position="none", **added), (1, 1, 64, 33))
     assert parts["stem"] - plain["stem"] == 16 * 9 * 24 * (12 + 9 + 12)
     assert parts["local"] == 2 * 4 * 2 * 32 * 9  # blocks x grid x channels x taps
-    # Two norms without weights and their two shares, and BatchNorm of the block's 24 + 24 + 12 channels.
+    # A share of each mel bin's mean, and BatchNorm of the block's 24 + 24 + 12 channels.
     assert parts["norms"] - plain["norms"] == 64 + 2 * 60
 
 
