@@ -38,8 +38,10 @@ def main() -> None:
     module.clips_id = clips_id(train_clips, val_clips)
     module.load_responses()
     teachers = load_teachers(config, module)
-    if config.init_from:
-        module.start_from(load_checkpoint(find_checkpoint(config.run.project_name, config.init_from, "--init_from")))
+    if config.init_from and run is None:
+        source_run = load_checkpoint(find_checkpoint(config.run.project_name, config.init_from, "--init_from"))
+        module.refuse_other_clips(source_run, f"the run --init_from {config.init_from}")
+        module.start_from(source_run)
     evaluation.warn_if_over(module)
     run = start_run(config, run)
     if not training.checkpoint_to_resume(run.checkpoints):

@@ -191,6 +191,13 @@ class LocalConv(nn.Conv2d):
         return super().forward(x.view(b, *grid, d).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
 
 
+class TokenNorm(nn.BatchNorm1d):
+    """BatchNorm of tokens, (b, l, d) -> the same. It stands before a ReLU, so no matrix can take its scale over."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
 class PatchHead(nn.Module):
     """Tokens (b, l, d) -> logits (b, n_classes): the mean of every token's own scores.
 
@@ -200,13 +207,13 @@ class PatchHead(nn.Module):
 
     def __init__(self, d: int, n_classes: int):
         super().__init__()
-        self.norm = nn.BatchNorm1d(d)
+        self.norm = TokenNorm(d)
         self.linear = nn.Linear(d, n_classes, bias=False)
         self.scores = nn.BatchNorm1d(n_classes)
 
     def features(self, x: Tensor) -> Tensor:
         """(b, l, d) -> (b, l, d), what is classified."""
-        return F.relu(self.norm(x.transpose(1, 2)).transpose(1, 2))
+        return F.relu(self.norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scores(self.linear(self.features(x)).transpose(1, 2)).mean(2)

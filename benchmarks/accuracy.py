@@ -37,7 +37,7 @@ RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 @dataclass(frozen=True)
 class AccuracyConfig:
     dataset_dir: str | None = None
-    """Data folder in TAU22's layout; without it SynthTAU."""
+    """Data folder in TAU22's layout; None: that of TAU22_DIR in the environment, else SynthTAU."""
     dir_path: str | None = None
     """Folder of device impulse responses for training, none of which may be of a device in the test split; without it
     and without --dataset_dir made-up ones (`python -m dcase.synth --responses`)."""
@@ -139,7 +139,7 @@ class Runs:
         return Path(self.config.out) / "accuracy.json"
 
     def read(self) -> dict[str, dict]:
-        """ "row/seed" -> {"run", "seconds" (over all attempts)}"""
+        """ "row/seed" -> {"run", "flags" (those that decide its figures), "seconds" (over all attempts)}"""
         return json.loads(self.ledger.read_text()) if self.ledger.is_file() else {}
 
     def note(self, key: str, **values) -> None:
@@ -158,6 +158,18 @@ class Runs:
         path = folder and folder / "results.json"
         return json.loads(path.read_text()) if path and path.is_file() else None
 
+    def flags(self, row: Row) -> str:
+        """What, with the seed, decides the figures of a row."""
+        config = self.config
+        return f"{row.args} {self.data} {self.dir_path} {config.n_epochs} {config.device_epochs}"
+
+    def refuse_others(self, jobs: list[tuple[Row, int]]) -> None:
+        """Raise `UserError` where there are runs of these rows with other flags."""
+        for row, seed in jobs:
+            before = self.read().get(f"{row.name}/{seed}", {}).get("flags", self.flags(row))
+            if before != self.flags(row):
+                raise UserError(f"--out {self.config.out} has runs of {row.name} with other flags: give another --out")
+
     def train(self, row: Row, seed: int) -> None:
         """Run a row's script for a seed, or go on with it; its end is results.json."""
         key, folder = f"{row.name}/{seed}", self.folder(row.name, seed)
@@ -172,6 +184,7 @@ class Runs:
             args += [*epochs, "--seed", seed, "--val_fraction", 0.1]
         elif row.script == "train_device_specific.py":
             args += ["--n_epochs", self.config.device_epochs, "--seed", seed]
+        self.note(key, flags=self.flags(row))
         if folder and row.script != "test_only.py" and (folder / "config.json").is_file():
             args = ["--resume", folder.name]
         command = [sys.executable, ROOT / row.script, "--project_name", self.config.out, *self.data, *args]
@@ -202,6 +215,7 @@ def main() -> None:
     Path(config.out).mkdir(parents=True, exist_ok=True)
     runs = Runs(config, *data_flags(config))
     jobs = [(row, seed) for seed in range(config.seeds) for row in rows]
+    runs.refuse_others(jobs)
     try:
         run_all(runs, jobs, config.jobs)
     except BaseException:
@@ -231,10 +245,11 @@ def wanted(names: str) -> list[Row]:
 
 def data_flags(config: AccuracyConfig) -> tuple[list[str], str]:
     """(flags that say where the data are, folder of responses)"""
-    if config.dataset_dir and not config.dir_path:
+    dataset_dir = config.dataset_dir or os.environ.get("TAU22_DIR")
+    if dataset_dir and not config.dir_path:
         raise UserError("--dir_path is missing: a folder of device impulse responses, as MicIRP's")
     if config.dir_path:
-        return ["--dataset_dir", config.dataset_dir] if config.dataset_dir else [], config.dir_path
+        return ["--dataset_dir", dataset_dir] if dataset_dir else [], config.dir_path
     folder = Path(config.out) / "responses"
     if not folder.is_dir():
         synth.make_responses(folder)
@@ -287,7 +302,10 @@ def tables(runs: Runs, rows: list[Row], config: AccuracyConfig) -> str:
         if done:
             complexity = done[0]["complexity"]
             ledger = runs.read()
-            seconds = [ledger[f"{row.name}/{i}"]["seconds"] for i, results in enumerate(found[row.name]) if results]
+            of_row = [
+                ledger[f"{row.name}/{seed}"].get("seconds") for seed, results in enumerate(found[row.name]) if results
+            ]
+            seconds = [n for n in of_row if n is not None] or [math.nan]
             sizes = [f"{complexity[name]:,}" for name in ("params", "total_param_bytes", "macs")]
             accuracies = [_spread([_accuracy(results, name) for results in done]) for name in COLUMNS]
             lines.append([row.label, *accuracies, *sizes, f"{statistics.median(seconds) / 60:.1f}"])

@@ -14,6 +14,7 @@ arXiv:2312.00752 (Mamba) and the published code of AuM (arXiv:2406.03344, kaistm
 | transposed convolution | inputs x weights of one input | flop_counter |
 | Linear | outputs x inputs, every token | flop_counter; torchinfo counts it once, whatever the number of tokens |
 | RMSNorm, LayerNorm, GroupNorm, InstanceNorm | 3 an element | square, times 1 / deviation, times weight |
+| TokenNorm | 1 an element | the same scale and shift, before a ReLU, with nothing beside it to fold them into |
 | RelaxedMeanNorm | 1 a mel bin | its mean times the share |
 | BatchNorm | 2 a channel | a fixed scale and shift, folded into the convolution beside it; as torchinfo counts it |
 | BiMamba: in_proj, x_proj, dt_proj, out_proj, conv1d | weights, every token | as Linear and convolution |
@@ -46,6 +47,7 @@ import torchinfo
 from torch import Tensor, nn
 
 from aum import AudioMamba, BiMamba
+from aum.model import TokenNorm
 from aum.stem import RelaxedMeanNorm
 from dcase.cli import parse
 from dcase.errors import UserError, run
@@ -74,6 +76,7 @@ RULES = (  # types, (layer, its inputs, its output) -> MACs of one call
     ((nn.Linear,), lambda layer, inputs, y: y.numel() * layer.in_features),
     (NORMS, lambda layer, inputs, y: (2 if layer.weight is None else 3) * y.numel()),
     ((RelaxedMeanNorm,), lambda layer, inputs, y: y.numel() // y.shape[3]),
+    ((TokenNorm,), lambda layer, inputs, y: y.numel()),
     (BATCH_NORMS, lambda layer, inputs, y: 2 * layer.num_features),
 )
 # Parts by the beginning of a layer's name; the others go by the name of the model's direct child.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import aum
 from dcase import cli, models, processes
 from dcase.augment import AugmentConfig
 from dcase.devices import merged_checkpoint
@@ -44,7 +45,7 @@ class FitConfig:
     """Validate and keep the average of the weights over the last steps: the share of it that a step keeps, as 0.995
     (a memory of 200 steps); 0: the last step's weights."""
     qat_epochs: int = 10
-    """Of the last epochs, as many as are trained with weights rounded to --weight_bits 8 (quantisation-aware)."""
+    """Of the last epochs, as many as are trained with weights rounded to --weight_bits (quantisation-aware)."""
     compile: bool = False
     """torch.compile the model: a minute or more at the start of training, on GPUs fewer launches after it."""
     seed: int = 0
@@ -66,8 +67,8 @@ class FitConfig:
 @dataclass(frozen=True)
 class StorageConfig:
     weight_bits: Literal[32, 16, 8] = 32
-    """Bits of the weights as they are stored in stored/, counted and tested: 32; 16; or 8 with a 16-bit scale per
-    channel, and 16 for A_log, D, biases, norms and whatever is small."""
+    """Bits of the weights in stored/, which are counted and tested: 16; or 8 with a 16-bit scale per channel, and 16
+    for A_log, D, biases, norms and whatever is small. 32: the checkpoint is tested, and nothing is stored beside it."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,8 @@ class DeviceConfig(TrainConfig):
             raise UserError(f"--lora_rank is at least 1; got {self.lora_rank}")
         if not all(0 < lr < float("inf") for lr in self.learning_rates):
             raise UserError(f"--lr_choices {self.lr_choices}: learning rates above 0, with commas between them")
+        if self.lr_choices and self.split.val_split != "test" and self.split.val_fraction == 0:
+            raise UserError("--lr_choices needs validation clips, and --val_fraction is 0: give --lr instead")
         unknown = set(filter(None, self.only_devices.split(","))) - set(TRAIN_DEVICES)
         if unknown or (self.only_devices and not self.devices_to_tune):
             raise UserError(f"--only_devices {self.only_devices}: known devices are {','.join(TRAIN_DEVICES)}")
@@ -175,7 +178,7 @@ Config = TypeVar("Config", bound=EvalConfig)
 # What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
 _FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
-    "scan_backend", "deterministic", "compile", "read_from", "pack_dir", "dir_path",
+    "scan_backend", "deterministic", "compile", "read_from", "pack_dir",
 }  # fmt: skip
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
@@ -270,6 +273,8 @@ def from_plain(cls: type[Config], plain: dict) -> Config:
 
 def _from_values(cls: type, values: dict):
     known = {f.name for f in dataclasses.fields(cls)}
+    if cls is ModelConfig and values.get("depth") is not None:  # of a run before a field was there: as without it
+        values = {f.name: f.default for f in dataclasses.fields(aum.AuMConfig) if f.name in known} | values
     tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}  # JSON has no tuples
     return cls(**tuples)
 

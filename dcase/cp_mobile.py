@@ -10,7 +10,7 @@ log-mel (b, 1, n_mels, frames) -> logits (b, n_classes).
 | ``stages.s3`` | b6 | 104 of 32 x 9 |
 | ``feed_forward`` | 1 x 1 convolution to the classes, BatchNorm, the mean over mel bins and frames | 10 logits |
 
-61,148 parameters (122,296 B in 16 bit) and 29,419,156 MACs.
+61,148 parameters (122,296 B in 16 bit, and 5,416 of BatchNorm's statistics) and 29,419,156 MACs.
 
 Source: Schmid et al., "Distilling the knowledge of transformers and CNNs with CP-Mobile", DCASE Workshop 2023, in the
 simpler form of the 2024 and 2025 baselines (github.com/CPJKU/dcase2025_task1_baseline): ReLU everywhere and no global

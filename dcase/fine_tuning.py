@@ -100,7 +100,7 @@ def _decide(
     seed = mixed_seed(config.fit.seed, DEVICES.index(device_id)) % 2**32
     print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
     tried = []
-    for lr in config.learning_rates if val_set is not None else config.learning_rates[:1]:
+    for lr in config.learning_rates:
         tuned = dataclasses.replace(config, fit=dataclasses.replace(config.fit, seed=seed, lr=lr))
         pl.seed_everything(seed, workers=True, verbose=False)
         module = SceneClassifier(tuned, general.frames)
@@ -113,15 +113,16 @@ def _decide(
             place, module.log_prefix = folder / f"lr_{lr:g}", f"{device_id}/lr_{lr:g}/"
         tried.append((lr, train(module, train_set, val_set, tuned, place, loggers, teachers), module))
     lr, best, module = max(tried, key=lambda one: (one[1].best_score or 0, -(one[1].best_loss or 0)))
-    if processes.is_main():
-        module.load_state_dict(final_state(load_checkpoint(trained_checkpoint(best.folder))))
-        save_checkpoint({"dcase_format": FORMAT, "state_dict": module.merged()}, folder / TUNED)
+    with processes.main_first():  # the others read it
+        if processes.is_main():
+            module.load_state_dict(final_state(load_checkpoint(trained_checkpoint(best.folder))))
+            save_checkpoint({"dcase_format": FORMAT, "state_dict": module.merged()}, folder / TUNED)
 
     counts = {"n_train": len(train_set), "n_val": len(val_set) if val_set else 0, "lr": lr}
     if val_set is None:
         return Outcome(True, "nothing was held out to compare on (--val_fraction 0)", **counts)
     # A handful of clips hardly moves the accuracy; the loss tells luck from learning.
-    by_loss = best.best_score == before[MONITOR] and best.best_loss < before["loss"]
+    by_loss = best.best_score == before[MONITOR] and best.best_loss is not None and best.best_loss < before["loss"]
     kept = best.best_score > before[MONITOR] or by_loss
     reason = "it beats the general one" if kept else "fine-tuning did not beat it"
     reason += ", by its loss" if by_loss else ""

@@ -63,6 +63,7 @@ class SceneClassifier(pl.LightningModule):
         self.train_loss = torch.zeros(2, dtype=torch.float64)  # sum over the epoch's clips so far, and their number
         self.clips_per_step = 0  # of the optimiser, in all processes
         self.clips_id = ""  # which clips were trained and chosen on: loading.clips_id
+        self.origin: dict = {}  # configuration of the run that trained it, where this one does not
         self.total_steps = 0  # optimiser steps of the run, for the schedule
         self.teacher: Teacher | None = None
         self.adapters: LowRank | None = None  # while they are trained
@@ -77,6 +78,7 @@ class SceneClassifier(pl.LightningModule):
         config = config or from_plain(TrainConfig, checkpoint["config"])
         module = cls(config, checkpoint["frames"], tuple(checkpoint["device_ids"]))
         try:
+            module.origin, module.clips_id = checkpoint["config"], checkpoint["clips_id"]
             module.load_state_dict(module._counters() | final_state(checkpoint))
         except RuntimeError as error:
             raise UserError(
@@ -147,6 +149,7 @@ class SceneClassifier(pl.LightningModule):
     def choose_trained(self, finetune: str, rank: int) -> None:
         """Train all of ``model`` ("full"), low-rank additions to its matrices ("lora"), or its classifier ("head")."""
         trainable(self.model, finetune)
+        self.train()
         if finetune == "lora":
             self.adapters = LowRank(self.model, rank)
             print(self.adapters.line())
@@ -160,10 +163,12 @@ class SceneClassifier(pl.LightningModule):
         if self.average is not None:
             self.average.update(self.trained())
 
-    def on_train_epoch_start(self) -> None:
-        for layer in self.model.modules():  # where --finetune leaves it alone, its statistics stay too
+    def train(self, mode: bool = True) -> "SceneClassifier":
+        super().train(mode)
+        for layer in self.model.modules():  # where --finetune leaves a BatchNorm alone, its statistics stay too
             if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.weight.requires_grad:
                 layer.eval()
+        return self
 
     def averaged(self):
         """A context in which the average, where one is kept, is in the model's place."""
@@ -235,7 +240,7 @@ class SceneClassifier(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["dcase_format"] = FORMAT
-        checkpoint["config"] = to_plain(self.config)
+        checkpoint["config"] = self.origin | to_plain(self.config)
         checkpoint["frames"] = self.frames
         checkpoint["device_ids"] = list(self.device_models)
         checkpoint["clips_id"] = self.clips_id
@@ -321,7 +326,9 @@ class SceneClassifier(pl.LightningModule):
 def final_state(checkpoint: dict) -> dict[str, Tensor]:
     """The state dict of a checkpoint, with the average of the weights (--ema_decay) in the place of the last step's."""
     average = checkpoint.get("average", {"average": {}})["average"]
-    return checkpoint["state_dict"] | {f"model.{name}": value for name, value in average.items()}
+    state = checkpoint["state_dict"]
+    start = "adapters." if any(name.startswith("adapters.") for name in state) else "model."  # what was trained
+    return state | {f"{start}{name}": value for name, value in average.items()}
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -78,6 +78,12 @@ def from_main(value: Value) -> Value:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def same_everywhere(tensors: Iterable[torch.Tensor]) -> None:
+    """Give the main process's values to these tensors, in place, in every process."""
+    for tensor in tensors if _together() else ():
+        dist.broadcast(tensor, src=0)
 
 
 def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:

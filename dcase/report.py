@@ -54,7 +54,8 @@ BASELINE_NOTE = (
     "Baseline: DCASE2025 Task 1's CP-Mobile, as published (github.com/CPJKU/dcase2025_task1_baseline): "
     "mean of 4 runs on TAU22's development-test split, trained on the 25 % split."
 )
-BASELINE_PARAMS, BASELINE_MACS, BASELINE_BYTES = 61_148, 29_419_156, 122_296  # stored in 16 bit
+BASELINE_PARAMS, BASELINE_MACS, BASELINE_BYTES = 61_148, 29_419_156, 122_296  # its parameters in 16 bit
+BASELINE_BYTES_IN_BITS = {16: 127_712, 8: 71_980}  # by our count, BatchNorm's statistics and scales too
 CHECKER_NOTE = (
     "MACs count every multiplication, the scan's too. The challenge's checker (torchinfo) counts a Linear layer once "
     "instead of once per token, and misses whatever is not a module; for CP-Mobile, all convolutions, both agree."
@@ -127,8 +128,8 @@ def complexity_comparison(
         ("MACs", macs, "", max_macs, BASELINE_MACS),
         ("MACs as the challenge's checker counts", checker, "", max_macs, BASELINE_MACS),
         ("Memory (as stored)", complexity["total_param_bytes"], " B", max_bytes, BASELINE_BYTES),
-        ("Memory (16-bit)", complexity["bytes_in_16_bit"], " B", max_bytes, 2 * BASELINE_PARAMS),
-        ("Memory (8-bit)", complexity["bytes_in_8_bit"], " B", max_bytes, BASELINE_PARAMS),
+        ("Memory (16-bit)", complexity["bytes_in_16_bit"], " B", max_bytes, BASELINE_BYTES_IN_BITS[16]),
+        ("Memory (8-bit)", complexity["bytes_in_8_bit"], " B", max_bytes, BASELINE_BYTES_IN_BITS[8]),
     ]
     header = ["Metric", name, "Limit", "Of the Limit"]
     rows = [[metric, f"{ours:,}{unit}", *_against_limit(ours, unit, limit)] for metric, ours, unit, limit, _ in lines]

@@ -84,7 +84,10 @@ def save_stored(checkpoint: dict, folder: Path, bits: int) -> None:
     """
     state = checkpoint["state_dict"]
     front_end = {name: value.item() for name, value in state.items() if name.startswith(FRONT_END)}
-    header = {name: checkpoint[name] for name in _PLAIN} | {"front_end": front_end}
+    config = checkpoint["config"]
+    needed = {part: config[part] for part in ("model", "logmel", "split", "storage")}  # no paths of this machine
+    needed["data"] = {"orig_sample_rate": config["data"]["orig_sample_rate"]}
+    header = {name: checkpoint[name] for name in _PLAIN} | {"config": needed, "front_end": front_end}
     for model in (GENERAL, *checkpoint["device_ids"]):
         start = MODEL if model == GENERAL else f"{DEVICE_MODELS}{model}."
         weights = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}

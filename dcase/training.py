@@ -107,6 +107,7 @@ class KeepCheckpoints(Checkpoint):
     def _validate(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         loop = trainer.fit_loop.epoch_loop.val_loop
         with module.averaged():
+            processes.same_everywhere(module.model.buffers())  # BatchNorm's statistics; the main process's are saved
             trainer.validating = True
             loop.run()
             trainer.training = True
