@@ -12,7 +12,8 @@ trap 'rm -rf "$log"' EXIT
 # A front end of half the size and mild augmentation: what a laptop learns most from in three minutes.
 python train_base.py --project_name "$project" --experiment_name demo_general --model aum_nano \
     --n_mels 128 --n_fft 2048 --window_length 2048 --mixstyle_p 0.3 --freqm 8 --timem 8 \
-    --n_epochs 12 --batch_size 32 --lr 0.003 --warmup_steps 60 --check_val_every_n_epoch 3 | tee "$log/general"
+    --weight_bits 16 --n_epochs 12 --batch_size 16 --lr 0.005 --warmup_steps 120 --check_val_every_n_epoch 3 \
+    | tee "$log/general"
 general=$(run_of "$log/general")
 
 python train_device_specific.py --project_name "$project" --experiment_name demo_device_specific \
@@ -20,7 +21,7 @@ python train_device_specific.py --project_name "$project" --experiment_name demo
     --warmup_steps 10 --check_val_every_n_epoch 1 | tee "$log/specific"
 specific=$(run_of "$log/specific")
 
-python test_only.py --project_name "$project" --ckpt_path "$project/$specific/checkpoints/best.ckpt" \
+python test_only.py --project_name "$project" --ckpt_path "$project/$specific/stored" \
     --wandb_mode disabled
 
 echo

@@ -14,8 +14,9 @@ DEVICES = ("a", "b", "s1")
 
 # A model of a few thousand parameters, and many small batches, so that a fault finds a run in the middle of an epoch.
 SMALL = (
-    f"--model aum_nano --embed_dim 16 --depth 1 --d_state 4 --patch_size 8,4 --orig_sample_rate {RATE} "
-    f"--sample_rate {RATE} --window_length 256 --n_fft 256 --hop_length 128 --n_mels 32 --freqm 4 --timem 4"
+    "--model aum_tiny --pos_embed True --head linear --embed_dim 16 --depth 1 --d_state 4 --patch_size 8,4 "
+    f"--orig_sample_rate {RATE} --sample_rate {RATE} --window_length 256 --n_fft 256 --hop_length 128 --n_mels 32 "
+    "--freqm 4 --timem 4"
 ).split()
 QUIET = "--num_workers 0 --wandb_mode disabled --accelerator cpu".split()
 FIT = "--n_epochs 4 --batch_size 2 --lr 0.01 --warmup_steps 5 --check_val_every_n_epoch 2 --val_fraction 0.34".split()

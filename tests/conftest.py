@@ -23,9 +23,9 @@ TRAIN_DEVICES = ("a", "b", "s1")
 
 # A front end and a model of a few thousand parameters: an epoch takes a second.
 SMALL = (
-    "--model aum_nano --embed_dim 16 --depth 1 --d_state 4 --patch_size 8,4 --orig_sample_rate 8000 --sample_rate 8000 "
-    "--window_length 256 --n_fft 256 --hop_length 128 --n_mels 32 --freqm 4 --timem 4 --num_workers 0 "
-    "--wandb_mode disabled --accelerator cpu"
+    "--model aum_tiny --pos_embed True --head linear --embed_dim 16 --depth 1 --d_state 4 --patch_size 8,4 "
+    "--orig_sample_rate 8000 --sample_rate 8000 --window_length 256 --n_fft 256 --hop_length 128 --n_mels 32 --freqm 4 "
+    "--timem 4 --num_workers 0 --wandb_mode disabled --accelerator cpu"
 ).split()
 FIT = "--n_epochs 4 --batch_size 16 --lr 0.01 --warmup_steps 5 --check_val_every_n_epoch 3 --val_fraction 0.34".split()
 
