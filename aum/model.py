@@ -188,7 +188,7 @@ class LocalConv(nn.Conv2d):
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         b, _, d = x.shape
-        return super().forward(x.view(b, *grid, d).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        return super().forward(x.reshape(b, *grid, d).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
 
 
 class TokenNorm(nn.BatchNorm1d):
@@ -296,7 +296,7 @@ class AudioMamba(nn.Module):
                 if self.config.local_conv:
                     x = x + self.local[i](x, grid)
                 rows = x.reshape(-1, grid[1], x.shape[2]) if self.config.row_scan else x
-                x = x + layer(rows).view(x.shape)
+                x = x + layer(rows).reshape(x.shape)
         return x, cls_index
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, int | None]:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,14 @@ def responses(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def recipe(general_run, learnable, responses) -> list:
+def teacher_run(general_run, tmp_path_factory) -> Path:
+    """The general run in a project of its own, to which these tests add."""
+    project = tmp_path_factory.mktemp("recipe") / "P"
+    return Path(shutil.copytree(general_run, project / general_run.name))
+
+
+@pytest.fixture(scope="module")
+def recipe(teacher_run, learnable, responses) -> list:
     """The flags of a run with everything at once, beside the general run that is its teacher."""
     return [
         *(
@@ -62,7 +70,7 @@ def recipe(general_run, learnable, responses) -> list:
             "patch",
             *FIT,
             "--teacher",
-            general_run.name,
+            teacher_run.name,
             "--dir_path",
             responses,
         ),
@@ -71,11 +79,11 @@ def recipe(general_run, learnable, responses) -> list:
 
 
 @pytest.fixture(scope="module")
-def student(general_run, recipe) -> Path:
+def student(teacher_run, recipe) -> Path:
     """The folder of a finished run of that recipe, in the general run's project."""
-    project = general_run.parent
+    project = teacher_run.parent
     out = run_script("train_base.py", *recipe, "--project_name", project.name, cwd=project.parent)
-    assert f"teachers: {general_run.name} (aum_tiny)" in out and "stored in 8 bit" in out
+    assert f"teachers: {teacher_run.name} (aum_tiny)" in out and "stored in 8 bit" in out
     return run_of(out, project)
 
 
@@ -123,24 +131,24 @@ def test_impossible_distillation_names_the_flag(field, value):
         DistillConfig(**{field: value})
 
 
-def test_a_teachers_outputs_are_kept_and_are_those_of_its_model(student, general_run, learnable):
-    (file,) = (general_run / "teacher_outputs").iterdir()
+def test_a_teachers_outputs_are_kept_and_are_those_of_its_model(student, teacher_run, learnable):
+    (file,) = (teacher_run / "teacher_outputs").iterdir()
     logits = torch.load(file, weights_only=True)
     assert logits.shape[1] == 10 and len(logits) > 20 and logits.isfinite().all()
     assert (logits.argmax(1) < 10).all() and logits.std() > 0.1
 
 
-def test_a_teacher_that_does_not_fit_is_refused(general_run, learnable, script):
-    project = general_run.parent
+def test_a_teacher_that_does_not_fit_is_refused(teacher_run, learnable, script):
+    project = teacher_run.parent
     args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", project.name]
     refused = script("train_base.py", *args, "--teacher", "nobody", cwd=project.parent)
     refused.refused("--teacher nobody", "no such run")
-    other = script("train_base.py", *args, "--teacher", general_run.name, "--val_fraction", 0, cwd=project.parent)
+    other = script("train_base.py", *args, "--teacher", teacher_run.name, "--val_fraction", 0, cwd=project.parent)
     other.refused("--teacher", "clips")
 
 
-def test_live_teachers_hear_what_the_model_hears(general_run, recipe):
-    project = general_run.parent
+def test_live_teachers_hear_what_the_model_hears(teacher_run, recipe):
+    project = teacher_run.parent
     live = [*recipe, "--n_epochs", 1, "--teacher_input", "live", "--project_name", project.name]
     out = run_script("train_base.py", *live, cwd=project.parent)
     assert read_results(run_of(out, project))["n_clips"] == 32
@@ -149,14 +157,14 @@ def test_live_teachers_hear_what_the_model_hears(general_run, recipe):
 # All of it together, resumed and stored
 
 
-def test_the_whole_recipe_killed_and_resumed_equals_undisturbed_bit_for_bit(student, general_run, recipe, tmp_path):
+def test_the_whole_recipe_killed_and_resumed_equals_undisturbed_bit_for_bit(student, teacher_run, recipe, tmp_path):
     project = tmp_path / "P"
-    teacher = project / general_run.name
+    teacher = project / teacher_run.name
     (teacher / "checkpoints").mkdir(parents=True)
     for name in ("config.json", "checkpoints/best.ckpt"):
-        (teacher / name).write_bytes((general_run / name).read_bytes())
+        (teacher / name).write_bytes((teacher_run / name).read_bytes())
     teacher.rename(project / "general")  # where kill_and_resume expects what is not its own run
-    args = [x if x != general_run.name else "general" for x in recipe]
+    args = [x if x != teacher_run.name else "general" for x in recipe]
     run = kill_and_resume("train_base.py", args, project, "checkpoints/last.ckpt", 0.3)
     assert (run / "results.json").read_bytes() == (student / "results.json").read_bytes()
     resumed, undisturbed = (weights(folder / "checkpoints" / "last.ckpt") for folder in (run, student))
@@ -266,12 +274,12 @@ def test_stage_2_trains_what_it_is_told_to_and_stores_a_file_per_device(finetune
 # Pruning
 
 
-def test_a_larger_model_is_pruned_into_a_smaller_one_and_trained_on(general_run, learnable):
-    project = general_run.parent
-    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", project.name, "--init_from", general_run.name]
+def test_a_larger_model_is_pruned_into_a_smaller_one_and_trained_on(teacher_run, learnable):
+    project = teacher_run.parent
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", project.name, "--init_from", teacher_run.name]
     out = run_script("train_base.py", *args, "--embed_dim", 12, "--d_state", 3, "--lr", 1e-9, cwd=project.parent)
     run = run_of(out, project)
-    pruned, large = (weights(r / "checkpoints" / "best.ckpt") for r in (run, general_run))
+    pruned, large = (weights(r / "checkpoints" / "best.ckpt") for r in (run, teacher_run))
     assert pruned["model.layers.0.mixer.A_log"].shape == (24, 3)
     ours, theirs = (state["model.head.bias"] for state in (pruned, large))
     assert theirs.abs().max() > 0.01
