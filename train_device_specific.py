@@ -39,6 +39,7 @@ def main() -> None:
     module.refuse_other_clips(checkpoint, f"the general model --ckpt_id {config.ckpt_id}")
     module.load_responses()
     teachers = load_teachers(config, module)
+    evaluation.warn_if_over(module)
     run = start_run(config, run)
 
     with training.loggers(config, run) as loggers:

@@ -4,7 +4,7 @@
 |---|---|---|
 | ``stem`` convolutions' weight | normal, variance 2 / fan-out (for the ReLU after it) | He et al., arXiv:1502.01852 |
 | ``patch_embed.proj.weight``, ``.bias`` | normal, variance 1 / fan-in (LeCun); 0 | Vim, arXiv:2401.09417 |
-| ``cls_token``, ``pos_embed.pos_embed`` | normal of deviation 0.02, cut at 2 | the same |
+| ``cls_token``, ``pos_embed.*`` | normal of deviation 0.02, cut at 2 | the same |
 | ``norm.weight``, ``norm_f.weight`` | 1 | |
 | ``in_proj``, ``x_proj``, ``conv1d`` | uniform within 1 / sqrt(fan-in) (PyTorch's own) | Mamba, arXiv:2312.00752 |
 | ``dt_proj.weight`` | uniform within dt_rank^-1/2, so that delta keeps its variance | the same |
@@ -12,8 +12,8 @@
 | ``A_log`` | log(1 ... d_state): A is the real part of S4D, A_n = -n | S4D-Real, arXiv:2206.11893 |
 | ``D`` | 1 | Mamba |
 | ``out_proj.weight`` | PyTorch's own over sqrt(depth): the residual stream does not grow | GPT-2, via Mamba |
-| classifier's hidden layer | PyTorch's own | |
-| last linear layer: weight, bias | normal of deviation 0.02, cut at 2; 0 | Vim |
+| classifier's hidden layer, ``local``, the patch head's linear layer | PyTorch's own | |
+| last linear layer of the other heads: weight, bias | normal of deviation 0.02, cut at 2; 0 | Vim |
 
 The parameters of the backward branch (``conv1d_b``, ``x_proj_b``, ``dt_proj_b``, ``A_b_log``, ``D_b``) start as those
 of the forward one do. This differs from the published AuM and Vim in one point: there ``dt_proj_b.bias`` lacks the mark
