@@ -15,13 +15,12 @@ from typing import Literal, TypeVar
 import aum
 from dcase import cli, models, processes
 from dcase.augment import AugmentConfig
-from dcase.devices import merged_checkpoint
+from dcase.checkpoints import load_trained
 from dcase.distillation import DistillConfig
 from dcase.errors import UserError
 from dcase.logmel import LogMelConfig
 from dcase.models import ModelConfig
 from dcase.runs import Run, RunConfig, find_checkpoint, find_run, load_checkpoint, new_run, write_json
-from dcase.stored import load_stored
 from dcase.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
 
 
@@ -221,13 +220,7 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
         raise UserError(
             "--ckpt_path is missing: give a checkpoint file, as <project_name>/<run_id>/checkpoints/best.ckpt"
         )
-    parts = path.split(",")
-    if len(set(parts)) < len(parts):
-        raise UserError(f"--ckpt_path {path}: one of these files is there twice")
-    stored = any(Path(part).is_dir() or part.endswith(".safetensors") for part in parts)
-    if stored and len(parts) > 1:
-        raise UserError(f"--ckpt_path {path}: of stored models give one file, or the folder that holds them")
-    checkpoint = load_stored(path) if stored else merged_checkpoint({part: load_checkpoint(part) for part in parts})
+    checkpoint = load_trained(path)
     default = _like_checkpoint(TestConfig, checkpoint)
     config = cli.parse(TestConfig, description, default, args)
     _refuse_changes(default, config, ("model", "logmel", "data"), f"the checkpoint {path}", free=_FREE_DATA)

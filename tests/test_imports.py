@@ -14,7 +14,7 @@ TIERS = {
     "tau22": 0.5, "dataset": 0.6, "packing": 0.6,
     "synth": 1, "prepare": 1, "logmel": 1, "augment": 1, "metrics": 1, "devices": 1, "runs": 1, "report": 1,
     "cp_mobile": 0.5, "models": 1, "adapters": 1, "averaging": 1, "distillation": 1, "pruning": 1,
-    "quantisation": 1, "responses": 1, "stored": 1.2, "complexity": 1.5,
+    "quantisation": 1, "responses": 1, "stored": 1.2, "checkpoints": 1.3, "complexity": 1.5,
     "config": 2,
     "loading": 3,
     "lit": 4,

@@ -1,0 +1,25 @@
+"""A trained model from whatever a run has left of it."""
+
+from pathlib import Path
+
+from dcase.devices import merged_checkpoint
+from dcase.errors import UserError
+from dcase.runs import load_checkpoint
+from dcase.stored import load_stored
+
+
+def load_trained(path: str) -> dict:
+    """What ``--ckpt_path`` names, as a checkpoint that `lit.SceneClassifier.from_checkpoint` takes.
+
+    ``path``: a checkpoint file of either stage, or several of stage 2 with commas between them, which are merged; or
+    a stored model, or the folder that holds those of all devices (`stored.load_stored`).
+
+    Raises `UserError`, naming the file, where one is missing, damaged or another's, or where several do not fit.
+    """
+    parts = path.split(",")
+    if len(set(parts)) < len(parts):
+        raise UserError(f"--ckpt_path {path}: one of these files is there twice")
+    stored = any(Path(part).is_dir() or part.endswith(".safetensors") for part in parts)
+    if stored and len(parts) > 1:
+        raise UserError(f"--ckpt_path {path}: of stored models give one file, or the folder that holds them")
+    return load_stored(path) if stored else merged_checkpoint({part: load_checkpoint(part) for part in parts})
