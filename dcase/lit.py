@@ -59,6 +59,7 @@ class SceneClassifier(pl.LightningModule):
         self.device_models = nn.ModuleDict({device_id: copy.deepcopy(self.model) for device_id in device_ids})
         self.metrics = SceneMetrics()
         self.results: dict = {}  # of the last validation or test
+        self.logits = torch.zeros(0)  # of its clips, in the data set's order: (n, n_classes), float32, on the CPU
         self.log_prefix = ""  # "a/" while the model of device a is trained
         self.train_loss = torch.zeros(2, dtype=torch.float64)  # sum over the epoch's clips so far, and their number
         self.clips_per_step = 0  # of the optimiser, in all processes
@@ -189,9 +190,17 @@ class SceneClassifier(pl.LightningModule):
         self._refuse_non_finite(loss, batch, dataloader)
         n = dataloader.batch_sampler.counted(batch_idx)
         self.metrics.update(logits[:n], batch.scene[:n], batch.device[:n], loss[:n])
+        if not len(self.logits):
+            self.logits = torch.zeros(len(dataloader.dataset), logits.shape[1])
+        self.logits[batch.index[:n].cpu()] = logits[:n].cpu()
+
+    def _begin(self) -> None:
+        self.metrics.reset()
+        self.logits = torch.zeros(0)
 
     def _finish(self, stage: str, step: int) -> None:
         self.results = self.metrics.compute()
+        self.logits = sum_over_all(self.logits)  # each clip was heard by one process
         self.metrics.reset()
         shown = {name: self.results[name] for name in ("macro_avg_acc", "acc", "loss")}
         for table in ("scene_acc", "device_acc", "device_group_acc"):
@@ -219,7 +228,10 @@ class SceneClassifier(pl.LightningModule):
         self._evaluate(batch, batch_idx, self.trainer.test_dataloaders)
 
     def on_validation_epoch_start(self) -> None:
-        self.metrics.reset()
+        self._begin()
+
+    def on_test_epoch_start(self) -> None:
+        self._begin()
 
     def on_validation_epoch_end(self) -> None:
         self._finish("val", max(0, self.trainer.global_step - 1))

@@ -4,6 +4,10 @@ Counts are integers and losses are summed in float64, so the batch size does not
 data has no accuracy: it is None in `results`, and left out of averages, never 0 and never NaN.
 """
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -65,3 +69,17 @@ def results(confusion: Tensor, loss_sum: float) -> dict:
         "n_clips": n_clips,
         "confusion": confusion.sum(0).tolist(),
     }
+
+
+def mean_and_error(values: Sequence[float], groups: Sequence) -> tuple[float, float]:
+    """The mean of clips' values, and its standard error where clips of one group (a recording location) are alike.
+
+    With one group alone the error is infinite. Source: the cluster-robust variance of a mean, Liang and Zeger,
+    Biometrika 73(1), 1986.
+    """
+    values, (_, group) = np.asarray(values, np.float64), np.unique(groups, return_inverse=True)
+    mean, n_groups = values.mean(), group.max() + 1
+    if n_groups == 1:
+        return float(mean), math.inf
+    sums = np.bincount(group, values - mean)
+    return float(mean), math.sqrt(n_groups / (n_groups - 1) * np.square(sums).sum()) / len(values)

@@ -81,7 +81,7 @@ def fine_tuning_table(outcomes: dict[str, dict]) -> str:
     header = ["Device", "Training Clips", "Validation Clips", "General", "Fine-Tuned", "Own Model Kept"]
     rows = []
     for device_id, outcome in outcomes.items():
-        kept = "yes" if outcome["kept"] else f"no: {outcome['reason']}"
+        kept = f"{'yes' if outcome['kept'] else 'no'}: {outcome['reason']}"
         clips = [f"{outcome[name]:,}" for name in ("n_train", "n_val")]
         accuracies = [_percent(outcome[name]) for name in ("general", "fine_tuned")]
         rows.append([device_id, *clips, *accuracies, kept])

@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from dcase.metrics import SceneMetrics, results
+from dcase.metrics import SceneMetrics, mean_and_error, results
 from dcase.tau22 import DEVICES, SCENES
 
 
@@ -73,3 +74,14 @@ def test_against_counting():
     assert got["device_group_acc"]["unseen"] == pytest.approx(right[device >= 6].mean().item())
     assert got["acc"] == pytest.approx(right.mean().item())
     assert got["macro_avg_acc"] == pytest.approx(sum(got["scene_acc"].values()) / len(SCENES))
+
+
+def test_error_of_a_mean_over_locations():
+    values, places = [0.1, 0.3, 0.2, 0.6, 0.5, 0.1], ["x", "x", "y", "y", "z", "z"]
+    mean, error = mean_and_error(values, places)
+    sums = [-0.2, 0.2, 0.0]  # of each place's clips, less the mean 0.3
+    assert mean == pytest.approx(0.3)
+    assert error == pytest.approx((3 / 2 * sum(s**2 for s in sums)) ** 0.5 / 6)
+    assert mean_and_error(values, range(6))[1] == pytest.approx(np.std(values, ddof=1) / 6**0.5)  # the usual one
+    assert mean_and_error(values * 4, places * 4)[1] == pytest.approx(error)  # the same clips again tell nothing new
+    assert mean_and_error(values, ["x"] * 6) == (pytest.approx(0.3), math.inf)

@@ -274,7 +274,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(results, tmp_path, monk
 
 
 def test_fine_tuning_table(results, tmp_path):
-    outcome = {"kept": True, "reason": "it beats the general one", "n_train": 1840, "n_val": 210}
+    outcome = {"kept": True, "reason": "the loss falls", "n_train": 1840, "n_val": 210}
     none = {"kept": False, "reason": "no training clip of this device", "n_train": 0, "n_val": 0}
     results["fine_tuning"] = {
         "a": {**outcome, "general": 0.5, "fine_tuned": 0.5125, "epoch": 3},
@@ -282,5 +282,5 @@ def test_fine_tuning_table(results, tmp_path):
     }
     text = report.write_report(results, tmp_path, "ours")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    assert ["a", "1,840", "210", "50.00", "51.25", "yes"] in rows
+    assert ["a", "1,840", "210", "50.00", "51.25", "yes: the loss falls"] in rows
     assert ["c", "0", "0", "-", "-", "no: no training clip of this device"] in rows
