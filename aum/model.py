@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aum.hub import Pretrained
 from aum.init import init_last_linear, init_patch_embed, init_token, scale_out_proj
 from aum.mamba import BiMamba, Block, Direction, wide
 from aum.stem import RelaxedMeanNorm, Stem
@@ -219,8 +220,10 @@ class PatchHead(nn.Module):
         return self.scores(self.linear(self.features(x)).transpose(1, 2)).mean(2)
 
 
-class AudioMamba(nn.Module):
-    """Audio Mamba (arXiv:2406.03344) over log-mel patches."""
+class AudioMamba(nn.Module, Pretrained):
+    """Audio Mamba (arXiv:2406.03344) over log-mel patches. `hub.Pretrained` has how it is saved and loaded."""
+
+    config_class = AuMConfig
 
     def __init__(self, config: AuMConfig):
         super().__init__()

@@ -23,14 +23,21 @@ def read_samples(path: Path) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(path) as file:
             samples = file.read(dtype="float32", always_2d=True)
-            rate, log = file.samplerate, file.extra_info
+            rate, cut = file.samplerate, cut_short(file)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: soundfile's, for a name in .raw
         raise UserError(f"{path} cannot be read ({one_line(error)}): {CHECK}") from error
-    # libsndfile reads what is left of a truncated WAV file without an error, but notes it in its log.
-    cut = re.search(r"^data : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    if cut and int(cut[2]) < int(cut[1]) < 0xFFFFFFFF:  # all ones: "length unknown", from programs that write to a pipe
-        raise UserError(f"{path} cannot be read (truncated: {cut[2]} of {cut[1]} bytes of sound): {CHECK}")
+    if cut:
+        raise UserError(f"{path} cannot be read ({cut}): {CHECK}")
     return samples, rate
+
+
+def cut_short(file: soundfile.SoundFile) -> str:
+    """ "truncated: 90 of 100 bytes of sound" where a WAV file ends before its header says, else ""."""
+    # libsndfile reads what is left of it without an error, but notes it in its log.
+    cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    if cut and int(cut[2]) < int(cut[1]) < 0xFFFFFFFF:  # all ones: "length unknown", from programs that write to a pipe
+        return f"truncated: {cut[2]} of {cut[1]} bytes of sound"
+    return ""
 
 
 def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
@@ -46,10 +53,15 @@ def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
     waveform = torch.from_numpy(samples.mean(axis=1, keepdims=True).T if samples.shape[1] > 1 else samples.T)
     if rate == sample_rate:
         return waveform
-    divisor = math.gcd(rate, sample_rate)
-    if (rate // divisor) * (sample_rate // divisor) > 50_000_000:  # coefficients: 200 MB
+    if is_odd_ratio(rate, sample_rate):
         raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to --sample_rate {sample_rate}: {CHECK}")
     return resampler(rate, sample_rate)(waveform)
+
+
+def is_odd_ratio(rate: int, sample_rate: int) -> bool:
+    """Whether resampling would take more than 50 million coefficients, 200 MB."""
+    divisor = math.gcd(rate, sample_rate)
+    return (rate // divisor) * (sample_rate // divisor) > 50_000_000
 
 
 @lru_cache

@@ -1,0 +1,193 @@
+"""The model card of a published model: what it is, how good, how large, how to use it, and what it is not for.
+
+Every figure is the run's own, from results.json; where that is missing, the card says so.
+"""
+
+import re
+from dataclasses import dataclass
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from dcase.report import CHECKER_NOTE, class_table, complexity_comparison, device_table, markdown
+from dcase.stored import GENERAL
+from dcase.tau22 import SCENES
+
+TAU22, TAU22_ID = "TAU22", "tau-urban-acoustic-scenes-2022-mobile"
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a card is about."""
+
+    folder: str  # name of the model's folder
+    name: str  # of the run, or of the model
+    front_end: dict  # as in config.json
+    seconds: float  # of sound that the model hears at once
+    complexity: dict  # `complexity.Complexity.as_dict`
+    training: dict  # the run's configuration, as far as it is known
+    results: dict | None  # of results.json
+    licence: str  # an identifier of the Hugging Face Hub
+
+    @property
+    def title(self) -> str:
+        return self.name if self.model_of == GENERAL else f"{self.name}, device {self.model_of}"
+
+    @property
+    def model_of(self) -> str:
+        return self.front_end["run"]["model_of"]
+
+
+def text(published: Published) -> str:
+    """README.md of a published model."""
+    parts = [
+        f"---\n{_metadata(published).to_yaml()}\n---",
+        f"# {published.title}",
+        _what(published),
+        "## Figures",
+        *_figures(published),
+        "## Training",
+        _training(published),
+        "## Size",
+        complexity_comparison(published.complexity, published.title, False),
+        CHECKER_NOTE,
+        "## Use",
+        _use(published),
+        "## Front end",
+        _front_end(published.front_end),
+        "## Limits and intended use",
+        _limits(published),
+        "## Licence",
+        "The code is under the MIT licence. The recordings that a model was trained on have licences of their own, "
+        "which may bind its weights too: TAU22's allows non-commercial use only.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(published: Published) -> ModelCardData:
+    results = published.results
+    data = None
+    if results is not None:
+        data = TAU22_ID if results["data"] == TAU22 else re.sub(r"[^\w.-]+", "-", results["data"])
+    figures = None
+    if results is not None and results["macro_avg_acc"] is not None:
+        figures = [
+            EvalResult(
+                task_type="audio-classification",
+                dataset_type=data,
+                dataset_name=results["data"],
+                metric_type="accuracy",
+                metric_name="macro-average accuracy",
+                metric_value=results["macro_avg_acc"],
+            )
+        ]
+    return ModelCardData(
+        license=published.licence,
+        library_name="audio_mamba",
+        pipeline_tag="audio-classification",
+        tags=["audio-mamba", "acoustic-scene-classification", "dcase", "state-space-model"],
+        datasets=None if data is None else [data],
+        metrics=["accuracy"],
+        model_name=published.title,
+        eval_results=figures,
+    )
+
+
+def _what(published: Published) -> str:
+    device = (
+        "It is the general model, for every recording device."
+        if published.model_of == GENERAL
+        else f"It was fine-tuned for recordings of device {published.model_of}; others are the general model's."
+    )
+    size = f"{published.front_end['run']['model']}, {published.complexity['params']:,} parameters"
+    scenes = f"{', '.join(SCENES[:-1])} or {SCENES[-1]}"
+    return f"An Audio Mamba ({size}) that names the scene of {published.seconds:.2f} s of sound: {scenes}. {device}"
+
+
+def _figures(published: Published) -> list[str]:
+    results = published.results
+    if results is None:
+        return ["No figures: there was no results.json beside the checkpoint that it was published from."]
+    parts = [f"Tested on the test split of {results['data']}, {results['n_clips']:,} clips, in percent."]
+    if results["note"]:
+        parts.append(f"**{results['note']}**")
+    if results["device_models"]:
+        parts.append(
+            f"These are the figures of the whole run, in which the devices {', '.join(results['device_models'])} have "
+            "models of their own and the general model hears the others."
+        )
+    return [*parts, class_table(results, published.name, False), device_table(results, published.name, False)]
+
+
+def _training(published: Published) -> str:
+    config, results = published.training, published.results
+    data = f"the training clips of {results['data']}" if results else "clips that are not known here"
+    split = config["split"]
+    lines = [f"Trained on {data} (--subset {split['subset']}, --val_fraction {split['val_fraction']})."]
+    if "fit" in config:
+        fit = config["fit"]
+        lines.append(f"Epochs: {fit['n_epochs']}; highest learning rate: {fit['lr']}; seed: {fit['seed']}.")
+    if config.get("distill", {}).get("teacher"):
+        lines.append("It learnt from the outputs of teachers too.")
+    if (bits := published.front_end["run"]["weight_bits"]) < 32:
+        lines.append(
+            f"Its weights are rounded to {bits} bits, as they were tested, and are kept here as 32-bit numbers."
+        )
+    return "\n".join(lines)
+
+
+def _use(published: Published) -> str:
+    folder, front_end = published.folder, published.front_end
+    log_mel = f"(b, 1, {front_end['n_mels']}, {published.complexity['input_size'][3]})"
+    return f"""This needs the model's folder, {folder}/, and the code of Audio Mamba (`aum/` and `dcase/`). Recordings
+may be of any length, rate and number of channels:
+
+```bash
+python -m dcase.predict recording.wav --ckpt_path {folder}
+```
+
+The same from Python:
+
+```python
+from dcase.prediction import Recording, load_module, predict
+
+module = load_module("{folder}")
+for prediction in predict(module, [Recording("recording.wav")]):
+    print(prediction.best(3), prediction.seconds)
+```
+
+The backbone alone, on log-mels {log_mel} that are made as `model.front_end` says:
+
+```python
+import aum
+import torch
+
+model = aum.AudioMamba.from_pretrained("{folder}")
+logits = model(torch.zeros(1, 1, model.config.n_mels, model.config.target_length))
+print(model.front_end["scenes"][logits.argmax()])
+```"""
+
+
+def _front_end(front_end: dict) -> str:
+    units = {
+        "orig_sample_rate": "Hz, of recordings",
+        "sample_rate": "Hz, of what the log-mel is made from",
+        "window_length": "samples",
+        "hop_length": "samples",
+        "n_fft": "samples",
+        "n_mels": "mel bins",
+        "f_min": "Hz",
+        "f_max": "Hz; None: half of sample_rate",
+        "target_length": "frames; None: as many as the clip has",
+        "mean": "taken off log(power + 1e-5)",
+        "std": "what that is divided by",
+    }
+    return markdown(["Setting", "Value", "Unit"], [[name, str(front_end[name]), unit] for name, unit in units.items()])
+
+
+def _limits(published: Published) -> str:
+    return (
+        f"For research on acoustic scene classification. The model knows {len(SCENES)} scenes and always names one of "
+        "them, whatever it hears; its probabilities are not calibrated. Expect it to be worse in other places and "
+        "through other microphones than it was trained on: its accuracy on unseen devices gives an idea. It is not "
+        "made for decisions about people, nor for watching them."
+    )

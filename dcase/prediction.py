@@ -1,0 +1,141 @@
+"""Scenes of any recordings from a trained model: probabilities, averaged over the windows of a recording."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dcase.checkpoints import load_trained
+from dcase.config import EvalConfig, from_plain
+from dcase.errors import UserError
+from dcase.lit import SceneClassifier
+from dcase.quantisation import rounded
+from dcase.recordings import Span, pieces, span_of, windows
+from dcase.tau22 import DEVICES, SCENES
+
+UNKNOWN = "unknown"  # device: the general model's
+
+
+@dataclass(frozen=True)
+class Recording:
+    path: Path
+    device_id: str = UNKNOWN  # one of DEVICES, or anything else
+
+
+@dataclass(frozen=True)
+class Prediction:
+    recording: Recording
+    probabilities: tuple[float, ...]  # in the order of SCENES; the mean over the windows
+    seconds: float
+    n_windows: int
+    is_repeated: bool  # as it is shorter than a window
+
+    def best(self, n: int) -> list[tuple[str, float]]:
+        """The n most probable scenes with their probabilities."""
+        return sorted(zip(SCENES, self.probabilities, strict=True), key=lambda pair: -pair[1])[:n]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    recording: Recording
+    reason: str
+
+
+def load_module(ckpt_path: Path | str) -> SceneClassifier:
+    """The trained model of a checkpoint, a stored or a published one, with its weights as a test hears them: rounded
+    to --weight_bits. Raises `UserError` as `checkpoints.load_trained`."""
+    checkpoint = load_trained(str(ckpt_path))
+    module = SceneClassifier.from_checkpoint(checkpoint, from_plain(EvalConfig, checkpoint["config"]))
+    module.eval().requires_grad_(False)
+    for model in (module.model, *module.device_models.values()):
+        model.load_state_dict(rounded(model.state_dict(), module.config.storage.weight_bits))
+    return module
+
+
+def span_of_module(module: SceneClassifier) -> Span:
+    """How much of a recording the model hears at once."""
+    return span_of(module.config.logmel, module.frames, module.logmel.orig_sample_rate)
+
+
+def predict(
+    module: SceneClassifier, recordings: Iterable[Recording], batch_size: int = 64, overlap: float = 0.0
+) -> Iterator[Prediction | Skipped]:
+    """Each recording's probabilities, in the order given; a file that cannot be read is skipped, with the reason.
+
+    Args:
+        batch_size: windows in a batch, of one recording or of several.
+        overlap: share of a window that the next one hears again, 0 to below 1.
+    """
+    span, rate = span_of_module(module), module.logmel.orig_sample_rate
+    hop = max(1, round(span.window * (1 - overlap)))  # samples
+    under_way: deque[_Sum] = deque()
+    batch: list[tuple[Tensor, _Sum]] = []
+    for recording in recordings:
+        under_way.append(one := _Sum(recording))
+        try:
+            for window in windows(_measured(pieces(recording.path, rate), one), span, hop):
+                batch.append((window, one))
+                if len(batch) == batch_size:
+                    _hear(module, batch)
+                    batch = []
+        except UserError as error:
+            one.fault = str(error)
+            batch = [(window, of) for window, of in batch if of is not one]
+        one.is_whole = True
+        yield from _finished(under_way, batch, span, rate)
+    if batch:
+        _hear(module, batch)
+    yield from _finished(under_way, [], span, rate)
+
+
+@dataclass(eq=False)
+class _Sum:
+    """A recording's probabilities so far, over the windows that were heard."""
+
+    recording: Recording
+    probabilities: Tensor = field(default_factory=lambda: torch.zeros(len(SCENES), dtype=torch.float64))
+    n_windows: int = 0
+    samples: int = 0
+    fault: str = ""
+    is_whole: bool = False  # all its windows are in a batch, or were
+
+    def result(self, span: Span, rate: int) -> Prediction | Skipped:
+        if self.fault:
+            return Skipped(self.recording, self.fault)
+        mean = tuple((self.probabilities / self.n_windows).tolist())
+        return Prediction(self.recording, mean, self.samples / rate, self.n_windows, self.samples < span.least)
+
+
+def _measured(sound: Iterable[Tensor], one: _Sum) -> Iterator[Tensor]:
+    for piece in sound:
+        one.samples += piece.shape[1]
+        yield piece
+
+
+def _finished(under_way: deque[_Sum], batch: list, span: Span, rate: int) -> Iterator[Prediction | Skipped]:
+    """The results of recordings of which no window waits in the batch, from the first on."""
+    waiting = {id(of) for _, of in batch}
+    while under_way and under_way[0].is_whole and id(under_way[0]) not in waiting:
+        yield under_way.popleft().result(span, rate)
+
+
+def _hear(module: SceneClassifier, batch: list[tuple[Tensor, _Sum]]) -> None:
+    """Add each window's probabilities to its recording's; windows of one length go through the model together."""
+
+    def length(item: tuple[Tensor, _Sum]) -> int:
+        return item[0].shape[1]
+
+    where = module.logmel.mean.device
+    for _, group in groupby(sorted(batch, key=length), key=length):
+        sounds, sums = zip(*group, strict=True)
+        ids = [one.recording.device_id for one in sums]
+        device = torch.tensor([DEVICES.index(device_id) if device_id in DEVICES else -1 for device_id in ids])
+        with torch.inference_mode():
+            logits = module(torch.stack(sounds).to(where), device.to(where))
+        for one, probabilities in zip(sums, logits.double().softmax(1).cpu(), strict=True):
+            one.probabilities += probabilities
+            one.n_windows += 1

@@ -1,0 +1,116 @@
+"""Recordings of any length, rate and format, read a piece at a time, and cut into windows as long as training clips."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from dcase.errors import UserError, one_line
+from dcase.logmel import LogMelConfig
+from dcase.sound import cut_short, is_odd_ratio, resampler
+
+PIECE_SECONDS = 30  # of sound that is read at a time
+
+
+@dataclass(frozen=True)
+class Span:
+    """Lengths that a model can hear at once, in samples at the recordings' rate."""
+
+    window: int  # of what is longer than `most`, a window at a time
+    least: int  # a recording that is shorter is repeated until it is as long
+    most: int  # a recording up to this length is heard whole
+
+
+def span_of(config: LogMelConfig, frames: int, orig_sample_rate: int) -> Span:
+    """The lengths that go with a model of so many frames, by which alone it knows how long its training clips were.
+
+    A clip's frames are 1 + resampled samples // hop_length, so that clips between ``window`` and ``most`` made just
+    these: 1 s where the model has 65 frames at the default settings, or up to 16 ms more. With --target_length a
+    shorter clip is padded by the log-mel, as in training, and only has to fill one FFT.
+    """
+
+    def first(resampled: int) -> int:  # of the numbers of samples that make at least so many resampled ones
+        return (resampled - 1) * orig_sample_rate // config.sample_rate + 1
+
+    of_fft = first(config.n_fft // 2 + 1)
+    # Not first((frames - 1) * hop_length): that is a sample less than 1 s of 44,100 Hz, as resampling rounds up.
+    window = max(-(-(frames - 1) * config.hop_length * orig_sample_rate // config.sample_rate), of_fft)
+    most = max(first(frames * config.hop_length) - 1, window)
+    return Span(window, window if config.target_length is None else of_fft, most)
+
+
+def pieces(path: Path, sample_rate: int) -> Iterator[Tensor]:
+    """A sound file as (1, samples), float32, some seconds at a time: mono, resampled to ``sample_rate`` (Hz).
+
+    Together they are what `sound.read_wav` gives. Raises `UserError`, naming the file, where it is missing,
+    unreadable, truncated, empty or not finite, which may show only at its end.
+    """
+    try:
+        open(path, "rb").close()  # else libsndfile's word for whatever is wrong here: "System error"
+        with soundfile.SoundFile(path) as file:
+            if cut := cut_short(file):
+                raise UserError(f"{path} cannot be read ({cut})")
+            if is_odd_ratio(file.samplerate, sample_rate):
+                raise UserError(f"{path} has {file.samplerate} Hz, too odd a ratio to resample to {sample_rate} Hz")
+            yield from _resampled(file, path, sample_rate)
+    except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: soundfile's, for a name in .raw
+        raise UserError(f"{path} cannot be read ({one_line(error)})") from error
+
+
+def _resampled(file: soundfile.SoundFile, path: Path, sample_rate: int) -> Iterator[Tensor]:
+    """Each piece is resampled between some samples of its neighbours, which its filter reaches into."""
+    divisor = math.gcd(file.samplerate, sample_rate)
+    step, made = file.samplerate // divisor, sample_rate // divisor  # so many samples become so many
+    size = -(-PIECE_SECONDS * file.samplerate // step) * step
+    resample = resampler(file.samplerate, sample_rate) if step != made else None
+    reach = -(-resample.width // step) * step if resample else 0  # of the filter, to either side
+    held, before = torch.zeros(1, 0), 0  # what is read, beginning ``before`` samples before the next piece
+    n_read = 0
+    while True:
+        new = file.read(before + size + reach - held.shape[1], dtype="float32", always_2d=True)
+        n_read += len(new)
+        if not np.isfinite(new).all():
+            raise UserError(f"{path} holds NaN or infinite samples")
+        held = torch.cat([held, torch.from_numpy(new.mean(axis=1, keepdims=True).T)], 1)
+        at_end = held.shape[1] < before + size + reach
+        y = resample(held) if resample else held
+        y = y[:, before // step * made :]
+        yield y if at_end else y[:, : size // step * made]
+        if at_end:
+            break
+        held = held[:, before + size - reach :]
+        before = reach
+    if not n_read:
+        raise UserError(f"{path} is empty")
+    if (
+        n_read < file.frames
+    ):  # of a cut MP3 file; FLAC's decoder says so itself, and an OGG file does not know its length
+        raise UserError(f"{path} cannot be read (truncated: {n_read} of {file.frames} samples)")
+
+
+def windows(pieces: Iterable[Tensor], span: Span, hop: int) -> Iterator[Tensor]:
+    """Cut sound, (1, samples) a piece at a time, into the (1, samples) that a model hears at once.
+
+    What is no longer than ``span.most`` is one window, repeated from its start where it is shorter than ``span.least``.
+    Of what is longer, a window begins every ``hop`` samples, and one more ends with the sound, so that all is heard.
+    """
+    held = torch.zeros(1, 0)
+    start, end = 0, None  # of the next and of the last window, in ``held``
+    for piece in pieces:
+        held = torch.cat([held, piece], 1)
+        if end is None and held.shape[1] <= span.most:
+            continue  # it may end here
+        while start + span.window <= held.shape[1]:
+            yield held[:, start : start + span.window]
+            start, end = start + hop, start + span.window
+        done = min(start, held.shape[1] - span.window)
+        held, start, end = held[:, done:], start - done, end - done
+    if end is None:
+        yield held.repeat(1, max(1, -(-span.least // held.shape[1])))[:, : max(span.least, held.shape[1])]
+    elif end < held.shape[1]:
+        yield held[:, -span.window :]

@@ -1,0 +1,384 @@
+"""Recordings of any length, rate and format: what the model hears of them, what comes out, what is skipped."""
+
+import csv
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+from conftest import RATE, SCENES, Finished, refusal, tone
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dcase import errors, predict, recordings
+from dcase.logmel import LogMelConfig, frames_of
+from dcase.prediction import Recording, Skipped, load_module, span_of_module
+from dcase.prediction import predict as predictions_of
+from dcase.recordings import Span, pieces, span_of, windows
+from dcase.runs import load_checkpoint, save_checkpoint
+from dcase.sound import read_wav
+from dcase.tau22 import DEVICES
+from dcase.tau22 import SCENES as ALL_SCENES
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run the command in this process, in a folder of its own."""
+
+    def run(*args) -> Finished:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["predict", *map(str, args)])
+        code = 0
+        try:
+            errors.run(predict.main)
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        return Finished(code, shown.out, shown.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def ckpt(general_run) -> Path:
+    return general_run / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture(scope="module")
+def module(ckpt):
+    return load_module(ckpt)
+
+
+@pytest.fixture(scope="module")
+def by_device(ckpt, tmp_path_factory) -> Path:
+    """A checkpoint in which device a has a model of its own, with other weights."""
+    checkpoint = load_checkpoint(ckpt)
+    state = checkpoint["state_dict"]
+    own = {f"device_models.a.{name[6:]}": 1.5 * x for name, x in state.items() if name.startswith("model.")}
+    checkpoint["state_dict"], checkpoint["device_ids"] = state | own, ["a"]
+    path = tmp_path_factory.mktemp("by_device") / "best.ckpt"
+    save_checkpoint(checkpoint, path)
+    return path
+
+
+def clip(learnable: Path, device: str = "a") -> Path:
+    return sorted((learnable / "audio").glob(f"tram-paris-*-{device}.wav"))[0]
+
+
+def scene(seconds: float, rate: int = RATE, name: str = "tram") -> np.ndarray:
+    rng = np.random.default_rng(3)
+    time = np.arange(round(seconds * rate)) / rate
+    hertz = {"airport": 300, "bus": 700, "park": 1500, "tram": 3000}[name]
+    return 0.3 * np.sin(2 * np.pi * hertz * time) + rng.normal(0, 0.05, len(time))
+
+
+def write(path: Path, samples: np.ndarray, rate: int = RATE, **options) -> Path:
+    soundfile.write(path, samples, rate, **options)
+    return path
+
+
+def asked(module, waveform: Tensor, device: int = -1) -> Tensor:
+    """The probabilities of a waveform (1, samples) heard as a whole."""
+    with torch.no_grad():
+        return module(waveform[None], torch.tensor([device])).double().softmax(1)[0]
+
+
+def heard(module, path: Path, **options) -> Tensor:
+    (one,) = predictions_of(module, [Recording(path)], **options)
+    return torch.tensor(one.probabilities, dtype=torch.float64)
+
+
+# Lengths
+
+
+@given(
+    hop=st.integers(50, 700),
+    n_fft=st.sampled_from([256, 1024, 4096]),
+    rates=st.sampled_from([(44100, 32000), (8000, 8000), (16000, 32000), (48000, 44100), (22050, 16000)]),
+    samples=st.integers(5000, 90000),
+)
+def test_a_span_is_the_clips_that_made_these_frames(hop, n_fft, rates, samples):
+    orig_sample_rate, sample_rate = rates
+    config = LogMelConfig(sample_rate=sample_rate, hop_length=hop, n_fft=n_fft, window_length=256)
+    frames = frames_of(config, samples, orig_sample_rate)
+    span = span_of(config, frames, orig_sample_rate)
+    for n in (span.window, span.least, span.most):
+        assert frames_of(config, n, orig_sample_rate) == frames
+    assert samples <= span.most and frames_of(config, span.most + 1, orig_sample_rate) == frames + 1
+
+
+def test_one_second_is_one_second():
+    assert span_of(LogMelConfig(), 65, 44100).window == 44100  # not the 44,099 that make 65 frames too
+    assert span_of(LogMelConfig(), 641, 44100).window == 441000
+
+
+def test_with_a_target_length_a_clip_only_fills_one_fft():
+    config = LogMelConfig(target_length=1024)
+    span = span_of(config, 1024, 44100)
+    assert span.window == math.ceil(1023 * 500 * 44100 / 32000)
+    assert frames_of(config, span.least, 44100) == 1024
+    assert "too short" in refusal(frames_of, config, span.least - 1, 44100)
+
+
+def cut(n: int, span: Span, hop: int, piece: int) -> list[list[int]]:
+    sound = torch.arange(n, dtype=torch.float32)[None]
+    return [window[0].int().tolist() for window in windows(sound.split(piece, 1), span, hop)]
+
+
+@given(
+    n=st.integers(1, 200),
+    window=st.integers(1, 40),
+    more=st.integers(0, 20),
+    hop=st.integers(1, 40),
+    piece=st.integers(1, 90),
+)
+def test_windows_hear_every_sample(n, window, more, hop, piece):
+    span, hop = Span(window, window, window + more), min(hop, window)
+    got = cut(n, span, hop, piece)
+    if n <= span.most:
+        assert got == [(list(range(n)) * window)[: max(n, window)]]  # whole; repeated where it is shorter
+        return
+    starts = [one[0] for one in got]
+    assert all(one == list(range(start, start + window)) for one, start in zip(got, starts, strict=True))
+    assert {sample for one in got for sample in one} == set(range(n)) and got[-1][-1] == n - 1
+    assert starts[:-1] == [hop * i for i in range(len(starts) - 1)] and starts[-1] <= hop * (len(starts) - 1)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_pieces_are_the_whole_file(rate, channels, tmp_path, monkeypatch):
+    monkeypatch.setattr(recordings, "PIECE_SECONDS", 1)
+    sound = np.random.default_rng(0).normal(0, 0.1, (int(3.37 * rate), channels))
+    path = write(tmp_path / "x.wav", sound, rate, subtype="FLOAT")
+    got = list(pieces(path, 22050))
+    assert len(got) >= 3
+    torch.testing.assert_close(torch.cat(got, 1), read_wav(path, 22050), rtol=0, atol=1e-6)
+
+
+# Predictions
+
+
+def test_a_clip_of_the_training_length_is_what_a_test_hears(module, learnable):
+    path = clip(learnable)
+    assert torch.equal(heard(module, path), asked(module, read_wav(path, RATE)))
+
+
+def test_test_clips_get_the_runs_accuracy(module, learnable, general_run):
+    names = [line.split("\t")[0] for line in (learnable / "split_setup" / "test.csv").read_text().splitlines()[1:]]
+    found = predictions_of(module, [Recording(learnable / name) for name in names], batch_size=5)
+    right = [one.best(1)[0][0] == one.recording.path.name.split("-")[0] for one in found]
+    results = json.loads((general_run / "results.json").read_text())
+    assert len(right) == results["n_clips"] and sum(right) / len(right) == pytest.approx(results["acc"])
+
+
+def test_a_long_file_is_the_mean_of_its_windows(module, tmp_path):
+    sound = np.concatenate([scene(0.7), scene(0.6, name="bus")])
+    path = write(tmp_path / "long.wav", sound, subtype="FLOAT")
+    waveform, n = read_wav(path, RATE), span_of_module(module).window
+    starts = [0, n, waveform.shape[1] - n]
+    parts = torch.stack([asked(module, waveform[:, start : start + n]) for start in starts])
+    torch.testing.assert_close(heard(module, path), parts.mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(heard(module, path, batch_size=1), parts.mean(0), rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(heard(module, path, overlap=0.5), parts.mean(0), rtol=1e-5)
+
+
+def test_a_short_file_is_repeated(module, tmp_path):
+    path = write(tmp_path / "short.wav", scene(0.2), subtype="FLOAT")
+    repeated = read_wav(path, RATE).repeat(1, 3)[:, : span_of_module(module).window]
+    torch.testing.assert_close(heard(module, path), asked(module, repeated))
+
+
+@pytest.mark.parametrize("ending, rate, channels", [("flac", 16000, 1), ("wav", 44100, 2), ("ogg", 22050, 2)])
+def test_other_formats_and_rates_are_heard_alike(ending, rate, channels, module, tmp_path):
+    sound = scene(1.3)
+    want = heard(module, write(tmp_path / "as_trained.wav", sound, subtype="FLOAT"))
+    higher = torchaudio.functional.resample(torch.from_numpy(sound), RATE, rate).numpy()
+    sides = [higher] if channels == 1 else [0.5 * higher, 1.5 * higher]  # to mono, these are the same
+    got = heard(module, write(tmp_path / f"x.{ending}", 0.6 * np.stack(sides, 1), rate))
+    quieter = heard(module, write(tmp_path / "quieter.wav", 0.6 * sound, subtype="FLOAT"))
+    torch.testing.assert_close(got, quieter, rtol=0, atol=0.01)  # the filters take a little of the highest band
+    assert not torch.allclose(quieter, want, rtol=0, atol=0.01)
+
+
+def test_mixed_lengths_and_devices_do_not_disturb_one_another(by_device, learnable, tmp_path):
+    module = load_module(by_device)
+    files = [write(tmp_path / f"{i}.wav", scene(0.1 + 0.3 * i), subtype="FLOAT") for i in range(6)]
+    given = [Recording(path, device) for path in files for device in ("a", "b", "unknown", "x9")]
+    together = list(predictions_of(module, given, batch_size=7))
+    assert [one.recording for one in together] == given
+    for one in together:
+        (alone,) = predictions_of(module, [one.recording])
+        assert one.probabilities == pytest.approx(alone.probabilities, abs=1e-6)
+        assert (one.n_windows, one.seconds, one.is_repeated) == (alone.n_windows, alone.seconds, alone.is_repeated)
+    a, b, unknown, other = (torch.tensor(one.probabilities) for one in together[-4:])
+    assert torch.equal(b, unknown) and torch.equal(b, other) and not torch.allclose(a, b)
+
+
+def test_weights_are_those_that_are_stored(ckpt, tmp_path, learnable):
+    checkpoint = load_checkpoint(ckpt)
+    checkpoint["config"]["storage"]["weight_bits"] = 8
+    save_checkpoint(checkpoint, tmp_path / "8.ckpt")
+    rounded, plain = load_module(tmp_path / "8.ckpt"), load_module(ckpt)
+    assert not torch.equal(rounded.model.layers[0].mixer.in_proj.weight, plain.model.layers[0].mixer.in_proj.weight)
+    assert not torch.equal(heard(rounded, clip(learnable)), heard(plain, clip(learnable)))
+
+
+def test_a_file_that_goes_bad_at_its_end_is_skipped_whole(module, tmp_path, learnable):
+    sound = scene(3.0)
+    sound[-5] = np.nan
+    bad = write(tmp_path / "bad.wav", sound, subtype="FLOAT")
+    good = clip(learnable)
+    first, skipped, last = predictions_of(module, [Recording(good), Recording(bad), Recording(good)], batch_size=2)
+    assert isinstance(skipped, Skipped) and skipped.reason == f"{bad} holds NaN or infinite samples"
+    assert first.probabilities == pytest.approx(last.probabilities, abs=1e-6)
+
+
+# The command
+
+
+@pytest.fixture
+def folder(tmp_path, learnable) -> Path:
+    """Good files in several formats and levels, and files that are not to be read."""
+    folder = tmp_path / "sounds"
+    (folder / "more" / "deep").mkdir(parents=True)
+    shutil.copy(clip(learnable, "a"), folder / "airport-lisbon-1000-40000-0-a.wav")
+    write(folder / "more" / "B.FLAC", np.stack([scene(1.3, 16000)] * 2, 1), 16000)
+    write(folder / "more" / "deep" / "c.ogg", scene(0.3))
+    (folder / "notes.txt").write_text("no sound")
+    (folder / "._hidden.wav").write_text("of a Mac")
+    return folder
+
+
+def test_a_folder_as_table_csv_and_json(call, ckpt, folder, module):
+    done = call(folder, "--ckpt_path", ckpt, "--out", "out.json")
+    assert done.code == 0, done.err
+    content = json.loads((folder.parent / "out.json").read_text())
+    assert content["skipped"] == []
+    files = [Path(one["file"]).name for one in content["predictions"]]
+    assert files == ["airport-lisbon-1000-40000-0-a.wav", "B.FLAC", "c.ogg"]
+    for one in content["predictions"]:
+        want = heard(module, Path(one["file"]))
+        assert list(one["probabilities"]) == list(ALL_SCENES)
+        assert list(one["probabilities"].values()) == pytest.approx(want.tolist(), abs=1e-6)
+        ordered = sorted(one["probabilities"].items(), key=lambda pair: -pair[1])[:3]
+        assert [(top["scene"], top["probability"]) for top in one["top"]] == ordered
+    first, second, third = content["predictions"]
+    assert (first["seconds"], first["windows"], first["device_id"]) == (0.5, 1, "a")
+    assert (second["seconds"], second["windows"], second["device_id"]) == (1.3, 3, "unknown")
+    assert (third["seconds"], third["windows"]) == (0.3, 1)
+    rows = [line.split("|")[1:-1] for line in done.out.splitlines() if line.startswith("|")][2:]
+    assert [[cell.strip() for cell in row[:3]] for row in rows] == [
+        [one["file"], one["top"][0]["scene"], f"{100 * one['top'][0]['probability']:.1f}"]
+        for one in content["predictions"]
+    ]
+    assert "shorter than the 0.50 s" in done.err and "c.ogg (recordings: 1)" in done.err
+
+    assert call(folder, "--ckpt_path", ckpt, "--out", "out.csv").code == 0
+    with open(folder.parent / "out.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    for row, one in zip(table, content["predictions"], strict=True):
+        assert row["file"] == one["file"] and row["scene_1"] == one["top"][0]["scene"]
+        assert float(row["probability_3"]) == one["top"][2]["probability"]
+        assert {name: float(row[name]) for name in ALL_SCENES} == one["probabilities"]
+        assert (float(row["seconds"]), row["device_id"], int(row["windows"])) == (
+            one["seconds"], one["device_id"], one["windows"],
+        )  # fmt: skip
+
+
+def test_bad_files_are_reported_and_skipped(call, ckpt, learnable, tmp_path):
+    good = tmp_path / "good.wav"
+    shutil.copy(clip(learnable), good)
+    (tmp_path / "text.wav").write_text("this is no sound")
+    (tmp_path / "cut.wav").write_bytes(good.read_bytes()[:3000])
+    write(tmp_path / "empty.wav", np.zeros(0))
+    write(tmp_path / "whole.flac", scene(2.0))
+    (tmp_path / "cut.flac").write_bytes((tmp_path / "whole.flac").read_bytes()[:9000])
+    write(tmp_path / "whole.mp3", scene(2.0))
+    (tmp_path / "cut.mp3").write_bytes((tmp_path / "whole.mp3").read_bytes()[:3000])
+    names = "text.wav good.wav cut.wav empty.wav cut.flac cut.mp3 nowhere.wav whole.flac".split()
+    done = call(*(tmp_path / name for name in names), "--ckpt_path", ckpt, "--out", "out.json", "--batch_size", 2)
+    assert done.code == 2 and done.error == "error: 6 of 8 files were skipped; the lines above say why"
+    assert "Traceback" not in done.err
+    skipped = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
+    assert [Path(line.split()[1]).name for line in skipped] == [*names[:1], *names[2:-1]]
+    assert "Format not recognised" in skipped[0] and "truncated" in skipped[1] and "is empty" in skipped[2]
+    assert "cannot be read" in skipped[3] and "truncated" in skipped[4] and "No such file" in skipped[5]
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert [Path(one["file"]).name for one in content["predictions"]] == ["good.wav", "whole.flac"]
+    assert [f"skipped: {one['reason']}" for one in content["skipped"]] == skipped
+
+
+def test_the_device_comes_from_the_flag_the_name_or_the_list(call, by_device, learnable, tmp_path):
+    sound = clip(learnable)
+    (tmp_path / "audio").mkdir()
+    for name in ("airport-lisbon-1000-40000-0-a.wav", "airport-barcelona-0-0-b.wav", "note-a.wav"):
+        shutil.copy(sound, tmp_path / "audio" / name)
+
+    def predicted(*args) -> list[tuple[str, float]]:
+        done = call(*args, "--ckpt_path", by_device, "--out", tmp_path / "out.json")
+        assert done.code == 0, done.err
+        found = json.loads((tmp_path / "out.json").read_text())["predictions"]
+        return [(one["device_id"], round(one["top"][0]["probability"], 5)) for one in found]
+
+    own, general = (round(asked(load_module(by_device), read_wav(sound, RATE), d).max().item(), 5) for d in (0, -1))
+    assert own != general and DEVICES[0] == "a"
+    assert predicted("audio") == [("b", general), ("a", own), ("unknown", general)]
+    assert predicted("audio", "--device_id", "a") == [("a", own)] * 3
+    assert predicted("audio", "--device_id", "unknown") == [("unknown", general)] * 3
+    (tmp_path / "list.csv").write_text(
+        "filename\tdevice_id\naudio/note-a.wav\ta\naudio/airport-barcelona-0-0-b.wav\ts9\n"
+    )
+    assert predicted(tmp_path, "--list", "list.csv") == [("a", own), ("s9", general)]
+    (tmp_path / "list.csv").write_text("filename\naudio/airport-lisbon-1000-40000-0-a.wav\n")
+    assert predicted(tmp_path, "--list", "list.csv") == [("a", own)]
+
+
+def test_a_file_given_twice_is_predicted_once(call, ckpt, folder):
+    done = call(folder, folder / "airport-lisbon-1000-40000-0-a.wav", "--ckpt_path", ckpt, "--out", "o.json")
+    assert done.code == 0 and len(json.loads((folder.parent / "o.json").read_text())["predictions"]) == 3
+
+
+def test_many_rows_are_left_to_the_file(call, ckpt, learnable, tmp_path, monkeypatch):
+    monkeypatch.setattr(predict, "SHOWN", 3)
+    done = call(learnable / "audio", "--ckpt_path", ckpt, "--out", "o.csv")
+    assert done.code == 0 and "... and 101 more" in done.out and done.out.count(".wav") == 3
+    assert len((tmp_path / "o.csv").read_text().splitlines()) == 105
+    assert call(learnable / "audio", "--ckpt_path", ckpt).out.count(".wav") == 104
+
+
+def test_bad_input_is_one_line(call, ckpt, folder, tmp_path):
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "list.csv").write_text("name\ta\n")
+    for args, parts in [
+        ([folder], ["--ckpt_path is missing"]),
+        (["--ckpt_path", ckpt], ["which recordings?"]),
+        ([tmp_path / "nothing", "--ckpt_path", ckpt], ["nothing holds no .wav, .flac or .ogg file"]),
+        ([folder, "--ckpt_path", "no.ckpt"], ["no.ckpt does not exist"]),
+        ([folder, "--ckpt_path", ckpt, "--device_id", "z"], ["--device_id is auto", "'z'"]),
+        ([folder, "--ckpt_path", ckpt, "--overlap", "1"], ["--overlap", "1.0"]),
+        ([folder, "--ckpt_path", ckpt, "--batch_size", "0"], ["--batch_size"]),
+        ([folder, "--ckpt_path", ckpt, "--out", "x.txt"], ["--out ends in .csv or .json"]),
+        ([folder, "--ckpt_path", ckpt, "--list", "list.csv"], ["--list list.csv has no file"]),
+        ([folder, "--ckpt_path", ckpt, "--list", "none.csv"], ["none.csv cannot be read"]),
+        (["--ckpt_path", ckpt, "--list", "list.csv"], ["--list needs one folder"]),
+        ([folder, "--ckpt_path", ckpt, "--out", "list.csv/x.csv"], ["list.csv/x.csv cannot be written"]),
+    ]:
+        call(*args).refused(*parts)
+
+
+def test_as_a_module(script, ckpt, folder):
+    done = script("dcase.predict", folder, "--ckpt_path", ckpt, "--accelerator", "cpu")
+    assert done.code == 0 and "B.FLAC" in done.out, done.err
+
+
+def test_the_tones_are_told_apart(module, tmp_path):
+    """The figures above are of a model that has learnt something."""
+    found = [heard(module, write(tmp_path / f"{n}.wav", tone(n, "a", 1))).argmax().item() for n in SCENES]
+    assert sum(ALL_SCENES[i] == name for i, name in zip(found, SCENES, strict=True)) >= 2
