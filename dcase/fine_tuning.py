@@ -25,6 +25,7 @@ from dcase.teachers import Teachers
 from dcase.training import MONITOR, make_trainer, no_silent_exit, train
 
 TUNED = "tuned.ckpt"  # a device's own model, ready for use
+CERTAINTY = 2  # standard errors by which it must be better
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _decide(
     # A handful of clips of two or three places hardly moves the accuracy, and is often luck.
     gain, error = mean_and_error(loss_before - loss_after, val_clips.location)
     return Outcome(
-        gain > error and after[MONITOR] >= before[MONITOR],
+        gain > CERTAINTY * error and after[MONITOR] >= before[MONITOR],
         f"the loss falls by {gain:.3f} with a standard error of {error:.3f}",
         **counts,
         general=before[MONITOR],
