@@ -3,6 +3,8 @@
     python train_base.py --dataset_dir /data/TAU22 --model aum_small
     python train_base.py --model aum_nano --n_epochs 20        # without a data folder: synthetic data, on a laptop
     python train_base.py --model aum_nano --teacher RUN_ID     # learn from another run's model, too
+    python train_base.py --pretrained vim_s.pth --layer_decay 0.75    # start from a published model's weights
+    python train_base.py --seeds 3                             # three runs, their mean and deviation
     python train_base.py --resume RUN_ID                       # go on after an interruption
 
 The run goes to <project_name>/<run_id>/; its id is what train_device_specific.py takes as --ckpt_id.
@@ -38,7 +40,10 @@ def main() -> None:
     module.clips_id = clips_id(train_clips, val_clips)
     module.load_responses()
     teachers = load_teachers(config, module)
-    if config.init_from and run is None:
+    begins = run is None or not training.checkpoint_to_resume(run.checkpoints)
+    if config.pretrained and begins:
+        module.start_from_file(config.pretrained, config.pretrained_grid)
+    if config.init_from and begins:
         source_run = load_checkpoint(find_checkpoint(config.run.project_name, config.init_from, "--init_from"))
         module.refuse_other_clips(source_run, f"the run --init_from {config.init_from}")
         module.start_from(source_run)

@@ -1,5 +1,6 @@
-"""Audio Mamba: the backbone. Knows no Hz, no scene, no Lightning and no command line."""
+"""Audio Mamba: the backbone. Knows no Hz, no scene, no Lightning, and no command line but one that shows a file."""
 
+from aum.layouts import PretrainedError
 from aum.mamba import BiMamba
 from aum.model import (
     AudioMamba,
@@ -11,16 +12,21 @@ from aum.model import (
 )
 from aum.scan import available_backends, selective_scan_fn, use_backend
 from aum.self_test import SelfTestFailed, self_test
+from aum.source import UnknownGrid
+from aum.transfer import load_pretrained
 
 __all__ = [
     "AuMConfig",
     "AudioMamba",
     "BiMamba",
+    "PretrainedError",
     "SelfTestFailed",
+    "UnknownGrid",
     "available_backends",
     "create_config",
     "create_model",
     "list_models",
+    "load_pretrained",
     "parameter_groups",
     "selective_scan_fn",
     "self_test",

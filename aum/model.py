@@ -377,15 +377,37 @@ def create_model(name: str, **overrides) -> AudioMamba:
     return AudioMamba(create_config(name, **overrides))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr: float | None = None, layer_decay: float = 1.0
+) -> list[dict]:
     """The model's parameters for an optimiser: matrices and kernels with weight decay, the rest without.
 
     Spared are A_log and D (decay would pull A towards -1 and the skip towards 0), biases, norms, the class token and
     the position embedding. Source: the ``_no_weight_decay`` marks of Mamba and Vim, which plain optimisers ignore.
+
+    With a ``layer_decay`` below 1, the learning rate ``lr`` falls with the distance from the head: norm_f and head have
+    all of it, block i has layer_decay ** (depth - i), and what makes the tokens layer_decay ** (depth + 1). Source:
+    BEiT, arXiv:2106.08254. The groups then come from the head down. Raises ValueError where the model is no
+    `AudioMamba`.
     """
-    decayed, spared = [], []
+    _check(layer_decay == 1.0 or lr is not None, "layer_decay needs the learning rate, lr")
+    _check(layer_decay == 1.0 or isinstance(model, AudioMamba), "layer_decay needs the layers of an Audio Mamba")
+    groups: dict[int, tuple[list, list]] = {}  # distance from the head -> decayed, spared
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]
         whole = parameter.ndim < 2 or leaf in ("A_log", "A_b_log", "cls_token") or leaf.startswith("pos_embed")
-        (spared if whole else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+        distance = 0 if layer_decay == 1.0 else _distance(name, model.config.depth)
+        groups.setdefault(distance, ([], []))[whole].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay} | ({} if lr is None else {"lr": lr * layer_decay**distance})
+        for distance, parts in sorted(groups.items())
+        for parameters, decay in zip(parts, (weight_decay, 0.0), strict=True)
+    ]
+
+
+def _distance(name: str, depth: int) -> int:
+    """Blocks between a parameter and the head, itself counted."""
+    part, _, rest = name.partition(".")
+    if part in ("norm_f", "head", "classifier"):
+        return 0
+    return depth - int(rest.partition(".")[0]) if part in ("layers", "local") else depth + 1

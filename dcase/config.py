@@ -34,6 +34,11 @@ class FitConfig:
     """Optimiser steps until --lr is reached; at most a fifth of the run."""
     weight_decay: float = 0.0001
     """AdamW's weight decay; A_log, D, biases, norms and the class token are spared."""
+    layer_decay: float = 1.0
+    """Learning rate of a block over that of the next one, for fine-tuning pretrained weights, as 0.75: --lr is the
+    head's, and the patch embedding has the lowest; 1: --lr for all."""
+    freeze_epochs: int = 0
+    """In the first epochs, as many, only the head is trained: pretrained weights stand still until it is of use."""
     accumulate_grad_batches: int = 1
     """Batches per optimiser step: clips per step are processes x --batch_size x this."""
     gradient_clip_val: float = 1.0
@@ -59,6 +64,10 @@ class FitConfig:
                 raise UserError(f"--{name} is a number not below 0; got {getattr(self, name)}")
         if self.seed >= 2**32:
             raise UserError(f"--seed is below 2^32; got {self.seed}")
+        if not 0 < self.layer_decay <= 1:
+            raise UserError(f"--layer_decay is above 0, and at most 1; got {self.layer_decay}")
+        if not 0 <= self.freeze_epochs < self.n_epochs:
+            raise UserError(f"--freeze_epochs is from 0 to below --n_epochs {self.n_epochs}; got {self.freeze_epochs}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"--ema_decay is from 0 to below 1; got {self.ema_decay}")
 
@@ -124,12 +133,38 @@ class TrainConfig(EvalConfig):
     distill: DistillConfig = field(default_factory=DistillConfig)
     fit: FitConfig = field(default_factory=FitConfig)
 
+    def __post_init__(self):
+        if self.fit.layer_decay != 1 and self.model.model == models.CP_MOBILE:
+            raise UserError(f"--layer_decay does not apply to {models.CP_MOBILE}: leave it out")
+
 
 @dataclass(frozen=True)
 class BaseConfig(TrainConfig):
     init_from: str = ""
     """Id of a run of train_base.py whose weights to start from. Where that Audio Mamba is wider, deeper or has more
     states, its most important channels, layers and states are taken (structured pruning)."""
+    pretrained: str = ""
+    """Checkpoint file whose weights to start from: of Vim (ImageNet), AuM, the earlier code or a run, as .pth, .pt,
+    .ckpt or .safetensors. python -m aum.pretrained FILE shows what it holds."""
+    pretrained_grid: tuple[int, int] | None = None
+    """Patches along mel and time that its position embedding stands for, as 8,64, where the file does not say."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.seeds < 1:
+            raise UserError(f"--seeds is at least 1; got {self.seeds}")
+        if self.fit.seed + self.seeds > 2**32:
+            raise UserError(f"--seed {self.fit.seed} and the {self.seeds - 1} after it are not all below 2^32")
+        if self.pretrained_grid is not None:
+            object.__setattr__(self, "pretrained_grid", tuple(self.pretrained_grid))  # a list, from JSON
+            if min(self.pretrained_grid) < 1:
+                raise UserError(f"--pretrained_grid is two numbers of at least 1; got {self.pretrained_grid}")
+            if not self.pretrained:
+                raise UserError("--pretrained_grid is of the file of --pretrained: give that, too")
+        if self.pretrained and self.init_from:
+            raise UserError("--pretrained and --init_from both say which weights to start from: give one of them")
+        if self.pretrained and self.model.model == models.CP_MOBILE:
+            raise UserError(f"--pretrained does not apply to {models.CP_MOBILE}, only to Audio Mambas: leave it out")
 
 
 @dataclass(frozen=True)
@@ -148,6 +183,9 @@ class DeviceConfig(TrainConfig):
     fit: FitConfig = field(default_factory=lambda: FitConfig(n_epochs=50, warmup_steps=100))
 
     def __post_init__(self):
+        super().__post_init__()
+        if self.finetune != "full" and (self.fit.layer_decay != 1 or self.fit.freeze_epochs):
+            raise UserError(f"--layer_decay and --freeze_epochs need --finetune full; got {self.finetune}")
         if self.lora_rank < 1:
             raise UserError(f"--lora_rank is at least 1; got {self.lora_rank}")
         if not all(0 < lr < float("inf") for lr in self.learning_rates):

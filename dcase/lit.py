@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import aum
-from dcase.adapters import LowRank, trainable
+from dcase.adapters import HEADS, LowRank, trainable
 from dcase.augment import Masking, Mix, freq_mixstyle, roll
 from dcase.averaging import WeightAverage
 from dcase.config import EvalConfig, TrainConfig, from_plain, to_plain
@@ -69,7 +69,9 @@ class SceneClassifier(pl.LightningModule):
         self.teacher: Teacher | None = None
         self.adapters: LowRank | None = None  # while they are trained
         self.average: WeightAverage | None = None  # of `model`, while it is trained
+        self.freeze_epochs = 0
         if isinstance(config, TrainConfig):
+            self.freeze_epochs = config.fit.freeze_epochs
             self.masking = Masking(config.augment, config.logmel.n_mels, frames)
         self.responses: DeviceResponses | None = None
 
@@ -101,6 +103,8 @@ class SceneClassifier(pl.LightningModule):
         augment = self.config.augment
         # Augmentation and dropout depend on seed, epoch, batch and process alone, wherever a run was interrupted.
         torch.manual_seed(mixed_seed(self.config.fit.seed, self.current_epoch, batch_idx, self.global_rank))
+        if 0 < self.freeze_epochs >= self.current_epoch:
+            self.train()  # not in on_train_epoch_start, which an epoch that is resumed in its middle does not have
         waveform, length = self.sound(batch)
         if self.responses is not None:
             waveform = self.responses(waveform, batch.device, length)
@@ -159,6 +163,17 @@ class SceneClassifier(pl.LightningModule):
         """What is trained: the model, or the adapters of its matrices."""
         return self.model if self.adapters is None else self.adapters
 
+    def frozen(self, name: str) -> bool:
+        """Whether a part of ``model`` stands still in this epoch (--freeze_epochs)."""
+        return self.current_epoch < self.freeze_epochs and name.partition(".")[0] not in HEADS
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        # Without a gradient AdamW neither moves nor decays a weight, and clipping does not count it. Not requires_grad:
+        # DDP and torch.compile would hold on to what it was at the start.
+        for name, parameter in self.model.named_parameters():
+            if self.frozen(name):
+                parameter.grad = None
+
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
         if self.average is not None:
@@ -166,8 +181,9 @@ class SceneClassifier(pl.LightningModule):
 
     def train(self, mode: bool = True) -> "SceneClassifier":
         super().train(mode)
-        for layer in self.model.modules():  # where --finetune leaves a BatchNorm alone, its statistics stay too
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not layer.weight.requires_grad:
+        for name, layer in self.model.named_modules():  # where a BatchNorm is not trained, its statistics stay too
+            is_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            if is_norm and (self.frozen(name) or not layer.weight.requires_grad):
                 layer.eval()
         return self
 
@@ -241,7 +257,8 @@ class SceneClassifier(pl.LightningModule):
 
     def configure_optimizers(self):
         fit = self.config.fit
-        optimizer = torch.optim.AdamW(aum.parameter_groups(self.trained(), fit.weight_decay), lr=fit.lr)
+        groups = aum.parameter_groups(self.trained(), fit.weight_decay, fit.lr, fit.layer_decay)
+        optimizer = torch.optim.AdamW(groups, lr=fit.lr)
         # Not trainer.estimated_stepping_batches: it would start the loader before a resumed run knows its epoch.
         total = self.total_steps
         warmup = min(fit.warmup_steps, int(WARMUP_SHARE * total))
@@ -316,6 +333,19 @@ class SceneClassifier(pl.LightningModule):
             self.model.load_state_dict(state)
         except RuntimeError as error:
             raise UserError("--init_from: that run's model is of another kind than --model: give the same") from error
+
+    def start_from_file(self, path: str, grid: tuple[int, int] | None) -> None:
+        """Take the weights of a checkpoint file (--pretrained), and print what became of each. The log-mel's
+        normalisation stays this run's.
+
+        Raises `UserError` where the file cannot be read, is not whole, or does not fit the model.
+        """
+        try:
+            print(aum.load_pretrained(self.model, path, source_grid=grid))
+        except aum.UnknownGrid as error:
+            raise UserError(f"--pretrained: {error}: give --pretrained_grid MEL,TIME") from error
+        except aum.PretrainedError as error:
+            raise UserError(f"--pretrained: {error}") from error
 
     def load_stored(self, checkpoint: dict) -> None:
         """Take the weights of stored models (`stored.load_stored`)."""

@@ -85,7 +85,20 @@ def tokens(state, logmel, config):
     return np.concatenate([out[:index], cls[None], out[index:]]), index
 
 
-def features(state, logmel, config):
+def vim_tokens(state, image, config):
+    """Vim's own: (3, height, width) -> (l, d), the class token in the middle before the position embedding is added."""
+    (ph, pw), kernel = config.patch_size, state["patch_embed.proj.weight"]
+    out = []
+    for top in range(0, image.shape[1] - ph + 1, ph):
+        for left in range(0, image.shape[2] - pw + 1, pw):
+            patch = image[None, :, top : top + ph, left : left + pw]
+            out.append((kernel * patch).sum((1, 2, 3)) + state["patch_embed.proj.bias"])
+    index = len(out) // 2
+    out.insert(index, state["cls_token"][0, 0])
+    return np.array(out) + state["pos_embed"][0], index
+
+
+def features(state, logmel, config, tokens=tokens):
     """One clip's (n_mels, frames) log-mel -> (d,), in the published two-stream form: hidden and residual apart."""
     layers = [
         {k.removeprefix(f"layers.{i}."): v for k, v in state.items() if k.startswith(f"layers.{i}.")}
@@ -110,8 +123,8 @@ def features(state, logmel, config):
     return x.mean(0) if config.pool == "mean" else x[index]
 
 
-def logits(state, logmel, config):
-    x = features(state, logmel, config)
+def logits(state, logmel, config, tokens=tokens):
+    x = features(state, logmel, config, tokens)
     if config.head == "linear":
         return x @ state["head.weight"].T + state["head.bias"]
     x = (x - x.mean()) / np.sqrt(x.var() + 1e-5) * state["classifier.0.weight"] + state["classifier.0.bias"]

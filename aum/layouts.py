@@ -1,0 +1,104 @@
+"""A checkpoint file's tensors under our names, whatever container and prefixes they are in. Reading runs no code."""
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+BESIDE = {  # beginnings of names that are no weights of an Audio Mamba, and why they are left out
+    "logmel.": "the run's own front end",
+    "mel.": "the earlier code's front end",
+    "device_models.": "models of single devices: only the general one is taken",
+    "rope.": "rotary position embedding, which this model has not",
+}
+
+
+class PretrainedError(ValueError):
+    """What is wrong with a checkpoint, or with the model that it was meant for: one line."""
+
+
+def read_file(path: Path) -> object:
+    """What a file holds, on the CPU."""
+    if not path.is_file():
+        raise PretrainedError(f"{path} does not exist, or is no file")
+    try:
+        if path.suffix == ".safetensors":
+            import safetensors.torch  # only for such files
+
+            return safetensors.torch.load_file(path)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # torch itself does not look at the checksums it writes
+            if damaged:
+                raise ValueError(f"{damaged} in it is damaged")
+        # Namespaces, plain attributes, are the training script's flags in files of Vim and of Lightning.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\w[\w.]*)", str(error))
+        if not found:
+            raise PretrainedError(f"{path} cannot be read: it is damaged, or no checkpoint") from error
+        raise PretrainedError(
+            f"{path} is refused: it holds {found[1]} beside weights, which could run code. Where you trust it, save "
+            "its state dict alone, where it was made"
+        ) from error
+    except Exception as error:  # a damaged file can make torch raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PretrainedError(
+            f"{path} cannot be read ({reason}): it is cut short, damaged, or no checkpoint"
+        ) from error
+
+
+def state_dict(checkpoint: object, path: Path) -> dict[str, Tensor]:
+    """The state dict in what a file holds: under "model" (Vim), under "state_dict" (Lightning), or all of it."""
+    found = checkpoint
+    for key in ("model", "state_dict"):
+        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
+            found = checkpoint[key]
+            break
+    if not isinstance(found, Mapping) or not found:
+        raise PretrainedError(f"{path} holds no state dict, neither at its top nor under 'model' or 'state_dict'")
+    for name, value in found.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise PretrainedError(f"{path} holds no state dict: its entry {name!r} is no tensor")
+    return dict(found)
+
+
+def our_names(tensors: Mapping[str, Tensor], path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """(our name -> name in the file, name in the file -> why it is left out): each prefix goes once, from the front."""
+    names, beside = {name: name for name in tensors}, {}
+
+    def strip(prefix: str) -> None:
+        nonlocal names
+        stripped = {name.removeprefix(prefix): file for name, file in names.items()}
+        if len(stripped) < len(names):
+            raise PretrainedError(f"{path} holds two state dicts, with and without {prefix} before the names")
+        names = stripped
+
+    def unwrap() -> None:
+        for prefix in (*WRAPPERS, WRAPPERS[0]):  # in either order
+            if all(name.startswith(prefix) for name in names):
+                strip(prefix)
+
+    def set_aside() -> None:
+        for name, file in list(names.items()):
+            for start, why in BESIDE.items():
+                if name.startswith(start):
+                    beside[file] = why
+                    del names[name]
+
+    unwrap()
+    if any(name.startswith("adapters.") for name in names):
+        raise PretrainedError(f"{path} holds low-rank adapters, not merged yet: give tuned.ckpt of the same device")
+    set_aside()
+    strip("model.")
+    unwrap()
+    strip("aum_model.")
+    set_aside()
+    return names, beside
