@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dcase.errors import UserError
-from dcase.tau22 import DEVICES
+from dcase.labels import DEVICES
 
 
 def forward_by_device(general: nn.Module, specific: Mapping[str, nn.Module], x: Tensor, device: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 import aum
 from dcase.cp_mobile import CPMobile
 from dcase.errors import UserError
-from dcase.tau22 import SCENES
+from dcase.labels import SCENES
 
 CP_MOBILE = "cp_mobile"
 

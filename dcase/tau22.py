@@ -27,21 +27,8 @@ import pandas as pd
 
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
+from dcase.labels import DEVICES, SCENES
 
-# Fixed here and never derived from a csv, so that an index means the same in every checkpoint and on every subset.
-SCENES = (
-    "airport",
-    "bus",
-    "metro",
-    "metro_station",
-    "park",
-    "public_square",
-    "shopping_mall",
-    "street_pedestrian",
-    "street_traffic",
-    "tram",
-)
-DEVICES = ("a", "b", "c", "s1", "s2", "s3", "s4", "s5", "s6")
 TRAIN_DEVICES = ("a", "b", "c", "s1", "s2", "s3")
 DEVICE_GROUPS = {"real": ("a", "b", "c"), "seen": ("s1", "s2", "s3"), "unseen": ("s4", "s5", "s6")}
 TEST_CLIPS = 29_680  # in TAU22's test.csv
@@ -50,7 +37,7 @@ SPLITS = (*(f"split{subset}" for subset in SUBSETS), "test")
 
 _SPLIT_COLUMNS = ("filename", "scene_label")
 _META_COLUMNS = (*_SPLIT_COLUMNS, "identifier", "source_label")
-_RELEASE = "https://github.com/CPJKU/dcase2024_task1_baseline/releases/download/files"  # of the split lists
+RELEASE = "https://github.com/CPJKU/dcase2024_task1_baseline/releases/download/files"  # of the split lists
 _ZIP = "TAU-urban-acoustic-scenes-2022-mobile-development"
 _TEST_SHA256 = "efe84eb90ebe11931f93f0877f8b3405d7684652cd3d2e2784e95ec39d8888a8"  # of TAU22's test.csv with LF ends
 # Absolute, with a drive, with a backslash, through "..", or with a control character.
@@ -253,7 +240,7 @@ def _read_or_fetch_split(folder: Path, split: str) -> pd.DataFrame:
     path = folder / "split_setup" / f"{split}.csv"
     if path.name in _listing(path.parent):
         return read_split(path)
-    address = f"{_RELEASE}/{split}.csv"
+    address = f"{RELEASE}/{split}.csv"
     by_hand = f"put {address} there by hand"
     try:
         with urllib.request.urlopen(address, timeout=20) as response:

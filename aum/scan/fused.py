@@ -31,7 +31,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def _kernels(backend: str) -> ModuleType:
-    return importlib.import_module(f"aum.scan.{backend}_kernels")
+    return importlib.import_module(f"{__package__}.{backend}_kernels")
 
 
 def _kept(backend: str, keep: bool, *sizes: int) -> tuple[int, ...]:

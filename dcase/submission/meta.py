@@ -1,0 +1,252 @@
+"""The challenge's meta.yaml of a submitted system, as far as a run can fill it in.
+
+The fields are those of DCASE2025 Task 1. What nobody but the authors knows is `TODO`, which
+`dcase.validate_submission` refuses; what no test has measured is null, as the challenge asks for.
+"""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from dcase.complexity import Complexity
+from dcase.errors import UserError, one_line
+from dcase.files import replace_file
+from dcase.labels import DEVICES, SCENES
+from dcase.models import CP_MOBILE
+from dcase.runs import Run
+
+TODO = "TODO"
+AUTHOR = {
+    "lastname": TODO,
+    "firstname": TODO,
+    "email": TODO,
+    "corresponding": True,
+    "affiliation": {"abbreviation": TODO, "institute": TODO, "department": TODO, "location": TODO},
+}
+BLOCKS = ("device_specific", "general")  # of the results
+FINE_TUNING = {
+    "full": "per-device end-to-end fine-tuning",
+    "lora": "per-device low-rank fine-tuning, merged into the weights",
+    "head": "per-device classifiers",
+}
+SHARING = {"full": "fully device-specific", "lora": "fully device-specific", "head": "partially shared"}
+
+
+def meta_of(system: str, checkpoint: dict, runs: list[tuple[Run, dict]], cost: Complexity, authors: list[dict]) -> dict:
+    """The content of meta.yaml.
+
+    Args:
+        system: the system's label, Doe_Uni_task1_1.
+        checkpoint: what is submitted.
+        runs: the run that it is of, and those before it (`runs_behind`), each with its configuration.
+        cost: of one of its models, as stored.
+        authors: of --authors; empty: to be filled in.
+    """
+    model = checkpoint["config"]["model"]["model"]
+    return {
+        "submission": {
+            "label": system,
+            "name": runs[0][1]["run"]["experiment_name"] or model if runs else model,
+            "abbreviation": model[:10],
+            "authors": authors or [AUTHOR],
+        },
+        "system": {
+            "inference_code": TODO,
+            "source_code": None,
+            "description": _description(checkpoint, [config for _, config in runs]),
+            "complexity": {
+                "total_model_size": cost.total_param_bytes,  # bytes, all that is stored of the largest model
+                "total_parameters": cost.params,
+                "macs": cost.torchinfo_macs,  # the field asks for torchinfo's, which leaves out most of a Mamba
+                "macs_with_every_token_and_scan": cost.macs,
+            },
+            "external_datasets": [
+                {"name": name, "url": TODO, "total_audio_length": None}
+                for name in _external([config for _, config in runs]).values()
+            ]
+            or None,
+        },
+        "results": {"development_dataset": _results(checkpoint, [run for run, _ in runs])},
+    }
+
+
+def keep_filled_in(meta: dict, path: Path) -> dict:
+    """``meta`` with what its authors have put into an earlier file of it: names, addresses, authors, external data."""
+    if not path.is_file():
+        return meta
+    before = read_yaml(path)
+    for block, fields in (
+        ("submission", ("name", "abbreviation", "authors")),
+        ("system", ("inference_code", "source_code", "external_datasets")),
+    ):
+        filled = before.get(block) if isinstance(before, dict) else None
+        for name in fields:
+            if isinstance(filled, dict) and filled.get(name) and not todo_fields(filled[name]):
+                if name != "authors" or meta[block][name] == [AUTHOR]:
+                    meta[block][name] = filled[name]
+    return meta
+
+
+def write_meta(meta: dict, path: Path) -> None:
+    text = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True, width=120)
+    replace_file(path, lambda beside: beside.write_text(text))
+
+
+def read_yaml(path: Path):
+    """Plain values of a YAML or JSON file. Raises `UserError`, naming it, where it cannot be read."""
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML ({one_line(error)})") from error
+
+
+def read_authors(path: Path) -> list[dict]:
+    """The authors that --authors names. Raises `UserError` where they are not a list of AUTHOR's fields."""
+    authors = read_yaml(path)
+    if not isinstance(authors, list) or not all(isinstance(author, dict) for author in authors) or not authors:
+        raise UserError(f"--authors {path}: a YAML or JSON list of authors, each with {', '.join(AUTHOR)}")
+    for author in authors:
+        missing = [name for name in AUTHOR if name not in author]
+        if missing:
+            raise UserError(f"--authors {path}: an author has no {missing[0]}")
+    return authors
+
+
+def todo_fields(value, name: str = "") -> list[str]:
+    """Dotted names of all fields that are still `TODO`."""
+    if isinstance(value, dict | list):
+        parts = value.items() if isinstance(value, dict) else enumerate(value, 1)
+        return [field for key, x in parts for field in todo_fields(x, f"{name}.{key}" if name else str(key))]
+    return [name] if isinstance(value, str) and value.startswith(TODO) else []
+
+
+def runs_behind(ckpt_path: str) -> list[tuple[Run, dict]]:
+    """The run that a checkpoint lies in, and those it started from (a test's, a fine-tuning's), with configurations.
+
+    None for a file that was moved out of its run's folder.
+    """
+    runs: list[tuple[Run, dict]] = []
+    folder = _run_folder(Path(ckpt_path.split(",")[0]))
+    while Run(folder).has_config() and folder not in [run.folder for run, _ in runs]:
+        run = Run(folder)
+        config = run.read_config()
+        runs.append((run, config))
+        if config.get("ckpt_path"):  # test_only.py's; where it was started, as a rule, its project's folder was made
+            tested = Path(config["ckpt_path"].split(",")[0])
+            folder = _run_folder(tested if tested.exists() else run.folder.parent.parent / tested)
+        elif config.get("ckpt_id"):  # train_device_specific.py's
+            folder = run.folder.parent / config["ckpt_id"]
+    return runs
+
+
+def _run_folder(checkpoint: Path) -> Path:
+    """Of <run>/stored, <run>/stored/general.safetensors or <run>/checkpoints/best.ckpt."""
+    return checkpoint.parent if checkpoint.is_dir() else checkpoint.parent.parent
+
+
+def _description(checkpoint: dict, configs: list[dict]) -> dict:
+    config, device_ids = checkpoint["config"], checkpoint["device_ids"]
+    training = [config for config in configs if "augment" in config]  # a test's has none
+    general = next((config for config in training if "ckpt_id" not in config), None)
+    tuning = next((config for config in training if "ckpt_id" in config), None) if device_ids else None
+    bits = config["storage"]["weight_bits"]
+    finetune = tuning["finetune"] if tuning else None
+    is_cnn = config["model"]["model"] == CP_MOBILE
+    return {
+        "input_sampling_rate": f"{config['logmel']['sample_rate'] / 1000:g}kHz",
+        "acoustic_features": "log-mel energies",
+        "data_augmentation": _augmentation(training) if training else TODO,
+        "machine_learning_method": "CNN" if is_cnn else "Audio Mamba (bidirectional state-space model)",
+        "external_data_usage": ", ".join(_external(training)) or None,
+        "complexity_management": ", ".join(_management(bits, general)),
+        "pipeline": ", ".join(_pipeline(general, tuning, bits)) if general else TODO,
+        "framework": "pytorch",
+        "device_information": FINE_TUNING.get(finetune, TODO) if device_ids else None,
+        "num_models_at_inference": 1 + len(device_ids),
+        "model_weight_sharing": SHARING.get(finetune, TODO) if device_ids else "fully shared",
+    }
+
+
+def _augmentation(configs: list[dict]) -> str | None:
+    used = {}
+    for augment in (config["augment"] for config in configs):
+        used |= {
+            "freq-mixstyle": augment["mixstyle_p"] > 0,
+            "mixup": augment.get("mixup_alpha", 0) > 0,
+            "dir augmentation": bool(augment.get("dir_path")),
+            "time rolling": augment["roll_sec"] > 0,
+            "frequency masking": augment["freqm"] > 0,
+            "time masking": augment["timem"] > 0,
+        } | {name: True for name, is_used in used.items() if is_used}
+    return ", ".join(name for name, is_used in used.items() if is_used) or None
+
+
+def _external(configs: list[dict]) -> dict[str, str]:
+    """What was used beside TAU22 -> its name as far as the runs have it."""
+    used = {}
+    for config in configs:
+        if path := config.get("augment", {}).get("dir_path"):
+            used["impulse responses of devices"] = f"{TODO}: the device responses in {Path(path).name}"
+        if path := config.get("pretrained"):
+            used["pre-trained model"] = f"{TODO}: what {Path(path).name} was trained on"
+    return used
+
+
+def _management(bits: int, general: dict | None) -> list[str]:
+    of_bits = {32: [], 16: ["precision_16"], 8: ["weight quantization"]}[bits]
+    distilled = ["knowledge distillation"] if general and general.get("distill", {}).get("teacher") else []
+    pruned = ["pruning"] if general and general.get("init_from") else []
+    return ["network design", *of_bits, *distilled, *pruned]
+
+
+def _pipeline(general: dict, tuning: dict | None, bits: int) -> list[str]:
+    stages = ["train general model"]
+    if general.get("distill", {}).get("teacher"):
+        stages = ["train teachers", "train general student model with knowledge distillation"]
+    stages[-1] += f" ({_fit(general)})"
+    if bits == 8 and general["storage"]["weight_bits"] == 8 and general["fit"]["qat_epochs"]:
+        stages.append("quantization-aware training")
+    return stages + ([f"{FINE_TUNING[tuning['finetune']]} ({_fit(tuning)})"] if tuning else [])
+
+
+def _fit(config: dict) -> str:
+    fit = config["fit"]
+    rates = " or ".join(config["lr_choices"].split(",")) if config.get("lr_choices") else f"{fit['lr']:g}"
+    clips = config["machine"]["batch_size"] * fit["accumulate_grad_batches"]
+    return f"{fit['n_epochs']} epochs of AdamW; lr {rates}; batch {clips}; split{config['split']['subset']}"
+
+
+def _results(checkpoint: dict, runs: list[Run]) -> dict:
+    """The figures of the run's own test, and of the general model's, where they are of the weights that are submitted:
+    the same number of bits."""
+    found = {block: None for block in BLOCKS}
+    note = ""
+    for run in runs:
+        path = run.folder / "results.json"
+        try:
+            results = json.loads(path.read_text())
+        except OSError:
+            continue  # not tested, or a part of the devices
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({one_line(error)}): test the checkpoint again") from error
+        block = "device_specific" if results["device_models"] else "general"
+        same = results["complexity"]["weight_bits"] == checkpoint["config"]["storage"]["weight_bits"]
+        if found[block] is None and same and set(results["device_models"]) in (set(), set(checkpoint["device_ids"])):
+            found[block] = _figures(results)
+            note = note or results["note"]
+    return found | ({"note": note} if note else {})
+
+
+def _figures(results: dict) -> dict:
+    def percent(x: float | None) -> float | None:
+        return None if x is None else round(100 * x, 2)
+
+    def table(accuracies: dict, names: tuple[str, ...]) -> dict:
+        return {name: {"accuracy": percent(accuracies.get(name)), "logloss": None} for name in names}
+
+    return {
+        "overall": {"accuracy": percent(results["macro_avg_acc"]), "logloss": round(results["loss"], 4)},
+        "class_wise": table(results["scene_acc"], SCENES),
+        "device_wise": table(results["device_acc"], DEVICES),
+    }

@@ -1,0 +1,180 @@
+"""The folder of a submission to DCASE2025 Task 1, and what is where in it.
+
+    Doe_Uni/                                      of --label Doe_Uni
+        pyproject.toml  build_backend.py          so that `pip install Doe_Uni/` works, without a network too
+        Doe_Uni_task1/                            the inference package
+            Doe_Uni_task1_1.py                    a system, one of at most four: a copy of challenge_api.py
+            ckpts/Doe_Uni_task1_1.ckpt            its models, as `dcase.inference.save` writes them
+            models/aum/  models/dcase/            copies of the code that they need
+            resources/dummy.wav  resources/test.csv      what the challenge's scripts ask for
+        predictions/Doe_Uni_task1_1/output.csv    the system's output for the evaluation set
+        Doe_Uni_task1_1.meta.yaml
+
+The code in ``models/`` imports itself under the package's name, so that it gets on with an installed `aum` and with
+another submission beside it.
+"""
+
+import ast
+import math
+import re
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from dcase import inference
+from dcase.errors import UserError
+from dcase.files import replace_file
+from dcase.submission import build_backend, challenge_api
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_INDEX = 4  # systems that a team may submit
+# What the package imports, and what the challenge's scripts do, which run in the same environment.
+NEEDED = ("torch", "torchaudio", "numpy", "soundfile", "safetensors", "tqdm")
+NEEDED_BY_SCRIPTS = ("torchinfo", "pandas", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A submission's folder and one of its systems."""
+
+    folder: Path
+    label: str
+    """Of the team: Doe_Uni."""
+    index: int
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*_[A-Za-z0-9]+", self.label):
+            raise UserError(
+                f"--label {self.label!r} is the corresponding author's last name and the institute's abbreviation in "
+                "plain letters and digits, as Doe_Uni: the challenge makes a Python package's name of it"
+            )
+        if not 1 <= self.index <= MAX_INDEX:
+            raise UserError(f"--index {self.index} is the number of the system, 1 to {MAX_INDEX}")
+
+    @property
+    def name(self) -> str:
+        """Of the package: Doe_Uni_task1."""
+        return f"{self.label}_task1"
+
+    @property
+    def system(self) -> str:
+        """The system's label: Doe_Uni_task1_1."""
+        return f"{self.name}_{self.index}"
+
+    @property
+    def package(self) -> Path:
+        return self.folder / self.name
+
+    @property
+    def api(self) -> Path:
+        return self.package / f"{self.system}.py"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.package / "ckpts" / f"{self.system}.ckpt"
+
+    @property
+    def resources(self) -> Path:
+        return self.package / "resources"
+
+    @property
+    def output(self) -> Path:
+        """Of the evaluation set, where the challenge's own script writes it."""
+        return self.folder / "predictions" / self.system / "output.csv"
+
+    @property
+    def trial_output(self) -> Path:
+        """The same of the development set's test split: no part of a submission."""
+        return self.output.with_name("output_development.csv")
+
+    @property
+    def meta(self) -> Path:
+        return self.folder / f"{self.system}.meta.yaml"
+
+
+def write_package(submission: Submission, checkpoint: dict, test_list: Path) -> None:
+    """Write the inference package with the models of ``checkpoint``; other systems of the folder stay.
+
+    The code is this repository's as it is now, for all systems of the folder.
+    Raises `UserError` where a file cannot be written or a weight cannot be stored.
+    """
+    code = submission.package / "models"
+    shutil.rmtree(code, ignore_errors=True)
+    prefix = f"{submission.name}.models"
+    for source in needed_code():
+        _copy(source, code / source.relative_to(ROOT), prefix)
+    for folder in {submission.package, submission.resources, submission.checkpoint.parent, code}:
+        _write(folder / "__init__.py", "")
+    _copy(Path(challenge_api.__file__), submission.api, prefix)
+    _copy(Path(build_backend.__file__), submission.folder / "build_backend.py", prefix)
+    _write(submission.folder / "pyproject.toml", _pyproject(submission))
+    inference.save(checkpoint, submission.checkpoint, checkpoint["config"]["storage"]["weight_bits"])
+    _write(submission.resources / "test.csv", test_list.read_text())
+    replace_file(submission.resources / "dummy.wav", lambda path: _write_noise(path, checkpoint))
+
+
+def needed_code() -> list[Path]:
+    """This repository's files that the API needs: all of aum, and what is imported of dcase."""
+    found, waiting = set(), {Path(inference.__file__).stem, *_imports_of_dcase(Path(challenge_api.__file__))}
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        waiting |= _imports_of_dcase(ROOT / "dcase" / f"{name}.py") - found
+    aum = [path for path in sorted((ROOT / "aum").rglob("*")) if path.suffix in (".py", ".c")]
+    return [*aum, ROOT / "dcase" / "__init__.py", *(ROOT / "dcase" / f"{name}.py" for name in sorted(found))]
+
+
+def _imports_of_dcase(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "dcase":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("dcase."):
+            names.add(node.module.removeprefix("dcase."))
+    return names
+
+
+def _copy(source: Path, target: Path, prefix: str) -> None:
+    """Copy a file of code, in which aum and dcase are then called ``prefix``.aum and ``prefix``.dcase."""
+    text = source.read_text()
+    if source.suffix == ".py":
+        text = re.sub(r"^( *)from (aum|dcase)\b", rf"\1from {prefix}.\2", text, flags=re.MULTILINE)
+        text = re.sub(r"^( *)import (aum|dcase)$", rf"\1from {prefix} import \2", text, flags=re.MULTILINE)
+    _write(target, text)
+
+
+def _pyproject(submission: Submission) -> str:
+    pinned = [f"{name}=={version(name).partition('+')[0]}" for name in (*NEEDED, *NEEDED_BY_SCRIPTS[:-1])]
+    dependencies = "".join(f'    "{line}",\n' for line in (*pinned, NEEDED_BY_SCRIPTS[-1]))
+    return f"""\
+# The last {len(NEEDED_BY_SCRIPTS)} dependencies are those of the challenge's scripts alone.
+[build-system]
+requires = []
+build-backend = "build_backend"
+backend-path = ["."]
+
+[project]
+name = "{submission.name}"
+version = "1.0"
+requires-python = ">=3.11"
+dependencies = [
+{dependencies}]
+"""
+
+
+def _write(path: Path, text: str) -> None:
+    replace_file(path, lambda beside: beside.write_text(text))
+
+
+def _write_noise(path: Path, checkpoint: dict) -> None:
+    """A clip as long as those of training, for counting what a model costs."""
+    config = checkpoint["config"]
+    logmel, rate = config["logmel"], config["data"]["orig_sample_rate"]
+    samples = math.ceil((checkpoint["frames"] - 1) * logmel["hop_length"] * rate / logmel["sample_rate"])
+    samples = max(samples, math.ceil(logmel["n_fft"] * rate / logmel["sample_rate"]))
+    noise = np.random.default_rng(0).normal(0, 0.1, samples).clip(-1, 1)
+    soundfile.write(path, noise, rate, subtype="PCM_24", format="WAV")

@@ -1,0 +1,132 @@
+"""Make the inference package, the outputs and the meta.yaml of a submission to DCASE2025 Task 1.
+
+    python -m dcase.submit --ckpt_path DCASE25_Task1/RUN_ID/stored --label Doe_Uni --dataset_dir /data/TAU22 \\
+        --eval_dir /data/TAU25_eval
+    python -m dcase.validate_submission --folder submissions/Doe_Uni --eval_dir /data/TAU25_eval
+
+Everything goes into submissions/Doe_Uni/ (`dcase.submission.package` says what is where). Up to four systems share it:
+--index 2 adds one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dcase import complexity, evaluation, inference
+from dcase.checkpoints import load_trained
+from dcase.cli import parse
+from dcase.config import EvalConfig, from_plain
+from dcase.errors import UserError, run
+from dcase.labels import DEVICES
+from dcase.lit import SceneClassifier
+from dcase.loading import Source, find_source
+from dcase.submission import meta as meta_yaml
+from dcase.submission.output import evaluation_list, write_output
+from dcase.submission.package import Submission, write_package
+from dcase.tau22 import DataConfig, missing_files
+
+CHALLENGE_SUBSET = 25  # the only part of TAU22 that may be trained on
+
+
+@dataclass(frozen=True)
+class SubmitConfig:
+    ckpt_path: str = ""
+    """Trained models: the folder stored/ of a run, or a checkpoint file whose run was given --weight_bits 16 or 8."""
+    label: str = ""
+    """The team: the corresponding author's last name and the institute's abbreviation, as Doe_Uni."""
+    index: int = 1
+    """Number of the system, 1 to 4."""
+    out: str = "submissions"
+    """Folder that the submission's own folder is made in."""
+    dataset_dir: str | None = None
+    """TAU22 folder, for the test list in the package and a trial output; without it TAU22_DIR, and without that
+    SynthTAU."""
+    eval_dir: str | None = None
+    """The challenge's evaluation set: evaluation_setup/fold1_test.csv and audio/. Without it an output of the
+    development set's test split is made as a trial, output_development.csv."""
+    authors: str | None = None
+    """YAML or JSON file with a list of authors for meta.yaml."""
+    batch_size: int = 64
+    """Recordings in a batch."""
+
+
+def main() -> None:
+    config = parse(SubmitConfig, __doc__)
+    if not config.ckpt_path:
+        raise UserError("--ckpt_path is missing: give a run's folder stored/, as <project_name>/<run_id>/stored")
+    submission = Submission(Path(config.out) / config.label, config.label, config.index)
+    authors = meta_yaml.read_authors(Path(config.authors)) if config.authors else []
+    checkpoint, cost = trained(config.ckpt_path)
+    if checkpoint["config"]["split"]["subset"] != CHALLENGE_SUBSET:
+        print(f"WARNING: trained on --subset {checkpoint['config']['split']['subset']}: the challenge allows 25 alone")
+    source = find_source(DataConfig(dataset_dir=config.dataset_dir))
+    output, recordings = to_predict(config, submission, source)
+
+    write_package(submission, checkpoint, source.folder / "split_setup" / "test.csv")
+    print(f"package: {submission.package}, to be installed with: pip install {submission.folder}")
+    runs = meta_yaml.runs_behind(config.ckpt_path)
+    meta = meta_yaml.meta_of(submission.system, checkpoint, runs, cost, authors)
+    meta_yaml.write_meta(meta_yaml.keep_filled_in(meta, submission.meta), submission.meta)
+    print(f"meta data: {submission.meta}")
+    if recordings:
+        names, paths, device_ids = zip(*recordings, strict=True)
+        models = inference.load(submission.checkpoint)
+        logits = inference.predict(models, paths, device_ids, batch_size=config.batch_size)
+        write_output(output, names, torch.stack(logits))
+        print(f"output: {output}")
+    print(f"check all of it: python -m dcase.validate_submission --folder {submission.folder}")
+
+
+def to_predict(
+    config: SubmitConfig, submission: Submission, source: Source
+) -> tuple[Path, list[tuple[str, Path, str]]]:
+    """(output file, recordings as (name in the list, file, device id)): of --eval_dir, or the trial's.
+
+    Raises `UserError` where recordings of --eval_dir are missing; without the trial's there is none.
+    """
+    if config.eval_dir:
+        folder = Path(config.eval_dir).expanduser()
+        names, device_ids = evaluation_list(folder).T.values.tolist()
+    else:
+        folder, clips = source.folder, source.test
+        names, device_ids = [clips.name(i) for i in range(len(clips))], [DEVICES[i] for i in clips.device]
+    if missing := missing_files(folder, names):
+        lost = f"{len(missing)} of {len(names)} recordings are missing in {folder}, as {missing[0]}"
+        if config.eval_dir:
+            raise UserError(f"--eval_dir: {lost}")
+        print(f"no --eval_dir, and no trial on the test split of the development set either: {lost}")
+        return submission.trial_output, []
+    if not config.eval_dir:
+        print("no --eval_dir: an output of the development set's test split is made as a trial; it cannot be handed in")
+    paths = [folder / name for name in names]
+    output = submission.output if config.eval_dir else submission.trial_output
+    return output, list(zip(names, paths, device_ids, strict=True))
+
+
+def trained(path: str) -> tuple[dict, complexity.Complexity]:
+    """(checkpoint of whatever --ckpt_path names, what one of its models costs as stored; all have one shape).
+
+    Raises `UserError` as `load_trained`, and where a model is over a limit.
+    """
+    checkpoint = load_trained(path)
+    module = SceneClassifier.from_checkpoint(checkpoint, from_plain(EvalConfig, checkpoint["config"]))
+    cost = evaluation.measure(module)
+    if not cost.memory_within_limit:
+        fits = [bits for bits, n in cost.bytes_in_bits.items() if n <= complexity.MAX_PARAMS_MEMORY]
+        way = "take a smaller model"
+        if fits:
+            way = f"python test_only.py --ckpt_path {path} --weight_bits {fits[0]} stores it smaller, in stored/"
+        raise UserError(
+            f"--ckpt_path {path}: a model takes {cost.total_param_bytes:,} B of {complexity.MAX_PARAMS_MEMORY:,}: {way}"
+        )
+    for who, macs in (("", cost.macs), (" by the challenge's checker", cost.torchinfo_macs)):
+        if macs > complexity.MAX_MACS:
+            raise UserError(
+                f"--ckpt_path {path}: a model takes {macs:,} MACs{who} of {complexity.MAX_MACS:,}: take a smaller one"
+            )
+    return module.as_checkpoint(), cost
+
+
+if __name__ == "__main__":
+    run(main)

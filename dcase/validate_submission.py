@@ -1,0 +1,174 @@
+"""Check a submission to DCASE2025 Task 1 before it is handed in: each problem in one line; exit code 1 if there is any.
+
+    python -m dcase.validate_submission --folder submissions/Doe_Uni --eval_dir /data/TAU25_eval
+
+The package is imported and called as the challenge's scripts do, in a process of its own that sees nothing of this
+project. Limits are held against our own count of bytes and MACs as well as the challenge's.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dcase import complexity, inference
+from dcase.cli import parse
+from dcase.errors import UserError, run
+from dcase.labels import SCENES
+from dcase.quantisation import bytes_by_dtype
+from dcase.submission import probe
+from dcase.submission.meta_check import check_meta
+from dcase.submission.output import check_output, evaluation_list
+from dcase.submission.package import MAX_INDEX, Submission
+from dcase.tau22 import TEST_CLIPS
+
+COUNTED = ("float32", "float16", "bfloat16", "int8", "uint8", "int32")  # dtypes that the challenge counts
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    folder: str = ""
+    """The submission's folder, as submissions/Doe_Uni."""
+    eval_dir: str | None = None
+    """The challenge's evaluation set, whose list output.csv is held against; without it only its form is checked."""
+
+
+def main() -> None:
+    config = parse(ValidateConfig, __doc__)
+    if not config.folder:
+        raise UserError("--folder is missing: give the submission's folder, as submissions/Doe_Uni")
+    problems = check_folder(Path(config.folder), Path(config.eval_dir).expanduser() if config.eval_dir else None)
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{len(problems)} problems: not ready to be handed in")
+        sys.exit(1)
+    names = "" if config.eval_dir else " (the names in output.csv are unchecked: give --eval_dir)"
+    print(f"{config.folder}: no problem found{names}")
+
+
+def check_folder(folder: Path, eval_dir: Path | None = None) -> list[str]:
+    """All problems of a submission, a line each. Raises `UserError` where there is no submission in the folder."""
+    systems = find_systems(folder)
+    listed = evaluation_list(eval_dir)["filename"].tolist() if eval_dir else None
+    problems = _check_resources(systems[0])
+    for system in systems:
+        problems += check_package(system)
+        problems += check_meta(system)
+        if system.output.is_file():
+            problems += check_output(system.output, listed)
+        else:
+            problems.append(f"{system.output} is missing: make it with python -m dcase.submit --eval_dir")
+    return problems
+
+
+def find_systems(folder: Path) -> list[Submission]:
+    """Those of a submission's folder, in order. Raises `UserError` where there is none."""
+    found = []
+    for path in sorted(folder.glob("*_task1/*_task1_*.py")):
+        match = re.fullmatch(r"(.+)_task1_(\d+)", path.stem)
+        if match and path.parent.name == f"{match[1]}_task1":
+            found.append(Submission(folder, match[1], int(match[2])))
+    if not found:
+        raise UserError(
+            f"--folder {folder}: no package Name_Inst_task1/ with Name_Inst_task1_1.py (to _{MAX_INDEX}) in it"
+        )
+    return found
+
+
+# The package
+
+
+def check_package(system: Submission) -> list[str]:
+    """Problems of the package's files and of what its functions give."""
+    if not system.checkpoint.is_file():
+        return [f"{system.checkpoint} is missing: build the package again with python -m dcase.submit"]
+    command = [sys.executable, "-I", probe.__file__, system.folder.resolve(), system.name, system.index]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return [f"{system.api}: Python ends with exit code {done.returncode} while its functions are called: {last}"]
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "failed" in found:
+        return [f"{system.api}: {found['failed']} fails: {found['error']}"]
+    return [f"{system.api}: {problem}" for problem in problems_of_api(found)] + _of_costs(system)
+
+
+def problems_of_api(found: dict) -> list[str]:
+    """Problems of what `probe` found."""
+    problems = []
+    if not found["n_weights"]:
+        problems.append(".model of what load_model gives has no weights")
+    shapes = {tuple(shape) for shape in found["input_shapes"]}
+    if len(found["input_shapes"]) != len(probe.DEVICE_IDS) or any(
+        len(shape) != 4 or shape[:2] != (1, 1) for shape in shapes
+    ):
+        problems.append(f"load_inputs gives {sorted(shapes)}, not a tensor (1, 1, n_mels, frames) for each file")
+    if unknown := sorted(set(found["dtypes"]) - set(COUNTED)):
+        problems.append(f"parameters are {', '.join(unknown)}, which the challenge cannot count")
+    for what, limit in (("bytes", complexity.MAX_PARAMS_MEMORY), ("macs", complexity.MAX_MACS)):
+        over = [device_id for device_id, n in found[what].items() if n > limit]
+        if over:
+            problems.append(
+                f"by the challenge's count the model of {', '.join(over)} has {found[what][over[0]]:,} {what}, and "
+                f"{limit:,} are allowed"
+            )
+    if found["class_order"] != list(SCENES):
+        problems.append(f"predict's class order is {found['class_order']}, not {list(SCENES)}")
+    logits, expected = found["logits"], found["expected"]
+    if len(logits) != len(expected) or any(len(x) != len(SCENES) for x in logits):
+        problems.append(f"predict does not give {len(SCENES)} logits for each of {len(expected)} files")
+    elif not np.isfinite(logits).all():
+        problems.append("predict gives logits that are not finite")
+    elif not np.allclose(logits, expected, rtol=0.01, atol=0.01):
+        problems.append("predict gives other logits than the models of get_model_for_device: is the order the files'?")
+    return problems
+
+
+def _of_costs(system: Submission) -> list[str]:
+    """Every model against the limits by our own count: all that is stored, and every token's and the scan's MACs."""
+    try:
+        models = inference.load(system.checkpoint)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    for name, model in models.model.items():
+        stored = sum(n for dtype, n in bytes_by_dtype(model.state_dict()).items() if dtype != "int64")
+        if stored > complexity.MAX_PARAMS_MEMORY:
+            problems.append(
+                f"{system.checkpoint}: the model of {name} takes {stored:,} B, and {complexity.MAX_PARAMS_MEMORY:,} "
+                "are allowed: store it in fewer bits (--weight_bits)"
+            )
+    logmel = models.logmel.config
+    macs = sum(complexity.macs_by_part(models.untrained(), (1, 1, logmel.n_mels, logmel.target_length)).values())
+    if macs > complexity.MAX_MACS:
+        problems.append(
+            f"{system.checkpoint}: a model takes {macs:,} MACs with every token and the scan, and "
+            f"{complexity.MAX_MACS:,} are allowed: take a smaller one"
+        )
+    return problems
+
+
+def _check_resources(system: Submission) -> list[str]:
+    problems = []
+    for name in ("dummy.wav", "test.csv"):
+        if not (system.resources / name).is_file():
+            problems.append(
+                f"{system.resources / name} is missing: build the package again with python -m dcase.submit"
+            )
+    if not problems:
+        n = len((system.resources / "test.csv").read_text().split("\n")) - 2  # header and last line's end
+        if n != TEST_CLIPS:
+            problems.append(
+                f"{system.resources / 'test.csv'} lists {n} clips, and TAU22's test split has {TEST_CLIPS}: build the "
+                "package with --dataset_dir TAU22"
+            )
+    return problems
+
+
+if __name__ == "__main__":
+    run(main)
