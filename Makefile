@@ -2,6 +2,7 @@
 # make test   the whole test suite, as CI runs it
 # make drill  kills, full disks, damaged files: is anything lost? about 5 minutes
 # make lint   ruff
+# make browser  headless Chromium by apt, as root, where there is none: the tests of the report's page skip without one
 # Each makes .venv and installs the pinned requirements first, once.
 
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo_runs
 
-.PHONY: demo test drill lint clean
+.PHONY: demo test drill lint browser clean
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +31,12 @@ test: $(VENV)/.test
 
 drill: $(VENV)/.run
 	$(BIN)/python -m drills
+
+browser:
+	for name in chromium-headless-shell chromium chromium-browser google-chrome chrome; do \
+		if command -v $$name; then exit; fi; done; \
+	apt-get update -qq \
+		&& DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium-headless-shell
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

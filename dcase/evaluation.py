@@ -1,19 +1,30 @@
 """The end of every script: test once, write results.json and the report, show the tables."""
 
+import platform
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from pytorch_lightning.loggers import WandbLogger
+import torch
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 
-from dcase import complexity, processes, report
+from aum.scan import choose
+from dcase import complexity, processes, report, wandb_media
 from dcase.config import EvalConfig
+from dcase.cp_mobile import CPMobile
 from dcase.dataset import TAU22
+from dcase.errors import one_line
 from dcase.lit import SceneClassifier
 from dcase.loading import Source, evaluation_batches, loader
-from dcase.runs import MetricsCsv, Run, Wandb, write_json
+from dcase.loggers import MetricsCsv, Wandb, show_charts
+from dcase.report.page import write_page
+from dcase.report.predictions import PREDICTIONS_CSV, of_clips, write_predictions
+from dcase.report.run_files import read_finished
+from dcase.report.sounds import Recordings
+from dcase.runs import Run, write_json
 from dcase.stored import load_stored, save_stored
-from dcase.training import make_trainer, no_silent_exit
+from dcase.training import DTYPES, make_trainer, no_silent_exit
 
 
 def measure(module: SceneClassifier) -> complexity.Complexity:
@@ -62,7 +73,8 @@ def evaluate(
             logger.drop_from(0, "test/")  # of an earlier end of this run
     batches = loader(test, config.machine, evaluation_batches(test, config.machine))
     with no_silent_exit():
-        make_trainer(config.machine, run.folder, list(loggers)).test(module, batches, verbose=False)
+        trainer = make_trainer(config.machine, run.folder, list(loggers))
+        trainer.test(module, batches, verbose=False)
     if not processes.is_main():
         return module.results
     chosen = "The model was chosen on the test split: its figures are optimistic." if optimistic else ""
@@ -74,27 +86,53 @@ def evaluate(
         **module.results,
         "device_models": list(module.device_models),
         "complexity": measured,
+        "tested_on": _tested_on(module, trainer.strategy.root_device, config),
         **(more or {}),
     }
     write_json(run.folder / "results.json", results)
+    predictions = of_clips(test.clips, module.logits.numpy())
+    write_predictions(predictions, run.folder / PREDICTIONS_CSV)
     name = config.run.experiment_name or config.model.model
     folder = run.folder / "report"
     print("\n" + report.write_report(results, folder, name, note, source.comparable, measured))
-    print(f"Figures: {run.folder / 'results.json'}")
+    print(f"Figures: {run.folder / 'results.json'}, {run.folder / PREDICTIONS_CSV}")
+    _make_page(run, source.folder, config.run.report_audio)
+    recordings = partial(Recordings, source.folder, config.data, config.logmel)
     for logger in loggers:
         if isinstance(logger, Wandb):
-            logger.call(lambda wandb: _show_in_wandb(wandb, results, name, folder))
+            logger.call(lambda wandb: wandb_media.show(wandb, results, name, folder, predictions, recordings))
+        elif isinstance(logger, TensorBoardLogger):
+            charts = (report.CONFUSION_PNG, report.DEVICES_PNG)
+            show_charts(logger, {f"test/{chart.removesuffix('.png')}": folder / chart for chart in charts})
     return results
 
 
-def _show_in_wandb(logger: WandbLogger, results: dict, name: str, folder: Path) -> None:
-    """Charts, the two tables and the complexity; the accuracies are there already, as metrics."""
-    for chart in (report.CONFUSION_PNG, report.DEVICES_PNG):
-        logger.log_image(key=f"test/{chart.removesuffix('.png')}", images=[str(folder / chart)])
-    for table in ("scene_acc", "device_acc"):
-        columns, values = zip(*results[table].items(), strict=True)
-        row = [name, *values, results["macro_avg_acc"]]
-        logger.log_table(key=f"test/{table}_table", columns=["model", *columns, "macro_avg_acc"], data=[row])
-    measured = results["complexity"]
-    figures = ("params", "total_param_bytes", "macs", "torchinfo_macs", "within_limits")
-    logger.experiment.summary.update({f"complexity/{figure}": measured[figure] for figure in figures})
+def _tested_on(module: SceneClassifier, device: torch.device, config: EvalConfig) -> dict:
+    """What decides the figures' last digits, beside the weights."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    scan = None if isinstance(module.model, CPMobile) else choose(device.type, DTYPES[config.machine.precision])
+    return {
+        "accelerator": device.type,
+        "name": name,
+        "precision": config.machine.precision,
+        "threads": torch.get_num_threads(),
+        "scan_backend": scan,
+    }
+
+
+def _processor() -> str:
+    """Linux has its name in a file alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _make_page(run: Run, folder: Path, with_audio: bool) -> None:
+    """Whatever ails the page, the test is finished and its figures are written."""
+    try:
+        print(f"Page: {write_page(read_finished(run.folder), folder, with_audio)}")
+    except Exception as error:
+        print(f"The report's page could not be made ({one_line(error)}): python -m dcase.report {run.id} tries again")

@@ -11,6 +11,7 @@ from dcase.errors import UserError
 from dcase.report import (
     BASELINE,
     BASELINE_NOTE,
+    charts,
     class_table,
     complexity_comparison,
     confusion_png,
@@ -37,7 +38,7 @@ AUM_SMALL = {
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
     """Charts of few pixels draw faster."""
-    monkeypatch.setattr(report, "DPI", 60)
+    monkeypatch.setattr(charts, "DPI", 60)
 
 
 @pytest.fixture
@@ -266,7 +267,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(results, tmp_path, monk
         place.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report.Figure, "savefig", disk_full)
+    monkeypatch.setattr(charts.Figure, "savefig", disk_full)
     with pytest.raises(UserError, match="confusion.png cannot be written"):
         confusion_png(results, path, "title")
     assert path.read_bytes() == before

@@ -53,7 +53,9 @@ def test_stage_1_leaves_everything_it_promises(general_run):
     assert results["scene_acc"]["metro"] is None and results["device_acc"]["s4"] is not None
     assert set(results["device_group_acc"]) == {"real", "seen", "unseen"}
     assert results["complexity"]["macs"] > 0 and results["data"] == "data"
-    assert {path.name for path in (general_run / "report").iterdir()} == {"report.md", "confusion.png", "devices.png"}
+    shown = {"index.html", "report.md", "confusion.png", "devices.png"}
+    assert {path.name for path in (general_run / "report").iterdir()} == shown
+    assert (general_run / "predictions.csv").is_file()
     assert {path.name for path in (general_run / "checkpoints").iterdir()} == {
         "last.ckpt",
         "previous.ckpt",

@@ -1,0 +1,135 @@
+"""Two charts as PNG, of a ``results`` dict."""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dcase.files import replace_file
+from dcase.report.words import with_unit
+from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+
+CONFUSION_PNG, DEVICES_PNG = "confusion.png", "devices.png"
+INK, FAINT = "#262626", "#6b6b6b"
+# From Okabe and Ito's palette, told apart with every common colour-vision deficiency (jfly.uni-koeln.de/color).
+GROUP_COLOURS = {"real": "#0072B2", "seen": "#E69F00", "unseen": "#CC79A7"}
+GROUP_LABELS = {"real": "real", "seen": "simulated, seen", "unseen": "simulated, unseen"}
+DPI = 200
+
+
+def confusion_png(results: dict, path: Path, title: str, note: str | None = None) -> None:
+    """Draw the confusion matrix: of each true scene's clips, the percentage given each scene. ``note``: a subtitle."""
+    counts = np.asarray(results["confusion"], dtype=float)
+    totals = counts.sum(1)
+    share = 100 * counts / np.where(totals, totals, np.nan)[:, None]  # NaN where a scene has no clip
+
+    below = _below("macro-average accuracy", results["macro_avg_acc"], results, note)
+    figure, axes = _figure(8.6, 8.4, title, below)
+    axes.set_facecolor("#f0f0f0")  # shows where a scene has no clip
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    for (true, predicted), percent in np.ndenumerate(share):
+        if not np.isnan(percent):
+            _cell(axes, predicted, true, percent)
+    for true in np.flatnonzero(totals == 0):
+        axes.text(len(SCENES) / 2 - 0.5, true, "no clips", ha="center", va="center", color=FAINT, fontsize=9)
+
+    names = [scene.replace("_", " ") for scene in SCENES]
+    axes.set_xticks(range(len(SCENES)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(SCENES)), [f"{name} ({int(n):,})" for name, n in zip(names, totals, strict=True)])
+    axes.set_xlabel("predicted scene")
+    axes.set_ylabel("true scene (clips)")
+    edges = np.arange(len(SCENES) - 1) + 0.5
+    axes.set_xticks(edges, minor=True)
+    axes.set_yticks(edges, minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    axes.spines[:].set_visible(False)
+    beside = axes.inset_axes((1.025, 0, 0.03, 1))
+    bar = figure.colorbar(image, cax=beside, ticks=range(0, 101, 20), format="%d %%")
+    bar.outline.set_visible(False)
+    beside.tick_params(length=0, labelsize=9, labelcolor=INK)
+    _save(figure, path)
+
+
+def _cell(axes: Axes, x: int, y: int, percent: float) -> None:
+    axes.text(
+        x,
+        y,
+        f"{percent:.1f}",
+        ha="center",
+        va="center",
+        fontsize=10 if x == y else 9,
+        fontweight="bold" if x == y else "normal",
+        color="white" if percent > 65 else INK if percent >= 1 else FAINT,
+    )
+
+
+def device_png(results: dict, path: Path, title: str, note: str | None = None) -> None:
+    """Draw the accuracy per device, by group, with each group's own accuracy and chance. ``note``: a subtitle."""
+    accuracy = results["device_acc"]
+    top = min(100, max(30, 118 * max((value for value in accuracy.values() if value is not None), default=0)))
+    figure, axes = _figure(8.6, 5.4, title, _below("accuracy over all devices", results["acc"], results, note))
+    for group, devices in DEVICE_GROUPS.items():
+        _group(axes, group, [DEVICES.index(device) for device in devices], results)
+
+    chance = 100 / len(SCENES)
+    axes.axhline(chance, color=INK, linestyle=(0, (4, 3)), linewidth=1, zorder=3)
+    axes.text(len(DEVICES) - 0.36, chance, f"chance\n{chance:.0f} %", va="center", color=INK, fontsize=9)
+    values = ["no clips" if accuracy[device] is None else f"{100 * accuracy[device]:.1f}" for device in DEVICES]
+    labels = [f"{device.upper()}\n{value}" for device, value in zip(DEVICES, values, strict=True)]
+    axes.set_xticks(range(len(DEVICES)), labels, linespacing=1.4)
+    axes.set_xlim(-0.6, len(DEVICES) - 0.4)
+    axes.set_ylim(0, 1.12 * top)  # room for the groups' names
+    axes.set_yticks(range(0, int(top) + 1, 10))
+    axes.set_xlabel("recording device, and its accuracy (%); line: all clips of the group", labelpad=8)
+    axes.set_ylabel("accuracy (%)")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="y", color="#e0e0e0", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _save(figure, path)
+
+
+def _group(axes: Axes, group: str, places: list[int], results: dict) -> None:
+    """The bars of one group of devices, its name above them, and a line at the accuracy of all its clips."""
+    heights = [100 * (results["device_acc"][DEVICES[place]] or 0) for place in places]
+    axes.bar(places, heights, width=0.72, color=GROUP_COLOURS[group], zorder=2)
+    accuracy = results["device_group_acc"][group]
+    if accuracy is not None:
+        axes.hlines(100 * accuracy, places[0] - 0.44, places[-1] + 0.44, color=INK, linewidth=1.6, zorder=4)
+    label = f"{GROUP_LABELS[group]}\n{'no clips' if accuracy is None else f'{100 * accuracy:.1f} %'}"
+    transform = axes.get_xaxis_transform()  # x in devices, y as a fraction of the axes
+    axes.text(np.mean(places), 0.99, label, transform=transform, ha="center", va="top", color=INK, fontsize=10)
+
+
+def _figure(width: float, height: float, title: str, below: list[str]) -> tuple[Figure, Axes]:
+    """A figure (inches) with a title in bold and lines below it, and its one pair of axes.
+
+    pyplot's global state does not know the figure, so it is freed, and can be drawn in any thread.
+    """
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    bold, plain = textwrap.wrap(title, 56), [line for text in below for line in textwrap.wrap(text, 90)]
+    y, left = height - 0.18, 0.2  # inches
+    for lines, style in ((bold, {"fontsize": 14, "fontweight": "bold"}), (plain, {"fontsize": 10, "color": FAINT})):
+        for line in lines:  # a "$" in a name is a dollar, not the start of a formula
+            figure.text(left / width, y / height, line, va="top", parse_math=False, **{"color": INK, **style})
+            y -= style["fontsize"] * 1.5 / 72  # points to inches
+        y -= 0.04
+    figure.set_layout_engine("constrained", rect=(0, 0, 1, y / height), w_pad=0.12, h_pad=0.12)
+    axes = figure.add_subplot()
+    axes.tick_params(length=0, labelsize=10, labelcolor=INK)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(color=INK, fontsize=11)
+    return figure, axes
+
+
+def _below(figure_of_merit: str, accuracy: float | None, results: dict, note: str | None) -> list[str]:
+    """The lines under a chart's title."""
+    return [f"{figure_of_merit} {with_unit(accuracy)}  ·  {results['n_clips']:,} clips", *([note] if note else [])]
+
+
+def _save(figure: Figure, path: Path) -> None:
+    replace_file(path, lambda temporary: figure.savefig(temporary, format="png"))

@@ -1,0 +1,399 @@
+"""Several runs side by side, each against the first: differences with intervals, and the spread over seeds.
+
+Runs that have been tested on the same clips are drawn together (see `bootstrap`): the interval of a difference is much
+narrower than those of its two figures, as a hard location is hard for both.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dcase.config import EvalConfig, from_plain
+from dcase.files import replace_file
+from dcase.report import setup, svg
+from dcase.report.bootstrap import Estimate, Figures, reliability
+from dcase.report.devices import matrix_table
+from dcase.report.gallery import Gallery
+from dcase.report.html import Html, cell, el, join, link, section, table
+from dcase.report.learning import ACCURACY, LOSS
+from dcase.report.page import Part, document, main, navigation
+from dcase.report.predictions import Predictions
+from dcase.report.run_files import Finished
+from dcase.report.seeds import Spread, by_configuration
+from dcase.report.sounds import data_folder
+from dcase.report.words import difference, interval, members, percent, title
+from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+
+LOST = 4  # clips shown of each run: right in the first, wrong in it
+MOST_IN_NAME = 8  # ids in the file's name
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """A run, and its predictions in the order that all runs share."""
+
+    run: Finished
+    predictions: Predictions | None  # None: not of the same clips as the first run's
+    figures: Figures | None
+
+    @property
+    def label(self) -> str:
+        seed = "" if self.run.seed is None else f", seed {self.run.seed}"
+        return f"{self.run.name} ({self.run.id}{seed})"
+
+
+def write_comparison(runs: Sequence[Finished], folder: Path, data: Path | None = None, with_audio: bool = True) -> Path:
+    """Write <folder>/ID_ID.html; the first run is what the others are compared with. ``data``: folder of the
+    recordings; None: what the first run's configuration says.
+
+    Raises `UserError` where the file cannot be written.
+    """
+    compared = compare(runs)
+    ids = [run.id for run in runs]
+    more = f"_and_{len(ids) - MOST_IN_NAME}_more" if len(ids) > MOST_IN_NAME else ""
+    path = folder / f"{'_'.join(ids[:MOST_IN_NAME])}{more}.html"
+    text = document(f"Comparison of {', '.join(ids)}", body(compared, path, _lost_clips(compared, data, with_audio)))
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    return path
+
+
+def compare(runs: Sequence[Finished]) -> list[Compared]:
+    first: Predictions | None = None
+    compared = []
+    for run in runs:
+        p = run.predictions
+        p = None if p is None else p.select(np.argsort(p.filenames, kind="stable"))
+        if first is None:
+            first = p
+        same = first is not None and p is not None and np.array_equal(p.filenames, first.filenames)
+        compared.append(Compared(run, p, Figures(p)) if same else Compared(run, None, None))
+    return compared
+
+
+def body(runs: list[Compared], path: Path, lost: dict[str, Html]) -> Html:
+    parts: list[Part] = [
+        ("headline", "Results", "Results", headline(runs)),
+        ("seeds", "Seeds", "Mean and Deviation over Seeds", seeds(runs)),
+        ("devices", "Devices", "Devices", by_device(runs)),
+        ("scenes", "Scenes", "Scenes", by_scene(runs)),
+        ("changes", "Changes", "What Has Changed", changes(runs, lost)),
+        ("calibration", "Calibration", "Calibration", calibration(runs)),
+        ("learning", "Learning", "Learning Curves", learning(runs)),
+        ("complexity", "Complexity", "Complexity", complexity(runs)),
+        ("configuration", "Configuration", "Configuration: What Differs", configuration(runs)),
+        ("environment", "Environment", "Environment", environment(runs)),
+    ]
+    return join(_header(runs, path), navigation(parts), main(parts))
+
+
+def _header(runs: list[Compared], path: Path) -> Html:
+    entries = []
+    for compared in runs:
+        page = compared.run.folder / "report" / "index.html"
+        there = page.is_file() and compared.run.folder.parent.resolve() == path.parent.parent.resolve()
+        to = f"../{compared.run.id}/report/index.html"
+        entries.append(el("li", el("a", compared.label, href=to) if there else compared.label))
+    notes = dict.fromkeys(compared.run.results["note"] for compared in runs)
+    others = [compared.run.id for compared in runs if compared.predictions is None]
+    if others:
+        notes[
+            f"No intervals for {', '.join(others)}: without predictions.csv (test_only.py writes it), or tested on "
+            f"other clips than {runs[0].run.id}."
+        ] = None
+    if len({(c.run.results["data"], c.run.results["n_clips"]) for c in runs}) > 1:
+        notes["These runs were tested on different data: their figures cannot be compared."] = None
+    return join(
+        el("a", "Skip to the results", href="#main", class_="skip"),
+        el(
+            "header",
+            el("h1", f"Comparison of {len(runs)} runs"),
+            el("p", f"Each against the first, {runs[0].label}. Differences in points of percent; *: more than chance."),
+            el("ol", *entries, class_="runs"),
+            *(el("p", note, class_="note", role="note") for note in notes if note),
+        ),
+    )
+
+
+# Figures
+
+
+def against_first(runs: list[Compared], i: int, value: float | None, first: float | None, *name: str) -> Estimate:
+    """The difference of a figure to the first run's, with its interval where both were tested on the same clips."""
+    if runs[i].figures and runs[0].figures:
+        drawn = runs[i].figures.minus(runs[0].figures, *name)
+        if value is not None and first is not None:
+            return drawn._replace(value=value - first)  # exact, where rounding may have moved a clip
+        return drawn
+    return Estimate(None if value is None or first is None else value - first)
+
+
+def headline(runs: list[Compared]) -> Html:
+    rows = []
+    for i, compared in enumerate(runs):
+        results = compared.run.results
+        macro, base = (one.run.results["macro_avg_acc"] for one in (compared, runs[0]))
+        row: list[object] = [compared.label, cell(percent(macro), class_="strong")]
+        row.append(interval(compared.figures("macro_avg_acc")) if compared.figures else "-")
+        row += _difference_cells(against_first(runs, i, macro, base, "macro_avg_acc"), i)
+        loss, first = results["loss"], runs[0].run.results["loss"]
+        row.append("-" if loss is None else f"{loss:.4f}")
+        less = against_first(runs, i, loss, first, "loss")
+        row.append("-" if less.value is None or not i else f"{less.value:+.4f}{' *' if less.clear else ''}")
+        row.append(percent(compared.figures("calibration_error").value) if compared.figures else "-")
+        rows.append(row)
+    header = ["Run", "Macro-average accuracy", "95 % interval", "Difference", "95 % interval", "Log loss", "Difference"]
+    return table("runs", "Accuracies in percent", [*header, "Calibration error"], rows)
+
+
+def _difference_cells(estimate: Estimate, i: int) -> list[object]:
+    if not i:
+        return ["-", "-"]
+    mark = " *" if estimate.clear else ""
+    return [cell(f"{difference(estimate.value)}{mark}", sort=estimate.value), interval(estimate)]
+
+
+def seeds(runs: list[Compared]) -> Html:
+    groups = by_configuration([compared.run for compared in runs])
+    if all(len(group) == 1 for group in groups):
+        return Html("")
+    names = ["macro_avg_acc", *DEVICE_GROUPS]
+    rows, first = [], None
+    for group in groups:
+        found = [Spread.of([_figure(run, name) for run in group]) for name in names]
+        first = first or found[0]
+        shown = [_spread(spread) for spread in found]
+        losses = Spread.of([run.results["loss"] for run in group])
+        loss = "-" if losses is None else f"{losses.mean:.4f}"
+        loss += "" if losses is None or losses.deviation is None else f" ± {losses.deviation:.4f}"
+        less = "-" if group is groups[0] or not first or not found[0] else difference(found[0].mean - first.mean)
+        seeds_of = ", ".join("?" if run.seed is None else str(run.seed) for run in group)
+        rows.append([f"{group[0].name} ({', '.join(run.id for run in group)})", seeds_of, *shown, loss, less])
+    groups_of = [f"{title(group)} ({members(group)})" for group in DEVICE_GROUPS]
+    header = ["Configuration", "Seeds", "Macro-average accuracy", *groups_of]
+    caption = (
+        "Runs whose configuration is the same but for the seed (of stage 2 also for the general model): mean ± "
+        "standard deviation, in percent; Difference: of the means, to the first"
+    )
+    return table("seed-table", caption, [*header, "Log loss", "Difference"], rows)
+
+
+def _figure(run: Finished, name: str) -> float | None:
+    return run.results["device_group_acc"][name] if name in DEVICE_GROUPS else run.results[name]
+
+
+def _spread(spread: Spread | None) -> str:
+    if spread is None:
+        return "-"
+    return percent(spread.mean) + ("" if spread.deviation is None else f" ± {percent(spread.deviation)}")
+
+
+def by_device(runs: list[Compared]) -> Html:
+    groups = _side_by_side(
+        runs, "group-table", "Accuracy per group of devices, in percent", "Group", "device_group_acc", "group",
+        {group: f"{title(group)} ({members(group)})" for group in DEVICE_GROUPS},
+    )  # fmt: skip
+    names = {device: device.upper() for device in DEVICES}
+    caption = "Accuracy per device, in percent"
+    return join(groups, _side_by_side(runs, "device-table", caption, "Device", "device_acc", "device", names))
+
+
+def by_scene(runs: list[Compared]) -> Html:
+    names = {scene: title(scene) for scene in SCENES}
+    return _side_by_side(runs, "scene-table", "Accuracy per scene, in percent", "Scene", "scene_acc", "scene", names)
+
+
+def _side_by_side(
+    runs: list[Compared], name: str, caption: str, first: str, key: str, figure: str, rows: dict[str, str]
+) -> Html:
+    """A row per scene or device; of each run its accuracy, and of all but the first the difference."""
+    header: list[object] = [first]
+    for i, compared in enumerate(runs):
+        header += [compared.label, *(["Difference", "95 % interval"] if i else [])]
+    shown = []
+    for row, text in rows.items():
+        cells: list[object] = [text]
+        base = runs[0].run.results[key][row]
+        for i, compared in enumerate(runs):
+            value = compared.run.results[key][row]
+            cells.append(cell(percent(value), class_="strong"))
+            if i:
+                cells += _difference_cells(against_first(runs, i, value, base, figure, row), i)
+        shown.append(cells)
+    return table(name, caption, header, shown, data_sortable=True)
+
+
+# What has changed
+
+
+def changes(runs: list[Compared], lost: dict[str, Html]) -> Html:
+    """Of each run but the first: which clips it has won and lost, and how its confusions differ."""
+    panels, tabs = [], []
+    for compared in runs[1:]:
+        name = f"run-{compared.run.id}"
+        tabs.append(el("li", link(name, compared.label)))
+        parts = [_won_and_lost(runs[0], compared), _confusions(runs[0], compared)]
+        parts.append(lost.get(compared.run.id, Html("")))
+        panels.append(section(name, compared.label, *parts, level=3, class_="panel"))
+    return join(el("nav", el("ul", *tabs), class_="tabs", aria_label="Runs"), *panels)
+
+
+def _won_and_lost(first: Compared, other: Compared) -> Html:
+    if first.predictions is None or other.predictions is None:
+        return Html("")
+    before, after = first.predictions.correct, other.predictions.correct
+    rows = []
+    for i, device in enumerate([None, *DEVICES]):
+        these = np.ones(len(before), bool) if device is None else first.predictions.device == i - 1
+        if not these.any():
+            continue
+        counts = [(before & after), (before & ~after), (~before & after), (~before & ~after)]
+        text = [f"{int((count & these).sum()):,}" for count in counts]
+        rows.append(["All" if device is None else device.upper(), *text, f"{int(these.sum()):,}"])
+    header = ["Device", "Both right", "Lost: right before", "Won: right now", "Both wrong", "Clips"]
+    caption = f"Clips that {first.run.id} and {other.run.id} get right"
+    return table(f"won-{other.run.id}", caption, header, rows)
+
+
+def _confusions(first: Compared, other: Compared) -> Html:
+    """Difference of the confusions' shares, over all clips and per group of devices."""
+    name = other.run.id
+    before, after = (np.array(compared.run.results["confusion"]) for compared in (first, other))
+    shown = [_difference_matrix(f"{name}-all", "all devices", before, after)]
+    if first.predictions is not None and other.predictions is not None:
+        for group, devices in DEVICE_GROUPS.items():
+            rows = [DEVICES.index(device) for device in devices]
+            before, after = (c.predictions.confusion[rows].sum(0) for c in (first, other))
+            if before.sum():
+                drawn = _difference_matrix(f"{name}-{group}", f"{group} devices ({members(group)})", before, after)
+                shown.append(el("details", el("summary", f"{title(group)} devices ({members(group)})"), drawn))
+    return join(*shown)
+
+
+def _difference_matrix(name: str, where: str, before: np.ndarray, after: np.ndarray) -> Html:
+    shares = [100 * c / np.maximum(c.sum(1, keepdims=True), 1) for c in (before, after)]
+    more, clips = shares[1] - shares[0], after - before
+    text = (
+        f"Change of the confusion on {where}: rows are the true scene, columns what is predicted; a cell is the change "
+        "of the row's share in points, and below it that in clips"
+    )
+
+    def cell_of(i: int, j: int) -> tuple[str, str, float]:
+        return (f"{more[i, j]:+.1f}", f"{clips[i, j]:+,}", abs(more[i, j])) if clips[i, j] else ("0", "0", 0.0)
+
+    return matrix_table(name, text, [f"{n:,}" for n in after.sum(1)], cell_of, lambda i, j: not clips[i, j])
+
+
+def _lost_clips(runs: list[Compared], data: Path | None, with_audio: bool) -> dict[str, Html]:
+    """Of each run but the first, the clips it has lost with the highest confidence, at most one of a location."""
+    first = runs[0].predictions
+    if first is None:
+        return {}
+    given = {name: runs[0].run.config[name] for name in ("data", "logmel") if name in runs[0].run.config}
+    config = from_plain(EvalConfig, given)
+    folder = data or data_folder(config.data, runs[0].run.results["data"])
+    shown = {}
+    for compared in runs[1:]:
+        p = compared.predictions
+        if p is None:
+            continue
+        rows = np.flatnonzero(first.correct & ~p.correct)
+        by_place: dict[str, int] = {}
+        for row in rows[np.argsort(-p.confidence[rows], kind="stable")].tolist():
+            by_place.setdefault(p.location[row], row)
+        chosen = list(by_place.values())[:LOST]
+        if chosen:
+            gallery = Gallery(p, chosen, folder, config.data, config.logmel, with_audio, with_spectra=False)
+            heading = el("h4", "Lost with the highest confidence")
+            shown[compared.run.id] = join(heading, gallery.note(), gallery.cards(chosen))
+    return shown
+
+
+# The rest
+
+
+def calibration(runs: list[Compared]) -> Html:
+    known = [compared for compared in runs if compared.predictions is not None]
+    if not known:
+        return Html("")
+    ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    axes = [svg.Axis(label, 0, 1, ticks, lambda v: f"{100 * v:.0f}") for label in ("confidence (%)", "accuracy (%)")]
+    series, rows = [], []
+    for compared in known:
+        bins = [b for b in reliability(compared.predictions) if b.n_clips]
+        series.append(svg.Series(compared.label, [b.confidence for b in bins], [b.acc for b in bins]))
+        error, sure, acc = (compared.figures(name) for name in ("calibration_error", "confidence", "acc"))
+        rows.append([compared.label, percent(error.value), interval(error), percent(sure.value), percent(acc.value)])
+    (x0, y0), (x1, y1) = (svg.place(*axes, at, at) for at in (0, 1))
+    ideal = el("path", d=f"M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}", class_="ideal")
+    header = ["Run", "Calibration error", "95 % interval", "Mean confidence", "Accuracy"]
+    shown = table("calibration-table", "Calibration, in percent", header, rows)
+    caption = "Reliability: at the broken straight line well calibrated, below it too sure"
+    return join(shown, svg.lines("reliability-chart", caption, *axes, series, ideal))
+
+
+def learning(runs: list[Compared]) -> Html:
+    charts = []
+    for metric, text, unit, scale in (
+        (LOSS, "Training loss", "loss, mean of the epoch", 1),
+        (ACCURACY, "Validation macro-average accuracy", "accuracy (%)", 100),
+    ):
+        series = []
+        for compared in runs:
+            if metric in compared.run.training.curves:
+                steps, values = compared.run.training.curves[metric]
+                series.append(svg.Series(compared.label, steps, [scale * value for value in values]))
+        if series:
+            x = svg.axis("optimiser step", [0, *(step for line in series for step in line.x)])
+            y = svg.axis(unit, [value for line in series for value in line.y])
+            charts.append(svg.lines(f"curve-{metric.replace('/', '-')}", text, x, y, series))
+    return el("div", *charts, class_="grid") if charts else Html("")
+
+
+def complexity(runs: list[Compared]) -> Html:
+    measured = [compared.run.results.get("complexity") for compared in runs]
+    if not all(measured):
+        return Html("")
+    rows = []
+    for text, key, unit, limit in (
+        ("Parameters", "params", "", None),
+        ("MACs", "macs", "", "max_macs"),
+        ("Memory (as stored)", "total_param_bytes", " B", "max_param_bytes"),
+    ):
+        cells = [text]
+        for one in measured:
+            verdict = "" if limit is None else " ✓ within" if one[key] <= one[limit] else " ✗ over"
+            cells.append(f"{one[key]:,}{unit}{verdict}")
+        rows.append([*cells, "-" if limit is None else f"{measured[0][limit]:,}{unit}"])
+    header = ["Metric", *(compared.label for compared in runs), "Limit"]
+    return table("complexity-table", "One forward pass of one clip", header, rows)
+
+
+def configuration(runs: list[Compared]) -> Html:
+    """The flags that the runs do not share."""
+    plain = [setup.flags(compared.run.training.config) for compared in runs]
+    names = dict.fromkeys((part, flag) for config in plain for part, values in config.items() for flag in values)
+    rows = []
+    for part, flag in names:
+        values = [setup.text(config.get(part, {}).get(flag)) or "none" for config in plain]
+        if len(set(values)) > 1:
+            rows.append([f"--{flag}", *values])
+    if not rows:
+        return el("p", "Every flag is the same.")
+    header = ["Flag", *(compared.label for compared in runs)]
+    return table("differing", "Flags that differ", header, rows)
+
+
+def environment(runs: list[Compared]) -> Html:
+    facts = []
+    for compared in runs:
+        made, tested = compared.run.made, compared.run.results.get("tested_on") or {}
+        found = {f"Tested: {name.replace('_', ' ')}": value for name, value in tested.items()}
+        found |= made.get("versions") or {}
+        found["Commit"], found["Seed"] = made.get("commit") or "not known", compared.run.seed
+        facts.append(found)
+    names = dict.fromkeys(name for found in facts for name in found)
+    rows = [[name, *(setup.text(found.get(name)) or "-" for found in facts)] for name in names]
+    header = ["What", *(compared.label for compared in runs)]
+    return table("environment-table", "Where and with what they ran", header, rows)

@@ -1,0 +1,295 @@
+"""The page of one run: a file that needs no network, made of the run's folder and, for sound, its data folder."""
+
+from pathlib import Path
+
+from dcase.files import replace_file
+from dcase.report import devices, setup
+from dcase.report.bootstrap import BINS, DRAWS, Figures, reliability
+from dcase.report.content import Content, compute
+from dcase.report.html import Html, bar_cell, cell, el, escape, join, link, section, table
+from dcase.report.learning import learning_curves
+from dcase.report.published import BASELINE, BASELINE_NOTE, CHECKER_NOTE
+from dcase.report.run_files import Finished
+from dcase.report.svg import Axis, lines, place
+from dcase.report.tables import complexity_rows, fine_tuning_rows
+from dcase.report.words import aside, interval, members, percent, title, with_unit
+from dcase.tau22 import DEVICE_GROUPS, SCENES
+
+INDEX_HTML = "index.html"
+Part = tuple[str, str, str, Html]  # name, in the navigation, heading, content
+HERE = Path(__file__).parent
+HOW_TO_GET = (
+    "Intervals, calibration, confusions per device and mistakes need it: test the run's checkpoint again with "
+    "test_only.py, and its page has them."
+)
+
+
+def write_page(run: Finished, folder: Path | None = None, with_audio: bool = True) -> Path:
+    """Write <run>/report/index.html. ``folder``: of the data; None: the one that the run's configuration says.
+
+    Raises `UserError` where the file cannot be written.
+    """
+    content = compute(run, folder, with_audio)
+    path = run.folder / "report" / INDEX_HTML
+    text = document(f"{run.name}: run {run.id}", body(content))
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    return path
+
+
+def document(name: str, content: Html) -> str:
+    """A whole page, with its style and script inside."""
+    style, script = ((HERE / file).read_text(encoding="utf-8") for file in ("page.css", "page.js"))
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n<link rel="icon" href="data:,">\n'
+        f"<title>{escape(name)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n{content}\n"
+        f"<script>\n{script}</script>\n</body>\n</html>\n"
+    )
+
+
+def body(content: Content) -> Html:
+    run = content.run
+    parts: list[Part] = [
+        ("headline", "Results", "Results", headline(content)),
+        ("devices", "Devices", "Devices", devices.overview(content)),
+        ("scenes", "Scenes", "Scenes", scenes(content)),
+        ("confusion", "Confusion", "What Goes Wrong, Device by Device", devices.panels(content)),
+        ("mistakes", "Mistakes", "Most Confident Mistakes", mistakes(content)),
+        ("calibration", "Calibration", "Calibration", calibration(content)),
+        ("fine-tuning", "Fine-Tuning", "Fine-Tuning per Device", fine_tuning(run)),
+        ("learning", "Learning", "Learning Curves", learning_curves(run)),
+        ("complexity", "Complexity", "Complexity", complexity(run)),
+        ("configuration", "Configuration", "Configuration", setup.configuration(run)),
+        ("environment", "Environment", "Environment", setup.environment(run)),
+    ]
+    return join(header(run), navigation(parts), main(parts))
+
+
+def navigation(parts: list[Part]) -> Html:
+    """Links to the parts that have a content."""
+    links = (el("li", link(name, text)) for name, text, _, content in parts if content)
+    return el("nav", el("ul", *links), aria_label="Parts of this page")
+
+
+def main(parts: list[Part]) -> Html:
+    return el("main", *(section(name, heading, content) for name, _, heading, content in parts if content), id="main")
+
+
+def header(run: Finished) -> Html:
+    facts = [f"run {run.id}", f"{run.results['n_clips']:,} test clips", run.results["data"] or "data not named"]
+    if run.seed is not None:
+        facts.append(f"seed {run.seed}")
+    missing = f"{run.missing} {HOW_TO_GET}" if run.missing else ""
+    notes = [el("p", note, class_="note", role="note") for note in (run.results["note"], missing) if note]
+    return join(
+        el("a", "Skip to the results", href="#main", class_="skip"),
+        el("header", el("h1", run.name), el("p", " · ".join(facts), class_="facts"), *notes),
+    )
+
+
+# Results
+
+
+def headline(content: Content) -> Html:
+    run, figures = content.run, content.figures
+    results = run.results
+    macro = with_unit(results["macro_avg_acc"])
+    tiles = [_tile("Macro-average accuracy", macro, _range(figures, "macro_avg_acc"), "big")]
+    for group in DEVICE_GROUPS:
+        name = f"{title(group)} devices ({members(group)})"
+        tiles.append(_tile(name, with_unit(results["device_group_acc"][group]), _range(figures, "group", group)))
+    loss = "-" if results["loss"] is None else f"{results['loss']:.4f}"
+    tiles.append(_tile("Log loss", loss, _range(figures, "loss", plain=True)))
+    if figures:
+        error = figures("calibration_error")
+        tiles.append(_tile("Calibration error", with_unit(error.value), _range(figures, "calibration_error")))
+    tiles += _limits(results.get("complexity"))
+    return join(el("ul", *tiles, class_="tiles"), _figures_table(run, figures), _how_intervals(figures), worst(content))
+
+
+def _tile(name: str, value: str, below: object, kind: str | None = None) -> Html:
+    return el("li", el("span", name, class_="name"), el("b", value), el("span", below, class_="below"), class_=kind)
+
+
+def _range(figures: Figures | None, *name: str, plain: bool = False) -> str:
+    return f"95 %: {interval(figures(*name), plain)}" if figures else ""
+
+
+def _limits(complexity: dict | None) -> list[Html]:
+    if not complexity:
+        return []
+    tiles = []
+    for name, value, limit, unit in (
+        ("Size", complexity["total_param_bytes"], complexity["max_param_bytes"], " B"),
+        ("MACs", complexity["macs"], complexity["max_macs"], ""),
+    ):
+        within = value <= limit
+        verdict = f"{'✓ within' if within else '✗ over'} the limit of {limit:,}{unit}"
+        tiles.append(_tile(name, f"{value:,}{unit}", verdict, "within" if within else "over"))
+    return tiles
+
+
+def _figures_table(run: Finished, figures: Figures | None) -> Html:
+    results = run.results
+    lines = [("Macro-average accuracy (mean over scenes)", results["macro_avg_acc"], ("macro_avg_acc",), False)]
+    lines += [("Accuracy over all clips", results["acc"], ("acc",), False)]
+    if "device_avg_acc" in results:
+        lines += [("Mean over devices", results["device_avg_acc"], ("device_avg_acc",), False)]
+    for group in DEVICE_GROUPS:
+        name = f"{title(group)} devices ({members(group)})"
+        lines.append((name, results["device_group_acc"][group], ("group", group), False))
+    lines.append(("Log loss", results["loss"], ("loss",), True))
+    if figures:
+        for name, key in (("Calibration error", "calibration_error"), ("Mean confidence", "confidence")):
+            lines.append((name, figures(key).value, (key,), False))
+    rows = []
+    for name, value, key, plain in lines:
+        shown = percent(value) if not plain else "-" if value is None else f"{value:.4f}"
+        rows.append([name, shown, *([interval(figures(*key), plain)] if figures else [])])
+    header = ["Figure", "Value", *(["95 % interval"] if figures else [])]
+    shown = table("figures", "All figures, in percent but for the log loss", header, rows)
+    return el("details", el("summary", "All figures in a table"), shown)
+
+
+def _how_intervals(figures: Figures | None) -> Html:
+    if not figures:
+        return Html("")
+    few = " With so few they are too narrow." if len(figures.locations) < 20 else ""
+    return el(
+        "p",
+        f"95 % intervals from {DRAWS:,} draws of the {len(figures.locations):,} recording locations with all their "
+        f"clips, not of single clips, which sound alike within a location.{few}",
+        class_="hint",
+    )
+
+
+def worst(content: Content) -> Html:
+    """Where to look first, in a sentence."""
+    accuracy = {d: a for d, a in content.run.results["device_acc"].items() if a is not None}
+    if len(accuracy) < 2:
+        return Html("")
+    device = min(accuracy, key=accuracy.get)
+    name = link(f"device-{device}", device.upper()) if content.figures else device.upper()
+    said: list[object] = ["Weakest device: ", name, f" with {percent(accuracy[device])} %"]
+    if content.figures:
+        gap = content.figures("gap", device)
+        chance = ", which can be chance" if gap.low is not None and not gap.clear else ""
+        said.append(f", {aside(gap)} all others together{chance}")
+    by_scene = {s: a for s, a in content.run.results["scene_acc"].items() if a is not None}
+    scene = min(by_scene, key=by_scene.get)
+    said.append(f". Weakest scene: {title(scene)} with {percent(by_scene[scene])} %.")
+    return el("p", *said, class_="lead")
+
+
+# Scenes
+
+
+def scenes(content: Content) -> Html:
+    run, figures = content.run, content.figures
+    confusion = run.results["confusion"]
+    beside = BASELINE if run.comparable else ()
+    rows = []
+    for i, scene in enumerate(SCENES):
+        accuracy = run.results["scene_acc"][scene]
+        estimate = figures("scene", scene) if figures else None
+        clips, said = sum(confusion[i]), sum(row[i] for row in confusion)
+        row = [title(scene), cell(percent(accuracy), class_="strong")]
+        row.append(bar_cell(accuracy, estimate))
+        row += [interval(estimate)] if figures else []
+        row += [cell(f"{clips:,}", sort=clips), cell(f"{said:,}", sort=said)]
+        row += [f"{figures.n_locations('scene', scene):,}"] if figures else []
+        row += [f"{published.scene_acc[i]:.2f}" for published in beside]
+        rows.append(row)
+    mean = ["Macro average", cell(percent(run.results["macro_avg_acc"]), class_="strong")]
+    mean.append(bar_cell(run.results["macro_avg_acc"], figures("macro_avg_acc") if figures else None))
+    mean += [interval(figures("macro_avg_acc"))] if figures else []
+    mean += [cell(f"{run.results['n_clips']:,}")] * 2
+    mean += [f"{len(figures.locations):,}"] if figures else []
+    mean += [published.macro for published in beside]
+    header = ["Scene", "Accuracy", "", *(["95 % interval"] if figures else []), "Clips", "Predicted"]
+    header += ["Locations"] if figures else []
+    header += [published.name for published in beside]
+    shown = table("scene-table", "Accuracy per scene, in percent", header, [*rows, mean], data_sortable=True)
+    return join(shown, el("p", BASELINE_NOTE, class_="hint") if beside else "")
+
+
+# Mistakes and calibration
+
+
+def mistakes(content: Content) -> Html:
+    if not content.gallery:
+        return Html("")
+    if not content.mistakes:
+        return el("p", "There is no mistake.")
+    return join(content.gallery.note(), content.gallery.cards(content.mistakes))
+
+
+def calibration(content: Content) -> Html:
+    if not content.figures:
+        return Html("")
+    bins = reliability(content.run.predictions)
+    error, confidence, acc = (content.figures(name) for name in ("calibration_error", "confidence", "acc"))
+    word = "too sure" if confidence.value > acc.value else "not sure enough"
+    lead = (
+        f"The model is {percent(confidence.value)} % sure on average, and right in {percent(acc.value)} %: {word} by "
+        f"{abs(100 * (confidence.value - acc.value)):.2f} points. Expected calibration error over {BINS} bins: "
+        f"{percent(error.value)} % (95 %: {interval(error)})."
+    )
+    rows = []
+    for b in bins:
+        edges = f"{100 * b.low:.0f} to {100 * b.high:.0f}"
+        rows.append([edges, f"{b.n_clips:,}", percent(b.confidence), percent(b.acc)])
+    header = ["Confidence (%)", "Clips", "Mean confidence", "Accuracy"]
+    shown = table("reliability", "Reliability, in percent", header, rows)
+    more = el("details", el("summary", "The diagram as a table"), shown)
+    return join(el("p", lead, class_="lead"), el("div", _reliability_chart(bins), more, class_="side"))
+
+
+def _reliability_chart(bins: list) -> Html:
+    ticks = [0, 0.2, 0.4, 0.6, 0.8, 1]
+    x, y = (Axis(label, 0, 1, ticks, lambda v: f"{100 * v:.0f}") for label in ("confidence (%)", "accuracy (%)"))
+    drawn = []
+    (x0, y0), (x1, y1) = place(x, y, 0, 0), place(x, y, 1, 1)
+    most = max(b.n_clips for b in bins)
+    for b in (b for b in bins if b.n_clips):
+        (left, top), (right, bottom) = place(x, y, b.low, b.acc), place(x, y, b.high, 0)
+        sizes = {"x": left + 1, "width": right - left - 2, "y": top, "height": bottom - top}
+        box = {side: f"{value:.1f}" for side, value in sizes.items()}
+        text = el("title", f"{percent(b.acc)} % right at {percent(b.confidence)} %, {b.n_clips:,} clips")
+        drawn.append(el("rect", text, **box, class_="right", fill_opacity=f"{0.35 + 0.65 * b.n_clips / most:.2f}"))
+    drawn.append(el("path", d=f"M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}", class_="ideal"))
+    caption = "Reliability: bars at the broken line are well calibrated, below it too sure; the fuller, the more clips"
+    return lines("reliability-chart", caption, x, y, [], *drawn)
+
+
+# The rest
+
+
+def fine_tuning(run: Finished) -> Html:
+    outcomes = run.results.get("fine_tuning") or run.training.results.get("fine_tuning")
+    if not outcomes:
+        return Html("")
+    header, rows = fine_tuning_rows(outcomes)
+    rows = [[device.upper(), *others] for device, *others in rows]
+    caption = "Macro-average accuracy on the device's validation clips, in percent"
+    return table("fine-tuning-table", caption, header, rows)
+
+
+def complexity(run: Finished) -> Html:
+    measured = run.results.get("complexity")
+    if not measured:
+        return Html("")
+    header, rows = complexity_rows(measured, run.name, run.comparable, run.results["macro_avg_acc"])
+    parts = measured.get("macs_by_part", {})
+    shares = []
+    for part, macs in parts.items():
+        share = macs / measured["macs"]
+        shares.append([part, f"{macs:,}", percent(share), bar_cell(share)])
+    caption = "MACs by part of the model, and their share in percent"
+    by_part = table("macs", caption, ["Part", "MACs", "Share", ""], shares)
+    return join(
+        table("complexity-table", "One forward pass of one clip, against the challenge's limits", header, rows),
+        el("p", CHECKER_NOTE, class_="hint"),
+        el("details", el("summary", "MACs by part"), by_part) if parts else "",
+    )

@@ -1,0 +1,114 @@
+"""``<run>/predictions.csv``: what a test has said of every clip, and what follows from it.
+
+    filename,scene_label,device_id,location,airport,bus,...,tram
+
+A row is a clip; the last ten columns are its logits, with four decimals.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from dcase.errors import UserError, one_line
+from dcase.files import replace_file
+from dcase.tau22 import DEVICES, SCENES, Clips
+
+PREDICTIONS_CSV = "predictions.csv"
+COLUMNS = ("filename", "scene_label", "device_id", "location", *SCENES)
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """n test clips and their logits."""
+
+    filenames: np.ndarray  # (n,) str, relative to the data folder
+    scene: np.ndarray  # (n,) int64, the true one, in SCENES
+    device: np.ndarray  # (n,) int64, in DEVICES
+    location: np.ndarray  # (n,) str
+    logits: np.ndarray  # (n, scenes) float64
+
+    def __len__(self) -> int:
+        return len(self.filenames)
+
+    def select(self, rows: np.ndarray) -> "Predictions":
+        columns = (self.filenames, self.scene, self.device, self.location, self.logits)
+        return Predictions(*(column[rows] for column in columns))
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """(n, scenes)"""
+        x = np.exp(self.logits - self.logits.max(1, keepdims=True))
+        return x / x.sum(1, keepdims=True)
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """(n,) int64, in SCENES"""
+        return self.logits.argmax(1)
+
+    @cached_property
+    def correct(self) -> np.ndarray:
+        """(n,) bool"""
+        return self.predicted == self.scene
+
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """(n,): the probability of what is predicted."""
+        return self.probabilities.max(1)
+
+    @cached_property
+    def loss(self) -> np.ndarray:
+        """(n,): cross-entropy, natural logarithm. From the logits: a probability can be so small that it is 0."""
+        shifted = self.logits - self.logits.max(1, keepdims=True)
+        return np.log(np.exp(shifted).sum(1)) - shifted[np.arange(len(self)), self.scene]
+
+    @cached_property
+    def confusion(self) -> np.ndarray:
+        """(devices, scenes, scenes) int64: clips by device, true scene and predicted scene."""
+        n = len(SCENES)
+        cell = (self.device * n + self.scene) * n + self.predicted
+        return np.bincount(cell, minlength=len(DEVICES) * n * n).reshape(len(DEVICES), n, n)
+
+
+def of_clips(clips: Clips, logits: np.ndarray) -> Predictions:
+    """``logits`` (n, scenes) of clips in their order; rounded as they are written."""
+    text = (np.array([value.decode() for value in column.tolist()]) for column in (clips.filenames, clips.location))
+    filenames, location = text
+    return Predictions(filenames, clips.scene, clips.device, location, np.round(np.asarray(logits, np.float64), 4))
+
+
+def write_predictions(predictions: Predictions, path: Path) -> None:
+    """Raises `UserError` where the file cannot be written; one that was there stays."""
+    names = {
+        "filename": predictions.filenames,
+        "scene_label": np.array(SCENES)[predictions.scene],
+        "device_id": np.array(DEVICES)[predictions.device],
+        "location": predictions.location,
+    }
+    table = pd.DataFrame(names | dict(zip(SCENES, predictions.logits.T, strict=True)))
+    replace_file(path, lambda beside: table.to_csv(beside, index=False, float_format="%.4f", lineterminator="\n"))
+
+
+def read_predictions(path: Path) -> Predictions:
+    """Raises `UserError`, naming the file, where it is missing or is not what `write_predictions` writes."""
+    again = "test again with test_only.py"
+    try:
+        table = pd.read_csv(path, dtype=dict.fromkeys(COLUMNS[:4], str), keep_default_na=False)
+        if tuple(table.columns) != COLUMNS:
+            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+        logits = table[list(SCENES)].to_numpy(np.float64)
+        if not len(table) or not np.isfinite(logits).all():
+            raise ValueError("it has no clip" if not len(table) else "a logit is not finite")
+        scene, device = _indices(table["scene_label"], SCENES), _indices(table["device_id"], DEVICES)
+    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+        raise UserError(f"{path} cannot be read ({one_line(error)}): {again}") from error
+    return Predictions(table["filename"].to_numpy(str), scene, device, table["location"].to_numpy(str), logits)
+
+
+def _indices(column: pd.Series, names: tuple[str, ...]) -> np.ndarray:
+    found = column.map({name: i for i, name in enumerate(names)})
+    if found.isna().any():
+        raise ValueError(f"{column.name} {column[found.isna()].iloc[0]!r} is none of {', '.join(names)}")
+    return found.to_numpy(np.int64)

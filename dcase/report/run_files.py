@@ -1,0 +1,122 @@
+"""What a run has left in its folder, read for its page: plain files alone, no checkpoint."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcase.errors import UserError, one_line
+from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
+from dcase.tau22 import TEST_CLIPS
+
+Curves = dict[str, tuple[list[int], list[float]]]  # name of a metric -> optimiser steps, values
+
+
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """A run that has been tested."""
+
+    id: str
+    folder: Path
+    results: dict  # of results.json
+    config: dict  # of config.json's "config"; empty where there is none
+    made: dict  # what else config.json holds: versions, command, commit
+    curves: Curves
+    predictions: Predictions | None
+    missing: str = ""  # why there are no predictions
+    trained_by: "Finished | None" = None  # of a test alone: the run whose checkpoint it tested, where it is there
+
+    @property
+    def name(self) -> str:
+        run, model = self.config.get("run") or {}, self.config.get("model") or {}
+        return run.get("experiment_name") or model.get("model") or self.id
+
+    @property
+    def comparable(self) -> bool:
+        """With the published figures: TAU22, the whole test split."""
+        return self.results["data"] == "TAU22" and self.results["n_clips"] == TEST_CLIPS
+
+    @property
+    def training(self) -> "Finished":
+        return self.trained_by or self
+
+    @property
+    def seed(self) -> int | None:
+        return (self.training.config.get("fit") or {}).get("seed")
+
+
+def read_finished(folder: Path) -> Finished:
+    """Raises `UserError`, naming the file, where results.json is missing or damaged."""
+    return _read(folder, _read_results(folder), with_trained_by=True)
+
+
+def _read(folder: Path, results: dict, with_trained_by: bool) -> Finished:
+    made = _read_object(folder / "config.json")
+    config = made.pop("config", None)
+    config = config if isinstance(config, dict) else {}
+    predictions, missing = _predictions(folder, results) if with_trained_by else (None, "")
+    trained_by = _trained_by(folder, config) if with_trained_by else None
+    curves = _read_curves(folder / "metrics.csv")
+    return Finished(folder.name, folder, results, config, made, curves, predictions, missing, trained_by)
+
+
+def _read_results(folder: Path) -> dict:
+    path = folder / "results.json"
+    again = "the run has not been tested to its end: --resume it, or test its checkpoint with test_only.py"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for name in ("macro_avg_acc", "acc", "loss", "scene_acc", "device_acc", "device_group_acc", "n_clips"):
+            results[name]
+        return {"data": "", "note": "", **results}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): {again}") from error
+
+
+def _read_object(path: Path) -> dict:
+    """Of JSON; empty where it is missing or damaged: a page without it says so."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _predictions(folder: Path, results: dict) -> tuple[Predictions | None, str]:
+    """The predictions, or why there are none."""
+    path = folder / PREDICTIONS_CSV
+    if not path.is_file():
+        return None, f"This run has no {PREDICTIONS_CSV}: it was tested before there was one."
+    try:
+        predictions = read_predictions(path)
+    except UserError as error:
+        return None, f"{error}."
+    # Rounding to four decimals can turn a tie, so a clip in a thousand may differ.
+    counted = predictions.confusion.sum(0).ravel().tolist()
+    kept = sum(map(min, counted, (clips for row in results["confusion"] for clips in row)))
+    if len(predictions) != results["n_clips"] or kept < 0.999 * len(predictions):
+        return None, f"{PREDICTIONS_CSV} is of another test than results.json."
+    return predictions, ""
+
+
+def _read_curves(path: Path) -> Curves:
+    """Of metrics.csv. A row that a kill has cut is left out; of a step that was logged twice, the last counts."""
+    found: dict[str, dict[int, float]] = {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in list(csv.reader(file))[1:]:
+                try:
+                    step, name, value = row
+                    found.setdefault(name, {})[int(step)] = float(value)
+                except ValueError:
+                    continue
+    except (OSError, ValueError):
+        return {}
+    return {name: ([*sorted(points)], [points[s] for s in sorted(points)]) for name, points in found.items()}
+
+
+def _trained_by(folder: Path, config: dict) -> Finished | None:
+    """The run of --ckpt_path, as <run>/checkpoints/best.ckpt, <run>/stored or <run>/stored/general.safetensors."""
+    for parent in Path(str(config.get("ckpt_path") or "").split(",")[0]).parents[:2]:
+        if (parent / "config.json").is_file() and parent.resolve() != folder.resolve():
+            return _read(parent, _read_object(parent / "results.json"), with_trained_by=False)
+    return None

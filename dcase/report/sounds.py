@@ -1,0 +1,102 @@
+"""Clips to look at and to listen to: log-mels as small PNG, sound as short MP3, both as data URIs."""
+
+import base64
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+
+from dcase import pack, synth
+from dcase.errors import UserError
+from dcase.logmel import LogMel, LogMelConfig
+from dcase.pack import Pack
+from dcase.sound import read_wav, resampler
+from dcase.tau22 import DataConfig
+
+AUDIO_RATE = 16_000  # Hz
+AUDIO_SECONDS = 4  # at most: the beginning of a longer clip
+LEVELS = 64  # of grey in a picture: half the bytes of 256
+
+
+class Recordings:
+    """The sound of test clips, from the data folder or its pack, whichever is there."""
+
+    def __init__(self, folder: Path | None, data: DataConfig, logmel: LogMelConfig):
+        """``folder``: of the data; None: it is not known."""
+        self.folder, self.data = folder, data
+        self.front_end = LogMel(logmel, data.orig_sample_rate)
+        self.rate = logmel.sample_rate
+        self._pack: Pack | None = None
+        if folder is not None and data.read_from != "wav" and pack.exists(data.pack_folder(folder)):
+            found = Pack(data.pack_folder(folder))
+            if found.rates == pack.Rates(data.orig_sample_rate, self.rate):
+                self._pack = found
+
+    def read(self, filename: str) -> torch.Tensor:
+        """(1, samples) float32 at the model's rate. Raises `UserError` where it cannot be read."""
+        if self.folder is None:
+            raise UserError("the data folder is not known: give --dataset_dir")
+        if self._pack is None:
+            return read_wav(self.folder / filename, self.rate)
+        row = int(self._pack.rows(np.array([filename.encode()]))[0])
+        samples = np.empty(self._pack.length[row], np.int16)
+        self._pack.read(row, samples)
+        return torch.from_numpy(samples * self._pack.scale[row])[None]
+
+    def log_mel(self, waveform: torch.Tensor) -> np.ndarray:
+        """(n_mels, frames), not normalised: natural logarithm of power."""
+        length = torch.tensor([waveform.shape[-1]])
+        return self.front_end.raw(waveform[None], length)[0, 0].numpy()
+
+
+def data_folder(data: DataConfig, name: str) -> Path | None:
+    """Where a run's recordings are, by its configuration and by what results.json calls them; None where that does not
+    say."""
+    given = data.dataset_dir or os.environ.get("TAU22_DIR")
+    if given:
+        return Path(given).expanduser()
+    return synth.default_folder() if name == "SynthTAU" else None
+
+
+def picture(log_mel: np.ndarray, low: float, high: float) -> str:
+    """A log-mel (n_mels, frames) as the data URI of a PNG, low mel bins at the bottom, ``low`` to ``high`` in grey."""
+    grey = np.clip((log_mel - low) / max(high - low, 1e-6), 0, 1)
+    pixels = np.round(grey * (LEVELS - 1)).astype(np.uint8)[::-1]
+    height, width = pixels.shape
+    palette = np.repeat(np.round(np.linspace(0, 255, LEVELS)).astype(np.uint8), 3).tobytes()
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels], axis=1)  # each begins with its filter: none
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        (
+            _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),  # 8 bits, palette
+            _chunk(b"PLTE", palette),
+            _chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)),
+            _chunk(b"IEND", b""),
+        )
+    )
+    return _uri("image/png", png)
+
+
+def audio(waveform: torch.Tensor, rate: int) -> str:
+    """Sound (1, samples) as the data URI of an MP3 of at most `AUDIO_SECONDS`, as loud as it can be: devices differ in
+    level, and a quiet clip would not be heard on a phone."""
+    waveform = waveform[:, : AUDIO_SECONDS * rate]
+    if rate != AUDIO_RATE:
+        waveform = resampler(rate, AUDIO_RATE)(waveform)
+    samples = waveform[0].numpy()
+    peak = np.abs(samples).max(initial=0)
+    file = io.BytesIO()
+    soundfile.write(file, samples * (0.9 / peak if peak else 1), AUDIO_RATE, format="MP3", subtype="MPEG_LAYER_III")
+    return _uri("audio/mpeg", file.getvalue())
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _uri(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

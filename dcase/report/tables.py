@@ -1,0 +1,119 @@
+"""Aligned Markdown tables, of a ``results`` dict and of anything else."""
+
+from collections.abc import Sequence
+
+from dcase.report.published import BASELINE, BASELINE_BYTES, BASELINE_BYTES_IN_BITS, BASELINE_MACS, BASELINE_PARAMS
+from dcase.report.words import members, percent, points, title
+from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+
+Table = tuple[list[str], list[list[str]]]  # header and rows
+
+
+def class_table(results: dict, name: str, beside_baseline: bool) -> str:
+    """Markdown table of the accuracy per scene and their mean, in percent; ``name`` labels the row."""
+    header = ["Model", *(title(scene) for scene in SCENES), "Macro Avg. Accuracy"]
+    ours = [name, *(percent(results["scene_acc"][scene]) for scene in SCENES), percent(results["macro_avg_acc"])]
+    theirs = [[row.name, *map(points, row.scene_acc), row.macro] for row in BASELINE if beside_baseline]
+    return markdown(header, [*theirs, ours])
+
+
+def fine_tuning_rows(outcomes: dict[str, dict]) -> Table:
+    """What stage 2 came to: macro-average accuracy on each device's validation clips, in percent.
+
+    ``outcomes``: device_id -> {"n_train", "n_val", "general", "fine_tuned", "kept", "reason"}.
+    """
+    header = ["Device", "Training Clips", "Validation Clips", "General", "Fine-Tuned", "Own Model Kept"]
+    rows = []
+    for device_id, outcome in outcomes.items():
+        kept = f"{'yes' if outcome['kept'] else 'no'}: {outcome['reason']}"
+        clips = [f"{outcome[name]:,}" for name in ("n_train", "n_val")]
+        accuracies = [percent(outcome[name]) for name in ("general", "fine_tuned")]
+        rows.append([device_id, *clips, *accuracies, kept])
+    return header, rows
+
+
+def device_table(results: dict, name: str, beside_baseline: bool) -> str:
+    """Two Markdown tables, in percent: the accuracy per device, and per group of devices.
+
+    "Macro Avg. Accuracy" is the mean over scenes here too, as in the class-wise table.
+    """
+    header = ["Model", *(device.upper() for device in DEVICES), "Macro Avg. Accuracy"]
+    ours = [name, *(percent(results["device_acc"][device]) for device in DEVICES), percent(results["macro_avg_acc"])]
+    theirs = [[row.name, *map(points, row.device_acc), row.macro] for row in BASELINE if beside_baseline]
+    return f"{markdown(header, [*theirs, ours])}\n\n{_group_table(results, name, beside_baseline)}"
+
+
+def _group_table(results: dict, name: str, beside_baseline: bool) -> str:
+    header = ["Model", *(f"{title(group)} ({members(group)})" for group in DEVICE_GROUPS)]
+    ours = [name, *(percent(results["device_group_acc"][group]) for group in DEVICE_GROUPS)]
+    theirs = [[row.name, *map(points, row.group_acc)] for row in BASELINE if beside_baseline]
+    return markdown(header, [*theirs, ours])
+
+
+def complexity_comparison(
+    complexity: dict, name: str, beside_baseline: bool, macro_avg_acc: float | None = None
+) -> str:
+    """`complexity_rows` as a Markdown table."""
+    return markdown(*complexity_rows(complexity, name, beside_baseline, macro_avg_acc))
+
+
+def complexity_rows(complexity: dict, name: str, beside_baseline: bool, macro_avg_acc: float | None = None) -> Table:
+    """The model's complexity against the challenge's limits.
+
+    ``complexity`` is plain: ``params``, ``total_param_bytes``, ``macs``, ``torchinfo_macs``, ``max_param_bytes`` and
+    ``max_macs``. ``beside_baseline`` adds CP-Mobile's figures, the difference to them, and ``macro_avg_acc`` (a
+    fraction of 1) against the baseline's.
+    """
+    params, macs, checker = complexity["params"], complexity["macs"], complexity["torchinfo_macs"]
+    max_bytes, max_macs = complexity["max_param_bytes"], complexity["max_macs"]
+    lines = [  # metric, ours, unit, limit, the baseline's
+        ("Parameters", params, "", None, BASELINE_PARAMS),
+        ("MACs", macs, "", max_macs, BASELINE_MACS),
+        ("MACs as the challenge's checker counts", checker, "", max_macs, BASELINE_MACS),
+        ("Memory (as stored)", complexity["total_param_bytes"], " B", max_bytes, BASELINE_BYTES),
+        ("Memory (16-bit)", complexity["bytes_in_16_bit"], " B", max_bytes, BASELINE_BYTES_IN_BITS[16]),
+        ("Memory (8-bit)", complexity["bytes_in_8_bit"], " B", max_bytes, BASELINE_BYTES_IN_BITS[8]),
+    ]
+    header = ["Metric", name, "Limit", "Of the Limit"]
+    rows = [[metric, f"{ours:,}{unit}", *_against_limit(ours, unit, limit)] for metric, ours, unit, limit, _ in lines]
+    if beside_baseline:
+        header += ["CP-Mobile Baseline", "Difference"]
+        for row, (_, ours, unit, _, baseline) in zip(rows, lines, strict=True):
+            row += [f"{baseline:,}{unit}", f"{100 * (ours / baseline - 1):+,.1f} %"]
+        rows = [*_accuracy_rows(macro_avg_acc), *rows]
+    return header, rows
+
+
+def _against_limit(value: int, unit: str, limit: int | None) -> list[str]:
+    if limit is None:
+        return ["-", "-"]
+    return [f"{limit:,}{unit}", f"{value / limit:,.3g} x, {'over' if value > limit else 'within'}"]
+
+
+def _accuracy_rows(macro_avg_acc: float | None) -> list[list[str]]:
+    ours = percent(macro_avg_acc)
+    return [
+        [
+            f"Macro Avg. Accuracy ({row.name})",
+            ours,
+            "-",
+            "-",
+            row.macro,
+            "-" if macro_avg_acc is None else f"{100 * macro_avg_acc - row.macro_avg_acc:+.2f}",
+        ]
+        for row in BASELINE
+    ]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns also line up on a terminal: the first to the left, the others to the right."""
+    cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: Sequence[str]) -> str:
+        first, *others = row
+        aligned = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])

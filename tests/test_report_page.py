@@ -1,0 +1,596 @@
+"""The page of a run: its figures, its HTML, and what a browser makes of it."""
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from browser import LAPTOP, PHONE, Browser, find_browser
+from conftest import RATE, refusal, tone
+from made_up_run import COMPLEXITY, made_up, write_run
+from matplotlib.image import imread
+
+from dcase import evaluation
+from dcase.metrics import mean_and_error
+from dcase.report import bootstrap, mistakes, sounds
+from dcase.report.__main__ import main
+from dcase.report.bootstrap import BINS, Figures, reliability
+from dcase.report.comparison import write_comparison
+from dcase.report.page import write_page
+from dcase.report.predictions import Predictions, read_predictions, write_predictions
+from dcase.report.run_files import read_finished
+from dcase.report.seeds import Spread, by_configuration
+from dcase.report.words import percent, title
+from dcase.runs import Run
+from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """The tables of a page as text, and everything that names something else."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.text = path.read_text(encoding="utf-8")
+        self.ids: list[str] = []
+        self.references: list[str] = []  # ids that something points to
+        self.addresses: list[str] = []
+        self.elements: list[tuple[str, dict]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.captions: dict[str, str] = {}
+        self._open: list[str] = []
+        self._table = ""
+        self.feed(self.text)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.elements.append((tag, attributes))
+        if "id" in attributes:
+            self.ids.append(attributes["id"])
+        self.references += attributes.get("aria-labelledby", "").split()
+        for name in ("href", "src"):
+            address = attributes.get(name, "")
+            self.references += [address[1:]] if address.startswith("#") else []
+            self.addresses += [address] if address and not address.startswith("#") else []
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "table":
+            self._table = attributes["id"]
+            self.tables[self._table] = []
+        if tag == "tr":
+            self.tables[self._table].append([])
+        if tag in ("th", "td"):
+            self.tables[self._table][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self._open and self._open[-1] == tag, f"</{tag}> where {self._open[-3:]} is open"
+        self._open.pop()
+
+    def handle_data(self, data):
+        if "caption" in self._open:
+            self.captions[self._table] = self.captions.get(self._table, "") + data
+        elif "td" in self._open or "th" in self._open:
+            self.tables[self._table][-1][-1] += data if not self._open[-1] == "small" else f" {data}"
+
+    def rows(self, table: str) -> dict[str, list[str]]:
+        """By the first cell of each row, without the header."""
+        return {row[0]: row[1:] for row in self.tables[table][1:]}
+
+    def check(self) -> None:
+        """Whole, of one piece, and readable by a screen reader."""
+        assert self.text.startswith("<!doctype html>")
+        assert len(self.ids) == len(set(self.ids))
+        assert set(self.references) <= set(self.ids)
+        for address in self.addresses:
+            assert re.match(r"data:|\.\./\w+/report/index\.html$", address), address[:80]
+        assert "url(" not in self.text and "@import" not in self.text
+        assert {tag for tag, _ in self.elements} & {"link", "script", "iframe", "object"} <= {"link", "script"}
+        assert not [a for tag, a in self.elements if tag == "script" and "src" in a]
+        assert all(a.get("alt") for tag, a in self.elements if tag == "img")
+        assert all(a.get("aria-label") and a["preload"] == "none" for tag, a in self.elements if tag == "audio")
+        assert set(self.captions) == set(self.tables) and all(self.captions.values())
+        assert all(a.get("scope") in ("row", "col") for tag, a in self.elements if tag == "th")
+        headings = [int(tag[1]) for tag, _ in self.elements if re.fullmatch("h[1-6]", tag)]
+        assert headings.count(1) == 1 and headings[0] == 1
+        assert all(b - a <= 1 for a, b in zip(headings, headings[1:], strict=False)), headings
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """Three tested runs on the same clips, with the recordings of them all: "one", "two" of another seed, and "other"
+    with another learning rate."""
+    project = tmp_path_factory.mktemp("report") / "P"
+    data = project.parent / "data"
+    predictions = made_up()
+    (data / "audio").mkdir(parents=True)
+    sound = io.BytesIO()
+    soundfile.write(sound, tone("park", "a", 0), RATE, format="WAV", subtype="PCM_16")
+    for name in predictions.filenames:
+        (data / name).write_bytes(sound.getvalue())
+    write_run(project / "one", predictions, data, experiment_name="One <b>& only</b>")
+    rng = np.random.default_rng(1)
+    for name, seed in (("two", 1), ("other", 0)):
+        logits = np.round(predictions.logits + rng.normal(0, 1, predictions.logits.shape), 4)
+        write_run(project / name, replace(predictions, logits=logits), data, seed)
+    change(project / "other", "config.json", lambda c: c["config"]["fit"].update(lr=0.001))
+    return project
+
+
+def change(run: Path, file: str, how) -> None:
+    content = json.loads((run / file).read_text())
+    how(content)
+    (run / file).write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def page(project) -> Path:
+    return write_page(read_finished(project / "one"))
+
+
+def results_of(page: Path) -> dict:
+    return json.loads((page.parent.parent / "results.json").read_text())
+
+
+# The page
+
+
+def test_the_page_is_of_one_piece(page):
+    parsed = Page(page)
+    parsed.check()
+    assert "One &lt;b&gt;&amp; only&lt;/b&gt;" in parsed.text and "<b>& only" not in parsed.text
+    assert page.stat().st_size < 5e6
+
+
+def test_tables_match_the_results(page):
+    parsed, results = Page(page), results_of(page)
+    predictions = read_predictions(page.parent.parent / "predictions.csv")
+    scenes = parsed.rows("scene-table")
+    for i, scene in enumerate(SCENES):
+        row, confusion = scenes[title(scene)], np.array(results["confusion"])
+        assert row[0] == percent(results["scene_acc"][scene])
+        assert row[3:5] == [f"{confusion[i].sum():,}", f"{confusion[:, i].sum():,}"]
+    assert scenes["Macro average"][0] == percent(results["macro_avg_acc"])
+    devices = parsed.rows("device-table")
+    assert {d: devices[d.upper()][1] for d in DEVICES} == {d: percent(a) for d, a in results["device_acc"].items()}
+    groups = parsed.rows("group-table")
+    assert [row[0] for row in groups.values()] == [percent(results["device_group_acc"][g]) for g in DEVICE_GROUPS]
+    figures = parsed.rows("figures")
+    assert figures["Accuracy over all clips"][0] == percent(results["acc"])
+    assert figures["Log loss"][0] == f"{results['loss']:.4f}"
+    expected = {"all": np.array(results["confusion"])}
+    for group, members in DEVICE_GROUPS.items():
+        expected[group] = predictions.confusion[[DEVICES.index(d) for d in members]].sum(0)
+    expected |= {device: predictions.confusion[i] for i, device in enumerate(DEVICES)}
+    for name, counts in expected.items():
+        shares = 100 * counts / counts.sum(1, keepdims=True)
+        for i, row in enumerate(parsed.tables[f"matrix-{name}"][1:]):
+            assert row[0] == f"{title(SCENES[i])} {counts[i].sum():,}"
+            assert row[1:] == [f"{share:.1f} {n:,}" for share, n in zip(shares[i], counts[i], strict=True)]
+
+
+def test_complexity_configuration_and_environment(page):
+    parsed = Page(page)
+    complexity = parsed.rows("complexity-table")
+    assert complexity["MACs"] == ["31,459,876", "30,000,000", "1.05 x, over"]
+    assert complexity["Memory (as stored)"] == ["109,280 B", "128,000 B", "0.854 x, within"]
+    assert parsed.rows("macs")["scan"][:2] == ["30,000,000", percent(30_000_000 / COMPLEXITY["macs"])]
+    assert "✗ over the limit of 30,000,000" in parsed.text and "✓ within the limit of 128,000 B" in parsed.text
+    changed = parsed.rows("changed-one")
+    assert changed["--lr"] == ["0.005", "0.0005"] and changed["--n_mels"] == ["64", "256"]
+    assert "--n_epochs" not in changed and parsed.rows("config-one")["--n_epochs"] == ["Training", "150"]
+    assert parsed.rows("config-one")["--lr"] == ["Training", "0.005 ≠"]
+    environment = parsed.rows("environment-table")
+    assert environment["Tested: scan backend"] == ["cpu"] and environment["Seed"] == ["0"]
+    assert environment["Commit"] == ["abc123"] and environment["torch"] == ["2.11.0"]
+
+
+def test_a_script_makes_page_and_predictions(general_run, learnable):
+    results = json.loads((general_run / "results.json").read_text())
+    p = read_predictions(general_run / "predictions.csv")
+    assert p.confusion.sum(0).tolist() == results["confusion"]
+    assert p.loss.mean() == pytest.approx(results["loss"], abs=1e-4)
+    listed = [line.split("\t")[0] for line in (learnable / "split_setup" / "test.csv").read_text().splitlines()[1:]]
+    assert p.filenames.tolist() == listed
+    parsed = Page(general_run / "report" / "index.html")
+    parsed.check()
+    assert parsed.rows("scene-table")["Macro average"][0] == percent(results["macro_avg_acc"])
+    assert parsed.rows("device-table")["B"][1] == percent(results["device_acc"]["b"])
+    assert parsed.rows("device-table")["S6"][1] == "-"
+    assert {"curve-train-loss", "curve-val-macro_avg_acc", "curve-lr"} <= set(parsed.ids)
+    tested_on = results["tested_on"]
+    assert tested_on["accelerator"] == "cpu" and tested_on["scan_backend"] in ("cpu", "torch") and tested_on["name"]
+
+
+def test_an_older_run_has_a_page_that_says_how_to_get_the_rest(project, tmp_path):
+    run = write_run(tmp_path / "old", made_up(), project.parent / "data")
+    (run / "predictions.csv").unlink()
+    parsed = Page(write_page(read_finished(run)))
+    parsed.check()
+    assert "no predictions.csv" in parsed.text and "test_only.py" in parsed.text
+    assert parsed.rows("device-table")["A"][1] == percent(results_of(run / "report" / "index.html")["device_acc"]["a"])
+    assert "matrix-all" in parsed.tables and "matrix-a" not in parsed.tables and "95 % interval" not in parsed.text
+
+
+def test_a_test_shows_how_its_checkpoint_was_trained(project, tmp_path):
+    kept = {"kept": True, "reason": "it beats the general one", "n_train": 1840, "n_val": 210}
+    outcomes = {"a": {**kept, "general": 0.5, "fine_tuned": 0.5125}}
+    trained = write_run(tmp_path / "trained", made_up(), project.parent / "data", seed=3)
+    change(trained, "results.json", lambda r: r.update(fine_tuning=outcomes))
+    run = write_run(tmp_path / "tested", made_up(), project.parent / "data")
+    (run / "metrics.csv").unlink()
+    for part in ("split", "fit", "augment", "distill"):
+        change(run, "config.json", lambda c, part=part: c["config"].pop(part))
+    change(run, "config.json", lambda c: c["config"].update(ckpt_path=str(trained / "checkpoints" / "best.ckpt")))
+    parsed = Page(write_page(read_finished(run)))
+    parsed.check()
+    assert "curve-train-loss" in parsed.ids and "Of run trained" in parsed.text and "seed 3" in parsed.text
+    accuracies = ["50.00", "51.25", "yes: it beats the general one"]
+    assert parsed.rows("fine-tuning-table")["A"] == ["1,840", "210", *accuracies]
+    assert "changed-trained" in parsed.tables and "--ckpt_path" in parsed.rows("changed-tested")
+
+
+def test_predictions_of_another_test_are_not_shown(project, tmp_path):
+    run = write_run(tmp_path / "mixed", made_up(), project.parent / "data")
+    write_predictions(made_up(seed=5), run / "predictions.csv")
+    assert "is of another test" in read_finished(run).missing
+    change(run, "results.json", lambda r: r.update(n_clips=7))
+    assert "is of another test" in read_finished(run).missing
+
+
+def test_without_recordings_there_are_words_alone(project, tmp_path):
+    run = write_run(tmp_path / "away", made_up(), tmp_path / "nowhere")
+    parsed = Page(write_page(read_finished(run)))
+    parsed.check()
+    assert "No pictures and no sound" in parsed.text and "--dataset_dir" in parsed.text
+    assert not {"img", "audio"} & {tag for tag, _ in parsed.elements} and "% sure" in parsed.text
+    parsed = Page(write_page(read_finished(run), project.parent / "data"))
+    tags = [tag for tag, _ in parsed.elements]
+    assert tags.count("img") == tags.count("audio") == 12 + 4 * len(DEVICES)
+    parsed = Page(write_page(read_finished(run), project.parent / "data", with_audio=False))
+    assert "audio" not in {tag for tag, _ in parsed.elements} and "img" in {tag for tag, _ in parsed.elements}
+
+
+def test_a_page_that_fails_does_not_fail_the_test(project, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("no\nsuch luck")
+
+    monkeypatch.setattr(evaluation, "write_page", broken)
+    evaluation._make_page(Run(project / "one"), project.parent / "data", True)
+    out = capsys.readouterr().out
+    assert out == "The report's page could not be made (no such luck): python -m dcase.report one tries again\n"
+
+
+def test_runs_without_clips_of_a_scene_or_with_one_device(project, tmp_path):
+    p = made_up()
+    run = write_run(tmp_path / "few", p.select((p.device == 2) & (p.scene != 3)), project.parent / "data")
+    parsed = Page(write_page(read_finished(run)))
+    parsed.check()
+    assert parsed.rows("scene-table")[title(SCENES[3])][:3] == ["-", "", "-"]
+    assert parsed.rows("device-table")["A"][1] == "-" and "matrix-c" in parsed.tables
+    right = p.select(p.correct)
+    run = write_run(tmp_path / "right", right, project.parent / "data")
+    assert "There is no mistake." in write_page(read_finished(run)).read_text()
+
+
+# Predictions
+
+
+def test_predictions_come_back_as_they_were_written(tmp_path):
+    p = made_up(n=50)
+    write_predictions(p, tmp_path / "predictions.csv")
+    again = read_predictions(tmp_path / "predictions.csv")
+    for column in ("filenames", "scene", "device", "location", "logits"):
+        assert np.array_equal(getattr(again, column), getattr(p, column))
+    first = (tmp_path / "predictions.csv").read_text().splitlines()[0]
+    assert first == "filename,scene_label,device_id,location," + ",".join(SCENES)
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("filename,", "file,", "its columns are not"),
+        (",a,", ",z9,", "device_id 'z9' is none of"),
+        (f",{SCENES[made_up(n=50).scene[0]]},", ",airpot,", "scene_label 'airpot' is none of airport"),
+        (None, None, "cannot be read"),
+        ("-", "", "cannot be read"),
+    ],
+)
+def test_bad_predictions_are_refused(tmp_path, old, new, said):
+    path = tmp_path / "predictions.csv"
+    write_predictions(made_up(n=50), path)
+    head, _, rows = path.read_text().partition("\n")
+    if old == "filename,":
+        path.write_text(f"{head.replace(old, new)}\n{rows}")
+    elif old == "-":
+        path.write_text(f"{head}\n{rows.splitlines()[0].rpartition(',')[0]},nan\n")
+    elif old:
+        path.write_text(f"{head}\n{rows.replace(old, new)}")
+    else:
+        path.unlink()
+    message = refusal(read_predictions, path)
+    assert str(path) in message and said in message and "test_only.py" in message
+
+
+# Intervals and calibration
+
+
+def test_intervals_hold_the_figures_and_agree_with_the_standard_error():
+    p = made_up()
+    figures = Figures(p)
+    names = [
+        ("macro_avg_acc",),
+        ("acc",),
+        ("loss",),
+        *(("scene", s) for s in SCENES),
+        *(("device", d) for d in DEVICES),
+    ]
+    for name in names:
+        estimate = figures(*name)
+        assert estimate.low <= estimate.value <= estimate.high
+    mean, error = mean_and_error(p.correct, p.location)
+    acc = figures("acc")
+    assert acc.value == pytest.approx(mean)
+    assert (acc.high - acc.low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.15)
+    over_clips = Figures(replace(p, location=p.filenames))("acc")
+    assert acc.high - acc.low > 1.5 * (over_clips.high - over_clips.low)  # clips of a location are alike
+    assert Figures(p)("acc") == acc  # the draws are the same every time
+    gap = figures("gap", "a")
+    others = p.correct[p.device != 0].mean()
+    assert gap.value == pytest.approx(p.correct[p.device == 0].mean() - others)
+
+
+def test_one_location_has_no_interval():
+    p = made_up(n=90)
+    alone = Figures(p.select(p.location == p.location[0]))
+    assert alone("acc").value is not None and alone("acc").low is None and not alone("acc").clear
+    assert Figures(p.select(p.device == 0))("device", "b") == (None, None, None)
+
+
+def test_differences_are_drawn_together():
+    p = made_up()
+    rng = np.random.default_rng(3)
+    q = replace(p, logits=p.logits + rng.normal(0, 0.3, p.logits.shape))
+    a, b = Figures(p), Figures(q)
+    assert a.minus(a, "macro_avg_acc") == (0, 0, 0)
+    paired, alone = b.minus(a, "acc"), b("acc")
+    assert paired.value == pytest.approx(q.correct.mean() - p.correct.mean())
+    assert paired.high - paired.low < 0.6 * (alone.high - alone.low)
+
+
+def test_calibration_error():
+    p = made_up()
+    bins = reliability(p)
+    assert sum(b.n_clips for b in bins) == len(p) and len(bins) == BINS
+    there = [b for b in bins if b.n_clips]
+    assert all(b.low <= b.confidence <= b.high for b in there)
+    expected = sum(b.n_clips * abs(b.acc - b.confidence) for b in there) / len(p)
+    assert Figures(p)("calibration_error").value == pytest.approx(expected)
+    sure = replace(p, logits=1000 * np.eye(10)[p.predicted])
+    assert Figures(sure)("calibration_error").value == pytest.approx(1 - p.correct.mean())
+    assert reliability(sure)[-1].n_clips == len(p) and bootstrap.LEVEL == 0.95
+
+
+# Mistakes, pictures, sound
+
+
+def test_most_confident_mistakes():
+    p = made_up()
+    rows = mistakes.most_confident(p, 12)
+    assert len(rows) == 12 == len(set(p.location[rows])) and not p.correct[rows].any()
+    assert list(p.confidence[rows]) == sorted(p.confidence[rows], reverse=True)
+    assert p.confidence[rows[0]] == p.confidence[~p.correct].max()
+    assert set(p.device[mistakes.most_confident(p, 4, device=7)]) == {7}
+
+
+def test_whose_fault_a_mistake_is():
+    names = np.array([f"audio/bus-paris-1-0-{d}.wav" for d in ("a", "b", "c")] + ["audio/bus-paris-2-0-a.wav"])
+    logits = np.zeros((4, 10))
+    logits[[0, 3], 0] = 1  # device a is wrong: it says airport
+    logits[[1, 2], SCENES.index("bus")] = 1
+    p = Predictions(names, np.full(4, SCENES.index("bus")), np.array([0, 1, 2, 0]), np.array(["paris-1"] * 4), logits)
+    others = mistakes.same_sound(p)
+    assert others == [[1, 2], [0, 2], [0, 1], []]
+    assert mistakes.blame(p, others, 0) == mistakes.Blame(device=1, sound=0, alone=1)
+    (mixed,) = mistakes.mixed_up(p.confusion[0], p.confusion[1:].sum(0), 3)
+    assert mixed == ("bus", "airport", 2, 2, 0.0) and mixed.share == 1
+
+
+def from_uri(uri: str, kind: str) -> io.BytesIO:
+    head, _, data = uri.partition(",")
+    assert head == f"data:{kind};base64"
+    return io.BytesIO(base64.b64decode(data))
+
+
+def test_pictures_and_sound():
+    log_mel = np.tile(np.linspace(0, 1, 20)[:, None], (1, 7))  # louder towards high mel bins
+    image = imread(from_uri(sounds.picture(log_mel, 0, 1), "image/png"), format="png")[..., 0]
+    assert image.shape == (20, 7) and np.allclose(image[::-1, 0], np.linspace(0, 1, 20), atol=0.02)
+    waveform = torch.from_numpy(tone("park", "a", 0)).float()[None]
+    samples, rate = soundfile.read(from_uri(sounds.audio(0.01 * waveform, RATE), "audio/mpeg"))
+    assert rate == 16_000 and 0.5 <= len(samples) / rate < 0.75 and 0.5 < np.abs(samples).max() <= 1
+    spectrum = np.abs(np.fft.rfft(samples))
+    assert np.argmax(spectrum) * rate / len(samples) == pytest.approx(1500, rel=0.12)  # the tone of a park
+
+
+# Several runs
+
+
+def test_comparison(project):
+    runs = [read_finished(project / name) for name in ("one", "two", "other")]
+    path = write_comparison(runs, project / "comparison")
+    assert path == project / "comparison" / "one_two_other.html"
+    parsed = Page(path)
+    parsed.check()
+    one, two, other = (run.results for run in runs)
+    rows = parsed.tables["runs"][1:]
+    for row, results in zip(rows, (one, two, other), strict=True):
+        assert row[1] == percent(results["macro_avg_acc"])
+    less = 100 * (two["macro_avg_acc"] - one["macro_avg_acc"])
+    assert rows[1][3].rstrip(" *") == f"{less:+.2f}"
+    low, high = map(float, rows[1][4].split(" to "))
+    assert low < less < high and (rows[1][3].endswith("*")) == (high < 0 or low > 0)
+    tram = parsed.rows("scene-table")["Tram"]
+    assert [tram[0], tram[1], tram[4]] == [percent(r["scene_acc"]["tram"]) for r in (one, two, other)]
+    device = parsed.rows("device-table")["S4"]
+    assert device[2].rstrip(" *") == f"{100 * (two['device_acc']['s4'] - one['device_acc']['s4']):+.2f}"
+    spread = Spread.of([one["macro_avg_acc"], two["macro_avg_acc"]])
+    assert spread.deviation == pytest.approx(np.std([one["macro_avg_acc"], two["macro_avg_acc"]], ddof=1))
+    assert parsed.tables["seed-table"][1][1:3] == ["0, 1", f"{percent(spread.mean)} ± {percent(spread.deviation)}"]
+    assert parsed.tables["seed-table"][2][2] == percent(other["macro_avg_acc"])
+    assert parsed.rows("differing") == {
+        "--seed": ["0", "1", "0"], "--lr": ["0.005", "0.005", "0.001"],
+        "--experiment_name": ["One <b>& only</b>", "none", "none"],
+    }  # fmt: skip
+    before, after = (run.predictions.correct for run in runs[:2])
+    won = parsed.rows("won-two")["All"]
+    assert won[1] == f"{(before & ~after).sum():,}" and won[2] == f"{(~before & after).sum():,}"
+    counts = np.array(two["confusion"]) - np.array(one["confusion"])
+    assert parsed.tables["matrix-two-all"][1][1].split()[1] == (f"{counts[0, 0]:+,}" if counts[0, 0] else "0")
+
+
+def test_runs_of_other_clips_are_compared_without_intervals(project, tmp_path):
+    p = made_up()
+    run = write_run(tmp_path / "P" / "half", p.select(np.arange(len(p)) % 2 == 0), project.parent / "data")
+    parsed = Page(write_comparison([read_finished(project / "one"), read_finished(run)], tmp_path / "P" / "comparison"))
+    parsed.check()
+    assert "No intervals for half" in parsed.text and "different data" in parsed.text
+    assert parsed.tables["runs"][2][4] == "-" and parsed.tables["runs"][2][3] != "-"
+
+
+def test_seeds_stand_together(project):
+    runs = [read_finished(project / name) for name in ("one", "other", "two")]
+    assert [[run.id for run in group] for group in by_configuration(runs)] == [["one", "two"], ["other"]]
+    assert Spread.of([1.0]) == (1.0, None) and Spread.of([1.0, None]) is None
+
+
+def test_the_command(script, project):
+    done = script("dcase.report", "two", "--project_name", project, "--report_audio", "False")
+    page = project / "two" / "report" / "index.html"
+    assert done.code == 0 and done.out.strip() == f"report: {page}" and "<audio" not in page.read_text()
+    script("dcase.report", "nope", "--project_name", project).refused("run nope: no such run", "one", "two")
+
+
+@pytest.mark.parametrize(
+    "ids, said",
+    [([], "which run?"), (["two", "two"], "has a run twice"), (["two", "started"], "has not been tested to its end")],
+)
+def test_the_command_says_what_is_wrong(project, monkeypatch, ids, said):
+    (project / "started").mkdir(exist_ok=True)
+    (project / "started" / "config.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["report", *ids, "--project_name", str(project)])
+    assert said in refusal(main)
+
+
+# Looks
+
+
+def test_text_stands_out_in_light_and_dark():
+    """Contrast of at least 4.5, as WCAG 2.2's criterion 1.4.3 has it."""
+    style = (Path(sounds.__file__).parent / "page.css").read_text()
+    themes = [
+        dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.S)
+    ]
+    assert len(themes) == 2 and set(themes[0]) == set(themes[1])
+
+    def light(colour: str) -> float:
+        rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+    def contrast(a: str, b: str) -> float:
+        low, high = sorted((light(a), light(b)))
+        return (high + 0.05) / (low + 0.05)
+
+    for theme in themes:
+        for ink in ("ink", "soft", "accent", "good", "bad"):
+            assert contrast(theme[ink], theme["card"]) >= 4.5, ink
+        assert contrast(theme["ink"], theme["note"]) >= 4.5 and contrast(theme["card"], theme["accent"]) >= 4.5
+        for line in ("l0", "l1", "l2", "l3", "l4", "l5", "real", "seen", "unseen"):
+            assert contrast(theme[line], theme["card"]) >= 3, line  # of what is no text
+
+
+@pytest.fixture(scope="module")
+def browser():
+    path = find_browser()
+    if path is None:
+        pytest.skip("no Chromium on the PATH: `make browser` installs it where apt can")
+    with Browser(path) as found:
+        yield found
+
+
+VISIBLE = "[...document.querySelectorAll('.panel')].filter(p => p.offsetHeight).map(p => p.id)"
+TABLES = """Object.fromEntries([...document.querySelectorAll('table')].map(t =>
+    [t.id, [...t.rows].map(r => [...r.cells].map(c => c.textContent))]))"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("size", [LAPTOP, PHONE])
+def test_a_browser_shows_it_without_a_word(browser, page, project, size, dark):
+    comparison = write_comparison([read_finished(project / name) for name in ("one", "two")], project / "comparison")
+    browser.screen(size, dark)
+    for path in (page, comparison):
+        browser.open(path.as_uri())
+        assert browser.complaints() == [] and browser.requests() == [path.as_uri()]
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth")  # tables scroll in their own boxes
+        assert browser.run("getComputedStyle(document.body).colorScheme") == "light dark"
+        assert browser.run("matchMedia('(prefers-color-scheme: dark)').matches") is dark
+        broken = "[...document.images].filter(i => i.loading = 'eager').map(i => i.decode())"
+        assert browser.run(f"Promise.all({broken}).then(all => all.length)") > 0
+
+
+def test_three_clicks_from_a_run_to_why_a_device_fails(browser, page):
+    browser.screen(LAPTOP)
+    browser.open(page.as_uri())
+    assert browser.run(VISIBLE) == ["device-all"]
+    weakest = min(results_of(page)["device_acc"], key=results_of(page)["device_acc"].get)
+    browser.click(f"#headline a[href='#device-{weakest}']")
+    browser.run("new Promise(done => setTimeout(done, 200))")
+    assert browser.run(VISIBLE) == [f"device-{weakest}"]
+    for part in (f"#mixed-{weakest}", f"#scenes-{weakest}", f"#matrix-{weakest}", f"#spectrum-{weakest}", ".cards img"):
+        assert browser.run(f"document.querySelector('#device-{weakest} {part}').offsetParent !== null")
+    played = f"document.querySelector('#device-{weakest} audio')"
+    assert 0.4 < browser.run(f"(async a => {{ await a.play(); return a.duration; }})({played})") < 1
+    assert browser.complaints() == []
+
+
+def test_tables_sort_and_the_keyboard_reaches_devices(browser, page):
+    browser.screen(LAPTOP)
+    browser.open(page.as_uri())
+    before = browser.run(TABLES)
+    accuracy = "#device-table thead th:nth-child(3) button"
+    browser.click(accuracy)
+    shown = "[...document.querySelectorAll('#device-table tbody td:nth-child(3)')].map(c => parseFloat(c.textContent))"
+    assert browser.run(shown) == sorted(float(row[2]) for row in before["device-table"][1:])
+    browser.click(accuracy)
+    assert browser.run(shown) == sorted((float(row[2]) for row in before["device-table"][1:]), reverse=True)
+    assert browser.run("document.querySelector('#device-table th[aria-sort]').ariaSort") == "descending"
+    browser.run("document.querySelector('.tabs a[href=\"#device-real\"]').focus()")
+    for _ in range(3):
+        browser.press("Tab")
+    browser.press("Enter")
+    assert browser.run(VISIBLE) == ["device-a"]
+
+
+def test_without_script_everything_is_there(browser, page):
+    browser.screen(PHONE)
+    browser.do("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(page.as_uri())
+        assert len(browser.run(VISIBLE)) == 1 + len(DEVICE_GROUPS) + len(DEVICES)
+        shown, parsed = browser.run(TABLES), Page(page)
+        assert set(shown) == set(parsed.tables)
+        for name, rows in shown.items():
+            assert [[c.replace(" ", "") for c in row] for row in rows] == [
+                [c.replace(" ", "") for c in row] for row in parsed.tables[name]
+            ]
+    finally:
+        browser.do("Emulation.setScriptExecutionDisabled", value=False)
