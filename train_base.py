@@ -14,7 +14,7 @@ import dataclasses
 
 import pytorch_lightning as pl
 
-from dcase import errors, evaluation, models, training
+from dcase import errors, evaluation, models, seeds, training
 from dcase.config import parse_base, start_run
 from dcase.lit import SceneClassifier
 from dcase.loading import clips_id, find_source, open_sound, training_clips, with_sound
@@ -24,6 +24,8 @@ from dcase.teachers import load_teachers
 
 
 def main() -> None:
+    if seeds.train_each(__doc__):
+        return
     config, run = parse_base(__doc__)
     training.check_machine(config.machine)
     source = find_source(config.data, config.split.subset)
@@ -49,7 +51,7 @@ def main() -> None:
         module.start_from(source_run)
     evaluation.warn_if_over(module)
     run = start_run(config, run)
-    if not training.checkpoint_to_resume(run.checkpoints):
+    if begins:
         training.fit_normalisation(module, train, config.machine)
 
     with training.loggers(config, run) as loggers:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import aum
-from dcase import cli, models, processes
+from dcase import artifacts, cli, models, processes
 from dcase.augment import AugmentConfig
 from dcase.checkpoints import load_trained
 from dcase.distillation import DistillConfig
@@ -140,6 +140,9 @@ class TrainConfig(EvalConfig):
 
 @dataclass(frozen=True)
 class BaseConfig(TrainConfig):
+    seeds: int = 1
+    """Train and test as many seeds, --seed and those after it, a run each, one behind the other; at the end come mean
+    and deviation over them."""
     init_from: str = ""
     """Id of a run of train_base.py whose weights to start from. Where that Audio Mamba is wider, deeper or has more
     states, its most important channels, layers and states are taken (structured pruning)."""
@@ -215,7 +218,8 @@ Config = TypeVar("Config", bound=EvalConfig)
 # What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
 _FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
-    "scan_backend", "deterministic", "compile", "read_from", "pack_dir",
+    "scan_backend", "deterministic", "compile", "read_from", "pack_dir", "report_audio",
+    "logger", "log_checkpoints",
 }  # fmt: skip
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
@@ -236,12 +240,14 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
     resumed = _resumed(DeviceConfig, description, args)
     if resumed:
         config, run = resumed
+        artifacts.fetch(config.run.project_name, config.ckpt_id, config.run.wandb_mode)
         return config, run, load_checkpoint(find_checkpoint(config.run.project_name, config.ckpt_id))
-    project_name = _peek("project_name", args) or RunConfig().project_name
-    ckpt_id = _peek("ckpt_id", args)
+    project_name = peek("project_name", args) or RunConfig().project_name
+    ckpt_id = peek("ckpt_id", args)
     if not ckpt_id:
         cli.parse(DeviceConfig, description, args=args)  # --help, or a flag that does not exist
         raise UserError("--ckpt_id is missing: give the run id that train_base.py printed")
+    artifacts.fetch(project_name, ckpt_id, peek("wandb_mode", args))
     checkpoint = load_checkpoint(find_checkpoint(project_name, ckpt_id))
     default = _like_checkpoint(DeviceConfig, checkpoint)
     config = cli.parse(DeviceConfig, description, default, args)
@@ -252,7 +258,7 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
 
 def parse_test(description: str, args: list[str] | None = None) -> tuple[TestConfig, dict]:
     """test_only.py's configuration and the checkpoint."""
-    path = _peek("ckpt_path", args)
+    path = peek("ckpt_path", args)
     if not path:
         cli.parse(TestConfig, description, args=args)
         raise UserError(
@@ -268,7 +274,8 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
 def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
     """The run to write to: the resumed one, or a new one with its config.json written."""
     if run is None:
-        run = processes.from_main(new_run(config.run.project_name) if processes.is_main() else None)
+        run = new_run(config.run.project_name, config.run.run_id) if processes.is_main() else None
+        run = processes.from_main(run)
     if processes.is_main() and not run.has_config():
         versions = {
             name: sys.modules[name].__version__ for name in ("torch", "torchaudio", "pytorch_lightning", "numpy")
@@ -321,10 +328,12 @@ def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
 
 
 def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tuple[Config, Run] | None:
-    run_id = _peek("resume", args)
+    run_id = peek("resume", args)
     if not run_id:
         return None
-    run = find_run(_peek("project_name", args) or RunConfig().project_name, run_id, "--resume")
+    project_name = peek("project_name", args) or RunConfig().project_name
+    artifacts.fetch(project_name, run_id, peek("wandb_mode", args))
+    run = find_run(project_name, run_id, "--resume")
     saved = run.read_config()
     if ("ckpt_id" in saved) != (cls is DeviceConfig) or "split" not in saved:  # a test's run has no split
         raise UserError(f"--resume {run_id}: that run was made by another script")
@@ -350,7 +359,7 @@ def _shown(value) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _peek(name: str, args: list[str] | None) -> str | None:
+def peek(name: str, args: list[str] | None) -> str | None:
     """The value of one flag, before the command line is parsed with the defaults that it leads to."""
     args = sys.argv[1:] if args is None else args
     for i, arg in enumerate(args):

@@ -6,6 +6,9 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
+
+DOCTOR = " (`python -m dcase.doctor` tells more)"
 
 
 class UserError(Exception):
@@ -25,6 +28,19 @@ class Stopped(Exception):
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def doctor_tells_more(look: Callable) -> Callable:
+    """A function that looks at the machine or the data: its `UserError` then points to `dcase.doctor`, too."""
+
+    @wraps(look)
+    def looking(*args, **kwargs):
+        try:
+            return look(*args, **kwargs)
+        except UserError as error:
+            raise UserError(f"{str(error).removesuffix(DOCTOR)}{DOCTOR}") from error
+
+    return looking
 
 
 def _others_are_gone(error: RuntimeError) -> bool:

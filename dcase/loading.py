@@ -15,7 +15,7 @@ from dcase import pack, processes, stopping, synth
 from dcase.config import EvalConfig, MachineConfig
 from dcase.cores import n_cores
 from dcase.dataset import TAU22, Clip, Sound
-from dcase.errors import UserError
+from dcase.errors import UserError, doctor_tells_more
 from dcase.logmel import samples_for
 from dcase.pack import Pack
 from dcase.tau22 import (
@@ -45,6 +45,7 @@ class Source:
     note: str  # why they are not; "" where they are
 
 
+@doctor_tells_more
 def find_source(config: DataConfig, subset: int | None = None) -> Source:
     """--dataset_dir, else the environment variable TAU22_DIR, else SynthTAU, made once into a cache folder; without
     ``subset`` only its test clips are looked for."""
@@ -80,6 +81,7 @@ def training_clips(source: Source, split: SplitConfig) -> tuple[Clips, Clips | N
     return split_by_location(clips, split.val_fraction)
 
 
+@doctor_tells_more
 def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
     """The pack where there is one (or --read_from asks for it), else the WAV files; says which. The configuration comes
     back with --read_from decided, so that a resumed run reads what it read before.
@@ -108,17 +110,22 @@ def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
 
 def with_sound(clips: Clips, sound: Sound, like: TAU22 | None = None) -> TAU22:
     """The clips' data set. Raises `UserError` where recordings are missing, or are not those that were packed."""
+    _check_recordings(clips, sound)
+    return TAU22(clips, sound, like)
+
+
+@doctor_tells_more
+def _check_recordings(clips: Clips, sound: Sound) -> None:
     if sound.pack is None:
         check_files(clips)
-    else:
-        changed = sound.pack.changed_sources(clips.folder, sound.pack.rows(clips.filenames))
-        if changed:
-            shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-            raise UserError(
-                f"{len(changed)} of these {len(clips)} recordings are missing or have changed since "
-                f"{sound.pack.folder} was made ({shown}): {pack.AGAIN}"
-            )
-    return TAU22(clips, sound, like)
+        return
+    changed = sound.pack.changed_sources(clips.folder, sound.pack.rows(clips.filenames))
+    if changed:
+        shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+        raise UserError(
+            f"{len(changed)} of these {len(clips)} recordings are missing or have changed since "
+            f"{sound.pack.folder} was made ({shown}): {pack.AGAIN}"
+        )
 
 
 class Batches(Sampler[list[int]]):

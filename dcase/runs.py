@@ -5,28 +5,26 @@
                          macro_avg_acc)
     metrics.csv          what was logged, a row a time
     results.json         the figures of the test, plain and repeatable: no times, no paths
-    report/              tables and charts
+    predictions.csv      every test clip's logits
+    report/              index.html, a page of everything; tables and charts
 
 Whatever matters is written beside its place and renamed, so that a kill leaves the old or the new file, never half
 of one. Checkpoints are read with ``weights_only=True``: a file that would run code is refused.
 """
 
-import csv
 import json
 import pickle
+import re
 import secrets
 import string
-import sys
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 from lightning_fabric.plugins import CheckpointIO
-from pytorch_lightning.loggers.logger import Logger
 
 from dcase.errors import UserError, one_line
 from dcase.files import keep_copy, replace_file
@@ -40,14 +38,27 @@ class RunConfig:
     """Folder that the run's own folder is made in, and the W&B project."""
     experiment_name: str | None = None
     """Name of the run in W&B and in the report; None: the model's."""
+    run_id: str | None = None
+    """Id of a new run, which no other may have: to know it beforehand. None: it is drawn."""
     wandb_mode: str = "auto"
     """Weights & Biases: online, offline, disabled, or auto: online where you are logged in, else offline."""
+    logger: Literal["wandb", "tensorboard", "none"] = "wandb"
+    """What is logged to beside metrics.csv: W&B; TensorBoard, in the run's folder; none: nothing."""
+    log_checkpoints: bool = False
+    """Upload the run's checkpoints to W&B too, after each validation and at the end: a machine that has not the run's
+    folder fetches them for --resume and --ckpt_id."""
+    report_audio: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Sound of the most confident mistakes in the report's page; False: pictures alone."""
 
     def __post_init__(self):
         if self.wandb_mode not in ("auto", "online", "offline", "disabled"):
             raise UserError(f"--wandb_mode is auto, online, offline or disabled; got {self.wandb_mode}")
+        if self.log_checkpoints and (self.logger != "wandb" or self.wandb_mode == "disabled"):
+            raise UserError("--log_checkpoints uploads to W&B: give --logger wandb, and --wandb_mode not disabled")
         if not self.project_name or Path(self.project_name).name in ("", ".."):
             raise UserError(f"--project_name is the name of a folder; got {self.project_name!r}")
+        if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", self.run_id, re.ASCII):
+            raise UserError(f"--run_id is 1 to 64 letters, digits, _ and -, the first no _ or -; got {self.run_id!r}")
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,10 @@ class Run:
     def has_config(self) -> bool:
         return (self.folder / "config.json").is_file()
 
+    def commit(self) -> str | None:
+        """The git commit of the code that began the run, where that was a checkout."""
+        return json.loads((self.folder / "config.json").read_text()).get("commit")
+
     def read_config(self) -> dict:
         """Raises `UserError` where config.json is damaged."""
         path = self.folder / "config.json"
@@ -87,17 +102,26 @@ class Run:
             ) from error
 
 
-def new_run(project_name: str) -> Run:
-    """A run with an id that is not taken, and its folder. Raises `UserError` where the folder cannot be made."""
-    alphabet = string.ascii_lowercase + string.digits
-    run = Run(Path(project_name) / "".join(secrets.choice(alphabet) for _ in range(8)))
+def new_run(project_name: str, run_id: str | None = None) -> Run:
+    """A run of that id, or of one that is not taken, and its folder.
+
+    Raises `UserError` where another run has the id, or the folder cannot be made.
+    """
+    run = Run(Path(project_name) / (run_id or new_id()))
+    if run.has_config():
+        raise UserError(f"--run_id {run_id}: there is such a run in {project_name}/: --resume it, or give another id")
     try:
-        run.checkpoints.mkdir(parents=True)
+        run.checkpoints.mkdir(parents=True, exist_ok=run_id is not None)  # of one that was killed before it began
     except OSError as error:
         raise UserError(
             f"--project_name {project_name}: {run.checkpoints} cannot be made ({error.strerror})"
         ) from error
     return run
+
+
+def new_id() -> str:
+    """8 letters and digits, drawn."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 def find_run(project_name: str, run_id: str, flag: str) -> Run:
@@ -199,131 +223,3 @@ class SafeCheckpoints(CheckpointIO):
 
     def remove_checkpoint(self, path) -> None:
         Path(path).unlink(missing_ok=True)
-
-
-# Loggers
-
-
-class MetricsCsv(Logger):
-    """Appends what is logged to metrics.csv: columns step, name, value. A resumed run drops the rows it will redo."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
-
-    name = version = ""  # of Logger; the progress bar would show others
-    columns = ("step", "name", "value")
-
-    def log_hyperparams(self, params, *args, **kwargs) -> None:
-        pass  # config.json has them
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        new = not self.path.exists()
-        try:
-            with open(self.path, "a", newline="") as file:
-                writer = csv.writer(file)
-                if new:
-                    writer.writerow(self.columns)
-                writer.writerows((step, name, value) for name, value in metrics.items() if name != "epoch")
-        except OSError as error:
-            raise UserError(
-                f"{self.path} cannot be written ({error.strerror}): check rights and space there"
-            ) from error
-
-    def drop_from(self, step: int, prefix: str) -> None:
-        """Drop what was logged at this optimiser step or later under names that start with ``prefix``."""
-        if not self.path.exists():
-            return
-        with open(self.path, newline="") as file:
-            rows = list(csv.reader(file))[1:]
-        kept = [row for row in rows if len(row) == 3 and (int(row[0]) < step or not row[1].startswith(prefix))]
-        lines = "".join(",".join(row) + "\n" for row in [self.columns, *kept])
-        replace_file(self.path, lambda beside: beside.write_text(lines))
-
-
-class Wandb(Logger):
-    """W&B's logger, which from its first error on is only a silence: training goes on without it."""
-
-    def __init__(self, logger: Logger, folder: Path):
-        super().__init__()
-        self._logger, self._folder, self._works = logger, folder, True
-
-    name = version = ""  # of Logger; the progress bar would show others
-
-    def log_hyperparams(self, params, *args, **kwargs) -> None:
-        pass  # W&B has them since its start
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.call(lambda logger: logger.log_metrics(metrics, step))
-
-    def finish(self, failed: bool) -> None:
-        self.call(lambda logger: logger.experiment.finish(exit_code=int(failed)))
-        if not self._works:
-            _end_wandb()  # else it fails once more at the program's end, loudly
-
-    def call(self, what: Callable[[Logger], object]) -> None:
-        """Do something with W&B's own logger, where it still works."""
-        if self._works:
-            try:
-                what(self._logger)
-            except Exception as error:  # its process gone, its folder full, its network: whatever it is
-                self._works = False
-                print(f"W&B has failed ({one_line(error)}); the run goes on without it, metrics go to {self._folder}")
-
-
-def wandb_logger(config: RunConfig, run: Run, name: str, content: dict) -> Wandb | None:
-    """W&B's logger for this run's id: online, or offline where it cannot be reached; None where it is disabled or does
-    not even work offline. Training never waits for it longer than half a minute.
-
-    ``content`` is the configuration to show there. Nothing but metrics, configuration and plots is uploaded.
-    """
-    modes = {"disabled": (), "offline": ("offline",)}.get(config.wandb_mode, (config.wandb_mode, "offline"))
-    for mode in modes:
-        try:
-            experiment, mode = _start_wandb(mode, config, run, name, content)
-        except Exception as error:  # whatever ails W&B, its folder or the network, the run goes on
-            what = f"W&B cannot be used {mode if mode == 'offline' else 'online'}"
-            print(f"{what} ({type(error).__name__}: {one_line(error)}); metrics go to {run.folder}")
-            _end_wandb()  # it would hold on to the run's id
-            continue
-        sync = f" (send it with: wandb sync {Path(experiment.dir).parent})" if mode == "offline" else ""
-        print(f"W&B: {mode}, run id {run.id}{sync}")
-        from pytorch_lightning.loggers import WandbLogger
-
-        return Wandb(WandbLogger(experiment=experiment), run.folder)
-    return None
-
-
-def _end_wandb() -> None:
-    with suppress(Exception):
-        sys.modules["wandb"].teardown()
-
-
-def _start_wandb(mode: str, config: RunConfig, run: Run, name: str, content: dict):
-    """(W&B's run, "online" or "offline")."""
-    import wandb  # 2 seconds: only where it is wanted
-
-    if mode == "auto":
-        mode = "online" if wandb.login(prompt=False) else "offline"
-    experiment = wandb.init(
-        project=Path(config.project_name).name,
-        id=run.id,
-        name=name,
-        dir=run.folder,
-        mode=mode,
-        resume="allow",
-        config=content,
-        settings=wandb.Settings(
-            silent=True,
-            console="off",
-            disable_git=True,
-            init_timeout=30,
-            x_save_requirements=False,
-            x_disable_meta=True,
-            x_disable_stats=True,
-        ),
-    )
-    # Lightning does this only for runs that it starts itself; without it a curve's x-axis would be W&B's own count.
-    experiment.define_metric("trainer/global_step")
-    experiment.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    return experiment, mode

@@ -24,12 +24,13 @@ import aum
 from aum.allocator import keep_freed_memory
 from aum.scan import choose
 from dcase import processes, stopping
-from dcase.config import EvalConfig, MachineConfig, TrainConfig, to_plain
+from dcase.config import DeviceConfig, EvalConfig, MachineConfig, TrainConfig, to_plain
 from dcase.dataset import TAU22
-from dcase.errors import Stopped, UserError
+from dcase.errors import Stopped, UserError, doctor_tells_more
 from dcase.lit import SceneClassifier
 from dcase.loading import Batches, evaluation_batches, loader, shuffled
-from dcase.runs import MetricsCsv, Run, SafeCheckpoints, newest_checkpoint, wandb_logger
+from dcase.loggers import MetricsCsv, Wandb, tensorboard_logger, wandb_logger
+from dcase.runs import Run, SafeCheckpoints, newest_checkpoint
 from dcase.teachers import Teachers
 
 DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the data in the scan
@@ -122,6 +123,11 @@ class KeepCheckpoints(Checkpoint):
         )
         self.validation_due = False
         self._save(trainer)
+        for logger in trainer.loggers:
+            if isinstance(logger, Wandb):
+                best = {MONITOR: self.best_score, "loss": self.best_loss, "epoch": self.best_epoch + 1}
+                logger.summarise({f"{module.log_prefix}best/{name}": value for name, value in best.items()})
+                logger.keep_checkpoints()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args) -> None:
         self.stopped_by = self._stop_asked(trainer)
@@ -192,6 +198,7 @@ def batches_done(trainer: pl.Trainer, n_batches: int) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.current.processed % n_batches
 
 
+@doctor_tells_more
 def check_machine(machine: MachineConfig) -> None:
     """Raise `UserError` for flags that do not fit this machine, before anything is made or read.
 
@@ -258,19 +265,30 @@ def make_trainer(
 
 @contextmanager
 def loggers(config: EvalConfig, run: Run) -> Iterator[list[Logger]]:
-    """metrics.csv and, where it can be used, W&B under the run's own id; W&B is told when it is over."""
+    """metrics.csv and what --logger says: W&B under the run's own id, where it can be used; it is told when the run is
+    over."""
     if not processes.is_main():
         yield []
         return
-    name = config.run.experiment_name or config.model.model
-    wandb = wandb_logger(config.run, run, name, to_plain(config))
+    wandb = _wandb(config, run) if config.run.logger == "wandb" else None
+    beside = [wandb] if wandb else [tensorboard_logger(run)] if config.run.logger == "tensorboard" else []
     failed = True
     try:
-        yield [MetricsCsv(run.folder / "metrics.csv"), *([wandb] if wandb else [])]
+        yield [MetricsCsv(run.folder / "metrics.csv"), *beside]
         failed = False
     finally:
         if wandb:
             wandb.finish(failed)
+
+
+def _wandb(config: EvalConfig, run: Run) -> Wandb | None:
+    name = config.run.experiment_name or config.model.model
+    group, job = None, "test"
+    if isinstance(config, DeviceConfig):
+        group, job = config.ckpt_id, "device-specific"
+    elif isinstance(config, TrainConfig):
+        group, job = run.id, "general"
+    return wandb_logger(config.run, run, name, to_plain(config) | {"commit": run.commit()}, group, job)
 
 
 def quieten() -> None:
@@ -300,6 +318,7 @@ def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineCon
         buffer.fill_(value)
 
 
+@doctor_tells_more
 def _prepare_model(module: SceneClassifier, trainer: pl.Trainer, config: TrainConfig) -> None:
     """Test the scan on the device that is to train, and compile the model where asked to."""
     device = trainer.strategy.root_device

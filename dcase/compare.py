@@ -1,0 +1,304 @@
+"""Runs side by side on the terminal: ``python -m dcase.compare RUN_ID RUN_ID ... --project_name P``.
+
+Runs that differ in nothing but their seed stand together, as a mean and the deviation over them. The best value of each
+figure is marked, and differences are to the first line.
+"""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dcase.cli import parse
+from dcase.config import BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
+from dcase.errors import UserError, one_line, run
+from dcase.files import replace_file
+from dcase.report import markdown
+from dcase.runs import Run, RunConfig, find_run
+from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+
+MAX_COLUMNS = 8  # of the table of scenes and devices, which has a column for each line of the first one
+COUNTS = {"size": "complexity/total_param_bytes", "macs": "complexity/macs"}  # less is better
+GROUPS = {name: f"device_group_acc/{name}" for name in DEVICE_GROUPS}
+FIGURES = {"macro_avg_acc": "macro_avg_acc", **GROUPS, **COUNTS}  # of the first table: name -> place in results.json
+DETAILS = {name: f"scene_acc/{name}" for name in SCENES} | {name: f"device_acc/{name}" for name in DEVICES}
+# Flags that change no figure, or nothing but rounding, and those that the lines are labelled with.
+_NO_MATTER = {"resume", "num_workers", "read_from", "pack_dir", "seeds", *RunConfig.__dataclass_fields__}
+_OTHER_RUNS = ("ckpt_id", "init_from")  # flags that name a run, which has a seed of its own
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    run_ids: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """ids of the runs to compare, as the scripts print them"""
+    project_name: str = "DCASE25_Task1"
+    """folder of the runs"""
+    all: bool = False
+    """compare every run of the project that has been tested"""
+    sort: Literal["given", "name", "macro_avg_acc", "real", "seen", "unseen", "size", "macs"] | None = None
+    """order of the lines, the best first; without it as given, with --all by macro_avg_acc"""
+    csv: str | None = None
+    """file to write all figures to, and the flags that differ, a line per run"""
+
+    def __post_init__(self):
+        if self.all == bool(self.run_ids):
+            raise UserError("which runs? Give their ids, or --all (not both)")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has been tested."""
+
+    run: Run
+    flags: dict  # the whole configuration, flat
+    commit: str  # of the code, short; "-" where it is not known
+    results: dict
+
+    @property
+    def name(self) -> str:
+        return self.flags["experiment_name"] or self.flags["model"]
+
+    def figure(self, place: str) -> float | None:
+        """One of results.json's: "macro_avg_acc", "scene_acc/bus", ..."""
+        part, _, name = place.partition("/")
+        return self.results[part][name] if name else self.results[part]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone: a line of the tables."""
+
+    runs: list[Finished]
+
+    @property
+    def name(self) -> str:
+        return self.runs[0].name
+
+    @property
+    def ids(self) -> str:
+        return " ".join(finished.run.id for finished in self.runs)
+
+    def mean(self, place: str) -> float | None:
+        values = [finished.figure(place) for finished in self.runs]
+        return None if None in values else round(statistics.fmean(values), 9)  # else ties would be decided by roundings
+
+    def deviation(self, place: str) -> float:
+        """Of the sample. For more than one run."""
+        return statistics.stdev(finished.figure(place) for finished in self.runs)
+
+    def flag(self, name: str) -> str:
+        """Its value, or the values of all runs."""
+        values = [_shown(finished.flags.get(name, "-")) for finished in self.runs]
+        return values[0] if len(set(values)) == 1 else ", ".join(values)
+
+
+def _shown(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+# Reading
+
+
+def read_finished(project_name: str, run_id: str) -> Finished:
+    """Raises `UserError`, in one line, where there is no such run, or it has no results."""
+    found = find_run(project_name, run_id, "run")
+    saved = found.read_config()
+    path = found.folder / "results.json"
+    if not path.is_file():
+        raise UserError(f"run {run_id} has no results.json: it is not finished (--resume it), or only trains a share")
+    try:
+        results = json.loads(path.read_text())
+        finished = Finished(found, _flat(saved), (found.commit() or "-")[:7], results)
+        for place in (*FIGURES.values(), *DETAILS.values()):
+            finished.figure(place)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): test the run again with test_only.py") from error
+    return finished
+
+
+def _flat(saved: dict) -> dict:
+    """Flag -> value, with today's defaults for flags that were not there yet."""
+    cls = DeviceConfig if "ckpt_id" in saved else TestConfig if "ckpt_path" in saved else BaseConfig
+    flat = {}
+    for name, value in to_plain(from_plain(cls, saved)).items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def read_all(project_name: str, run_ids: Sequence[str]) -> tuple[list[Finished], list[str]]:
+    """The runs that have results, and a line about each that has not."""
+    finished, said = [], []
+    for run_id in dict.fromkeys(run_ids):
+        try:
+            finished.append(read_finished(project_name, run_id))
+        except UserError as error:
+            said.append(str(error))
+    return finished, said
+
+
+def grouped(runs: Sequence[Finished], project_name: str) -> list[Group]:
+    """Runs by what they differ in beside their seed, in the order of their first ones."""
+    groups: dict[str, list[Finished]] = {}
+    for finished in runs:
+        groups.setdefault(_key(finished.flags, project_name), []).append(finished)
+    return [Group(together) for together in groups.values()]
+
+
+def _key(flags: dict, project_name: str) -> str:
+    """The same for configurations that differ in nothing but their seed, and in that of the runs they start from."""
+    counted = {name: value for name, value in flags.items() if name not in {*_NO_MATTER, "seed"}}
+    for name in _OTHER_RUNS:
+        if counted.get(name):
+            try:
+                other = find_run(project_name, counted[name], f"--{name}")
+                counted[name] = _key(_flat(other.read_config()), project_name)
+            except UserError:  # it is gone: its id must do
+                pass
+    return json.dumps(counted, sort_keys=True)
+
+
+# Showing
+
+
+def overview(groups: Sequence[Group]) -> str:
+    """Markdown table: a line per group, its accuracies in percent, bytes and MACs."""
+    header = ["Runs", "Ids", *FIGURES]
+    columns = [_cells(groups, place, name in COUNTS) for name, place in FIGURES.items()]
+    labels = [f"{i} {_label(group)}" for i, group in enumerate(groups, 1)]
+    return markdown(header, list(zip(labels, [group.ids for group in groups], *columns, strict=True)))
+
+
+def _label(group: Group) -> str:
+    return f"{group.name} ({len(group.runs)} seeds)" if len(group.runs) > 1 else group.name
+
+
+def details(groups: Sequence[Group]) -> str:
+    """Markdown table: accuracies of scenes, and of devices, in percent, a column per group."""
+    header = ["", *(f"{i} {group.name}" for i, group in enumerate(groups, 1))]
+    rows = [[name, *_cells(groups, place)] for name, place in DETAILS.items()]
+    return markdown(header, [row for row in rows if set(row[1:]) != {"-"}])  # without what no run has heard
+
+
+def _cells(groups: Sequence[Group], place: str, count: bool = False) -> list[str]:
+    """One figure of every group: 82.53 ± 0.93 (+2.18) *; * is the best one."""
+    means = [group.mean(place) for group in groups]
+    known = [mean for mean in means if mean is not None]
+    best = (min if count else max)(known) if len(set(known)) > 1 else None
+    return [_cell(group, place, means[0] if group is not groups[0] else None, best, count) for group in groups]
+
+
+def _cell(group: Group, place: str, first: float | None, best: float | None, count: bool) -> str:
+    mean = group.mean(place)
+    if mean is None:
+        return "-"
+    mark = " *" if mean == best else "  " if best is not None else ""
+    if count:
+        return f"{mean:,.0f}{mark}"
+    deviation = f" ± {100 * group.deviation(place):.2f}" if len(group.runs) > 1 else ""
+    difference = f" ({100 * (mean - first):+.2f})" if first is not None else ""
+    return f"{100 * mean:.2f}{deviation}{difference}{mark}"
+
+
+def different_flags(groups: Sequence[Group]) -> list[str]:
+    """Names of the flags whose values are not those of the first group."""
+    names = dict.fromkeys(name for group in groups for name in group.runs[0].flags if name not in _NO_MATTER)
+    return [name for name in names if len({group.flag(name) for group in groups}) > 1]
+
+
+def flags_table(groups: Sequence[Group]) -> str:
+    """Markdown table of the flags that differ; "" where none does."""
+    rows = [[f"--{name}", *(group.flag(name) for group in groups)] for name in different_flags(groups)]
+    commits = [", ".join(dict.fromkeys(finished.commit for finished in group.runs)) for group in groups]
+    if len(set(commits)) > 1 or "," in commits[0]:
+        rows.append(["commit of the code", *commits])
+    return markdown(["", *(f"{i} {group.name}" for i, group in enumerate(groups, 1))], rows) if rows else ""
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """What must be known before figures are compared."""
+    runs = [finished for group in groups for finished in group.runs]
+    said = [f"{finished.run.id}: {finished.results['note']}" for finished in runs if finished.results.get("note")]
+    if len({note.partition(": ")[2] for note in said}) == 1 and len(said) == len(runs) > 1:
+        said = [f"all: {said[0].partition(': ')[2]}"]
+    tested_on = dict.fromkeys((finished.results.get("data"), finished.results.get("n_clips")) for finished in runs)
+    if len(tested_on) > 1:
+        listed = ", ".join(f"{data} ({n} clips)" for data, n in tested_on)
+        said.append(f"WARNING: tested on different clips, so their figures cannot be compared: {listed}")
+    return said
+
+
+def report(groups: Sequence[Group]) -> str:
+    """All tables of these groups."""
+    parts = [overview(groups)]
+    if len(groups) <= MAX_COLUMNS:
+        parts.append(details(groups))
+        if len(groups) > 1:
+            parts.append(flags_table(groups) or "They differ in no flag.")
+    else:
+        parts.append(f"Scenes, devices and flags are shown of up to {MAX_COLUMNS} lines; --csv has those of all.")
+    said = notes(groups)
+    legend = "Accuracies in percent; * is the best, (+1.00) the difference to the first line."
+    if any(len(group.runs) > 1 for group in groups):
+        legend += " Mean ± deviation over seeds."
+    return "\n\n".join([*parts, "\n".join([legend, *said])])
+
+
+def write_csv(groups: Sequence[Group], path: Path) -> None:
+    """A line per run: every figure, and the flags that differ. Raises `UserError` where it cannot be written."""
+    flags = list(dict.fromkeys(["seed", *different_flags(groups)]))
+    figures = {**FIGURES, **DETAILS}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["line", "run_id", "name", *figures, *(f"--{name}" for name in flags), "commit"])
+    for i, group in enumerate(groups, 1):
+        for finished in group.runs:
+            values = [finished.figure(place) for place in figures.values()]
+            given = [_shown(finished.flags.get(name, "-")) for name in flags]
+            writer.writerow([i, finished.run.id, finished.name, *values, *given, finished.commit])
+    replace_file(path, lambda beside: beside.write_text(text.getvalue()))
+
+
+def in_order(groups: list[Group], by: str) -> list[Group]:
+    """The best first; those without the figure last."""
+    if by == "given":
+        return groups
+    if by == "name":
+        return sorted(groups, key=lambda group: group.name)
+    sign = 1 if by in COUNTS else -1
+
+    def place(group: Group) -> tuple[bool, float]:
+        mean = group.mean(FIGURES[by])
+        return mean is None, sign * (mean or 0)
+
+    return sorted(groups, key=place)
+
+
+def main() -> None:
+    config = parse(CompareConfig, "Runs side by side: accuracies, sizes, and the flags that differ.")
+    run_ids = config.run_ids
+    if config.all:
+        run_ids = sorted(path.parent.name for path in Path(config.project_name).glob("*/config.json"))
+        if not run_ids:
+            raise UserError(f"no run in {config.project_name}/: check --project_name")
+    finished, said = read_all(config.project_name, run_ids)
+    if said:
+        print("\n".join([*said, ""]))
+    if not finished:
+        raise UserError(f"none of these {len(run_ids)} runs has results to compare")
+    groups = in_order(
+        grouped(finished, config.project_name), config.sort or ("macro_avg_acc" if config.all else "given")
+    )
+    print(report(groups))
+    if config.csv:
+        write_csv(groups, Path(config.csv))
+        print(f"\nwritten: {config.csv}")
+
+
+if __name__ == "__main__":
+    run(main)

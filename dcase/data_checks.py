@@ -1,0 +1,162 @@
+"""Checks of the data folder, for `dcase.doctor`: its lists, its recordings, and the pack.
+
+Nothing is fetched, made or changed.
+"""
+
+import os
+import shlex
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from dcase import pack, synth
+from dcase.errors import UserError
+from dcase.findings import Finding
+from dcase.pack import Pack, Rates
+from dcase.tau22 import RELEASE, SPLITS, Clips, check_folder, is_tau22, load_splits, missing_files, read_split
+
+
+@dataclass(frozen=True)
+class Data:
+    """What training would be asked for."""
+
+    dataset_dir: str | None
+    pack_dir: str | None
+    rates: Rates
+    subset: int  # percent
+
+
+def data_folder(data: Data) -> list[Finding]:
+    """Every finding about the data folder: --dataset_dir, TAU22_DIR, or SynthTAU's."""
+    given = data.dataset_dir or os.environ.get("TAU22_DIR")
+    if not given:
+        folder = synth.default_folder()
+        what = "neither --dataset_dir nor TAU22_DIR is given: the scripts use SynthTAU, which is synthetic"
+        if not folder.exists():
+            return [Finding("data", "warn", f"{what}, and make it at first use", "export TAU22_DIR=/data/TAU22")]
+        if not synth.is_whole(folder):
+            what += f", and make it again at their next use: something of {folder} is missing"
+            return [Finding("data", "warn", what, "export TAU22_DIR=/data/TAU22")]
+        first = Finding("data", "warn", f"{what}, in {folder}", "export TAU22_DIR=/data/TAU22")
+        return [first, *_contents(folder, data)]
+    folder = Path(given).expanduser()
+    try:
+        check_folder(folder)
+    except UserError as error:
+        return [Finding("data", "FAIL", str(error), f"ls {folder}; ls {folder.absolute().parent}")]
+    kind = "TAU22" if is_tau22(folder) else "not TAU22 itself, or another test split"
+    return [Finding("data", "ok", f"{folder} ({kind})"), *_contents(folder, data)]
+
+
+def _contents(folder: Path, data: Data) -> list[Finding]:
+    lists = _lists(folder, data.subset)
+    broken = any(finding.state == "FAIL" for finding in lists)
+    absent = [split for split in _asked(data) if not _list_path(folder, split).is_file()]
+    if broken or absent:
+        return lists
+    try:
+        splits = _quietly(lambda: dict(zip(_asked(data), load_splits(folder, *_asked(data)), strict=True)))
+    except UserError as error:
+        return [*lists, Finding("clips", "FAIL", str(error), _prepare(folder))]
+    packed = _pack(folder, data, splits)
+    # Where a pack serves all of them, recordings may be missing.
+    needed = not any(finding.state == "ok" for finding in packed)
+    return [*lists, *_recordings(folder, splits, needed), _checked(folder), *packed]
+
+
+def _asked(data: Data) -> tuple[str, str]:
+    return f"split{data.subset}", "test"
+
+
+def _list_path(folder: Path, split: str) -> Path:
+    return folder / "split_setup" / f"{split}.csv"
+
+
+def _prepare(folder: Path, *flags: str) -> str:
+    return " ".join(["python -m dcase.prepare --dataset_dir", shlex.quote(str(folder)), *flags])
+
+
+def _lists(folder: Path, subset: int) -> list[Finding]:
+    there, found = {}, []
+    for split in SPLITS:
+        path = _list_path(folder, split)
+        if path.is_file():
+            try:
+                there[split] = len(read_split(path))
+            except UserError as error:
+                found.append(Finding("split lists", "FAIL", str(error), _fetch(path)))
+        elif split in (f"split{subset}", "test"):
+            what = f"{path} is missing: training fetches it, where there is a network"
+            found.append(Finding("split lists", "warn", what, _fetch(path)))
+    shown = ", ".join(f"{split} ({n:,} clips)" for split, n in there.items())
+    return [*([Finding("split lists", "ok", shown)] if shown else []), *found]
+
+
+def _fetch(path: Path) -> str:
+    return f"curl -L --create-dirs -o {shlex.quote(str(path))} {RELEASE}/{path.name}"
+
+
+def _recordings(folder: Path, splits: dict[str, Clips], needed: bool) -> list[Finding]:
+    found = []
+    for split, clips in splits.items():
+        missing = missing_files(folder, [name.decode() for name in clips.filenames.tolist()])
+        if missing:
+            what = f"{len(missing):,} of the {len(clips):,} WAV files of {split} are missing ({missing[0]}, ...)"
+            if needed:
+                found.append(Finding("recordings", "FAIL", f"{what}: unpack them, or leave them out", _prepare(folder)))
+            else:
+                found.append(Finding("recordings", "-", f"{what}; the pack has them"))
+    shown = " and ".join(f"{len(clips):,} of {split}" for split, clips in splits.items())
+    return found or [Finding("recordings", "ok", f"all WAV files are there: {shown}")]
+
+
+def _checked(folder: Path) -> Finding:
+    clean, excluded, meta = (folder / name for name in ("meta_clean.csv", "meta_excluded.csv", "meta.csv"))
+    if not clean.is_file():
+        if (folder / synth.MARK).is_file():
+            return Finding("checked", "-", "not yet; synthetic recordings are not damaged")
+        return Finding("checked", "warn", "nobody has looked for damaged recordings yet", _prepare(folder))
+    n_out = len(excluded.read_text().splitlines()) - 1 if excluded.is_file() else None
+    if meta.is_file() and meta.stat().st_mtime > clean.stat().st_mtime:
+        return Finding("checked", "warn", f"{meta} has changed since {clean.name} was made", _prepare(folder))
+    if n_out is None:
+        return Finding("checked", "warn", f"{clean.name} is there without {excluded.name}", _prepare(folder))
+    return Finding("checked", "ok", f"{clean.name} leaves out {n_out:,} recordings ({excluded.name} says why)")
+
+
+def _pack(folder: Path, data: Data, splits: dict[str, Clips]) -> list[Finding]:
+    place = Path(data.pack_dir).expanduser() if data.pack_dir else folder / "pack"
+    again = _prepare(
+        folder,
+        "--pack",
+        *([f"--pack_dir {shlex.quote(str(place))}"] if data.pack_dir else []),
+        *([f"--subset {data.subset}"] if data.subset != 25 else []),
+        *([f"--sample_rate {data.rates.sample_rate}"] if data.rates.sample_rate != 32000 else []),
+        *([f"--orig_sample_rate {data.rates.orig_sample_rate}"] if data.rates.orig_sample_rate != 44100 else []),
+    )
+    if not pack.exists(place):
+        return [Finding("pack", "warn", f"none in {place}: WAV files are read, many times slower", again)]
+    try:
+        found = Pack(place)
+        if found.rates != data.rates:
+            raise UserError(
+                f"{place} was resampled from {found.rates.orig_sample_rate} to {found.rates.sample_rate} Hz, not from "
+                f"{data.rates.orig_sample_rate} to {data.rates.sample_rate}"
+            )
+        for split, clips in splits.items():
+            changed = found.changed_sources(folder, found.rows(clips.filenames))
+            if changed:
+                raise UserError(
+                    f"{len(changed):,} recordings of {split} are missing or have changed since {place} was made "
+                    f"({changed[0]}, ...)"
+                )
+    except UserError as error:
+        return [Finding("pack", "FAIL", str(error).removesuffix(f": {pack.AGAIN}"), again)]
+    return [Finding("pack", "ok", f"{place}: {len(found):,} clips at {found.rates.sample_rate} Hz")]
+
+
+def _quietly(what: Callable):
+    with redirect_stdout(StringIO()):  # what meta_clean.csv leaves out is a finding of its own
+        return what()

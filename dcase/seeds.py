@@ -1,0 +1,159 @@
+"""``--seeds N``: train_base.py once for each seed, in a process and a run of its own, and what they come to.
+
+    <project_name>/<series_id>.json    the flags, the runs, and at the end mean and deviation of their figures
+
+``--resume SERIES_ID`` goes on with the seed, and at the epoch, where a series was: runs that are finished stay.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from dcase import compare, stopping
+from dcase.config import parse_base, peek
+from dcase.errors import UserError, one_line
+from dcase.runs import Run, RunConfig, new_id, write_json
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_base.py"
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that differ in their seed alone."""
+
+    path: Path
+    args: list[str]  # of train_base.py, for every seed
+    runs: dict[int, str]  # seed -> run id
+
+    @property
+    def id(self) -> str:
+        return self.path.stem
+
+    @property
+    def project_name(self) -> str:
+        return str(self.path.parent)
+
+    def content(self) -> dict:
+        return {"args": self.args, "runs": {str(seed): run_id for seed, run_id in self.runs.items()}}
+
+
+def train_each(description: str) -> bool:
+    """Train every seed where --seeds asks for several, or --resume for a series. Whether it was so.
+
+    Ends the program with the exit code of the first seed that fails, and says how to go on.
+    """
+    args = sys.argv[1:]
+    series, further = _to_resume(args), without(args, "resume", "project_name")
+    if series is None:
+        series, further = _new(args, description), []
+    if series is None:
+        return False
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise UserError(
+            "--seeds starts every seed itself: under torchrun or srun give one seed at a time (--seed 0, ...)"
+        )
+    for i, (seed, run_id) in enumerate(series.runs.items(), 1):
+        run = Run(series.path.parent / run_id)
+        if (run.folder / "results.json").is_file():
+            print(f"seed {seed}: run {run_id} is finished")
+            continue
+        print(f"\nseed {seed}, {i} of {len(series.runs)}: run {run_id}", flush=True)
+        begin = [*series.args, "--seed", str(seed), "--run_id", run_id]
+        go_on = ["--resume", run_id, "--project_name", series.project_name]
+        code = _run([*(go_on if run.has_config() else begin), *further], series.id)
+        if code:
+            how = f"python train_base.py --resume {series.id} --project_name {series.project_name}"
+            print(f"\nseed {seed} (run {run_id}) ended with exit code {code}; go on with: {how}", file=sys.stderr)
+            sys.exit(code)
+    _tell(series)
+    return True
+
+
+def _refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise UserError(
+            "--seeds starts each seed itself: under torchrun or srun give one seed at a time (--seed 0, ...), or "
+            "--resume one run at a time"
+        )
+
+
+def without(args: list[str], *names: str) -> list[str]:
+    """The command line less these flags and their values."""
+    kept, skip = [], False
+    for arg in args:
+        flag, _, value = arg.partition("=")
+        named = flag.startswith("--") and flag[2:].replace("-", "_") in names
+        if not (named or skip):
+            kept.append(arg)
+        skip = named and not value
+    return kept
+
+
+def _new(args: list[str], description: str) -> Series | None:
+    if peek("seeds", args) in (None, "1"):
+        return None
+    _refuse_several_processes()
+    config, _ = parse_base(description, args)  # a mistake in the flags is found now
+    series_id, project = config.run.run_id or new_id(), Path(config.run.project_name)
+    seeds = range(config.fit.seed, config.fit.seed + config.seeds)
+    path = project / f"{series_id}.json"
+    if path.exists():
+        raise UserError(f"--run_id {series_id}: {path} is there already: --resume it, or give another id")
+    series = Series(path, without(args, "seeds", "seed", "run_id"), {seed: f"{series_id}-{seed}" for seed in seeds})
+    write_json(path, series.content())
+    print(f"{len(seeds)} seeds, runs {', '.join(series.runs.values())}; after an interruption: --resume {series_id}")
+    return series
+
+
+def _to_resume(args: list[str]) -> Series | None:
+    series_id = peek("resume", args)
+    if not series_id or Path(series_id).name != series_id:
+        return None
+    path = Path(peek("project_name", args) or RunConfig().project_name) / f"{series_id}.json"
+    if not path.is_file():
+        return None
+    _refuse_several_processes()
+    try:
+        saved = json.loads(path.read_text())
+        return Series(path, list(saved["args"]), {int(seed): run_id for seed, run_id in saved["runs"].items()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): --resume its runs, one at a time") from error
+
+
+def _run(args: list[str], series_id: str) -> int:
+    """The exit code of train_base.py, which gets the signals that this process gets."""
+    # In a group of its own: a terminal's Ctrl-C would reach it twice, and twice means "at once".
+    environment = {"WANDB_RUN_GROUP": series_id, **os.environ}
+    child = subprocess.Popen([sys.executable, str(SCRIPT), *args], env=environment, process_group=0)
+
+    def pass_on(number: int, frame) -> None:
+        child.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in stopping.SIGNALS}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code  # as a shell has it
+
+
+def _tell(series: Series) -> None:
+    """Write mean and deviation into the series' file, and show them."""
+    finished, said = compare.read_all(series.project_name, list(series.runs.values()))
+    if said:
+        raise UserError(said[0])
+    together = compare.Group(finished)
+    figures = {}
+    for name, place in {**compare.FIGURES, **compare.DETAILS}.items():
+        mean = together.mean(place)
+        if mean is not None and name not in compare.COUNTS:
+            figures[place] = {"mean": mean, "deviation": together.deviation(place)}
+    write_json(series.path, series.content() | {"figures": figures})
+    print(f"\n{compare.report([together])}\n\nMean and deviation of all figures: {series.path}")
+    ids = " ".join(series.runs.values())
+    print(f"next: for run in {ids}; do python train_device_specific.py --ckpt_id $run; done")
