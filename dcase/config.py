@@ -134,8 +134,8 @@ class TrainConfig(EvalConfig):
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self):
-        if self.fit.layer_decay != 1 and self.model.model == models.CP_MOBILE:
-            raise UserError(f"--layer_decay does not apply to {models.CP_MOBILE}: leave it out")
+        if self.fit.layer_decay != 1 and self.model.model in models.FIXED:
+            raise UserError(f"--layer_decay does not apply to {self.model.model}: leave it out")
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class BaseConfig(TrainConfig):
                 raise UserError("--pretrained_grid is of the file of --pretrained: give that, too")
         if self.pretrained and self.init_from:
             raise UserError("--pretrained and --init_from both say which weights to start from: give one of them")
-        if self.pretrained and self.model.model == models.CP_MOBILE:
-            raise UserError(f"--pretrained does not apply to {models.CP_MOBILE}, only to Audio Mambas: leave it out")
+        if self.pretrained and self.model.model in models.FIXED:
+            raise UserError(f"--pretrained does not apply to {self.model.model}, only to Audio Mambas: leave it out")
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 
+import aum
 from aum.scan import choose
 from dcase import complexity, processes, report, wandb_media
 from dcase.config import EvalConfig
-from dcase.cp_mobile import CPMobile
 from dcase.dataset import TAU22
 from dcase.errors import one_line
 from dcase.lit import SceneClassifier
@@ -110,7 +110,8 @@ def evaluate(
 def _tested_on(module: SceneClassifier, device: torch.device, config: EvalConfig) -> dict:
     """What decides the figures' last digits, beside the weights."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    scan = None if isinstance(module.model, CPMobile) else choose(device.type, DTYPES[config.machine.precision])
+    is_mamba = isinstance(module.model, aum.AudioMamba)
+    scan = choose(device.type, DTYPES[config.machine.precision]) if is_mamba else None
     return {
         "accelerator": device.type,
         "name": name,

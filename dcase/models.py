@@ -11,14 +11,15 @@ from dcase.cp_mobile import CPMobile
 from dcase.errors import UserError
 from dcase.labels import SCENES
 
-CP_MOBILE = "cp_mobile"
+# Models whose shape no flag changes: name -> module, made from the number of scenes.
+FIXED = {"cp_mobile": CPMobile}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A named model and what of it to change; None: as the named one has it.
 
-    All but ``model`` and ``n_classes`` are of Audio Mamba's shape, and stay None for CP-Mobile, whose shape is fixed.
+    All but ``model`` and ``n_classes`` are of Audio Mamba's shape, and stay None for those of `FIXED`, as CP-Mobile.
     """
 
     model: str = "aum_small"
@@ -73,36 +74,39 @@ class ModelConfig:
 
 def names() -> list[str]:
     """What --model takes."""
-    return [*aum.list_models(), CP_MOBILE]
+    return [*aum.list_models(), *FIXED]
 
 
 def fill(config: ModelConfig, n_mels: int, frames: int) -> ModelConfig:
     """The same with every None replaced by the named model's value. Raises `UserError` where it makes no model."""
     if config.model not in names():
         raise UserError(f"--model is one of {', '.join(names())}; got {config.model!r}")
-    if config.model == CP_MOBILE:
+    if config.model in FIXED:
         for name in _given(config):
             if name != "n_classes":
-                raise UserError(f"--{name} does not apply to {CP_MOBILE}: leave it out")
+                raise UserError(f"--{name} does not apply to {config.model}: leave it out")
         filled = dataclasses.replace(config, **{"n_classes": len(SCENES), **_given(config)})
     else:
         shape = _shape(config, n_mels, frames)
         of_shape = {field.name for field in dataclasses.fields(config)} - {"model"}
         filled = dataclasses.replace(config, **{name: getattr(shape, name) for name in of_shape})
     if filled.n_classes != len(SCENES):
-        raise UserError(f"--n_classes is {len(SCENES)}, the scenes of TAU22; got {filled.n_classes}")
+        raise UserError(f"--n_classes is {len(SCENES)}, the number of scenes; got {filled.n_classes}")
     return filled
 
 
 def build(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
     """The model for log-mels (b, 1, n_mels, frames). Raises `UserError` where the flags make no model."""
     config = fill(config, n_mels, frames)
-    return CPMobile(config.n_classes) if config.model == CP_MOBILE else aum.AudioMamba(_shape(config, n_mels, frames))
+    if config.model in FIXED:
+        return FIXED[config.model](config.n_classes)
+    return aum.AudioMamba(_shape(config, n_mels, frames))
 
 
 def _shape(config: ModelConfig, n_mels: int, frames: int) -> aum.AuMConfig:
     try:
-        return aum.create_config(config.model, n_mels=n_mels, target_length=frames, **_given(config))
+        shape = {"n_mels": n_mels, "target_length": frames, "n_classes": len(SCENES)}
+        return aum.create_config(config.model, **shape | _given(config))
     except ValueError as error:  # its message begins with the field's name, which is the flag's
         raise UserError(f"--{error}") from error
 

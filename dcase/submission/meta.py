@@ -13,7 +13,7 @@ from dcase.complexity import Complexity
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
 from dcase.labels import DEVICES, SCENES
-from dcase.models import CP_MOBILE
+from dcase.models import FIXED
 from dcase.runs import Run
 
 TODO = "TODO"
@@ -152,7 +152,7 @@ def _description(checkpoint: dict, configs: list[dict]) -> dict:
     tuning = next((config for config in training if "ckpt_id" in config), None) if device_ids else None
     bits = config["storage"]["weight_bits"]
     finetune = tuning["finetune"] if tuning else None
-    is_cnn = config["model"]["model"] == CP_MOBILE
+    is_cnn = config["model"]["model"] in FIXED
     return {
         "input_sampling_rate": f"{config['logmel']['sample_rate'] / 1000:g}kHz",
         "acoustic_features": "log-mel energies",
