@@ -34,13 +34,13 @@ def _is_kept(path: Path) -> bool:
     return not half_written and path.suffix in (".ckpt", ".json") and path.name != "previous.ckpt"
 
 
-def fetch(project_name: str, run_id: str, wandb_mode: str | None) -> None:
+def fetch(project_name: str, run_id: str, wandb_mode: str | None, logger: str | None = None) -> None:
     """Make the run's folder from its artifact, where there is none here and W&B may be asked; says what came of it.
 
     What is here comes first, and is never overwritten.
     """
     run = Run(Path(project_name) / run_id)
-    may_ask = wandb_mode not in ("offline", "disabled") and Path(run_id).name == run_id
+    may_ask = wandb_mode not in ("offline", "disabled") and logger in (None, "wandb") and Path(run_id).name == run_id
     if run.has_config() or not may_ask:
         return
     try:

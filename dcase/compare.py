@@ -15,12 +15,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dcase.alike import NO_MATTER, configuration, flat
 from dcase.cli import parse
-from dcase.config import BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
 from dcase.errors import UserError, one_line, run
 from dcase.files import replace_file
 from dcase.report import markdown
-from dcase.runs import Run, RunConfig, find_run
+from dcase.runs import Run, find_run
 from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 MAX_COLUMNS = 8  # of the table of scenes and devices, which has a column for each line of the first one
@@ -28,9 +28,6 @@ COUNTS = {"size": "complexity/total_param_bytes", "macs": "complexity/macs"}  # 
 GROUPS = {name: f"device_group_acc/{name}" for name in DEVICE_GROUPS}
 FIGURES = {"macro_avg_acc": "macro_avg_acc", **GROUPS, **COUNTS}  # of the first table: name -> place in results.json
 DETAILS = {name: f"scene_acc/{name}" for name in SCENES} | {name: f"device_acc/{name}" for name in DEVICES}
-# Flags that change no figure, or nothing but rounding, and those that the lines are labelled with.
-_NO_MATTER = {"resume", "num_workers", "read_from", "pack_dir", "seeds", *RunConfig.__dataclass_fields__}
-_OTHER_RUNS = ("ckpt_id", "init_from")  # flags that name a run, which has a seed of its own
 
 
 @dataclass(frozen=True)
@@ -114,21 +111,12 @@ def read_finished(project_name: str, run_id: str) -> Finished:
         raise UserError(f"run {run_id} has no results.json: it is not finished (--resume it), or only trains a share")
     try:
         results = json.loads(path.read_text())
-        finished = Finished(found, _flat(saved), (found.commit() or "-")[:7], results)
+        finished = Finished(found, flat(saved), (found.commit() or "-")[:7], results)
         for place in (*FIGURES.values(), *DETAILS.values()):
             finished.figure(place)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}): test the run again with test_only.py") from error
     return finished
-
-
-def _flat(saved: dict) -> dict:
-    """Flag -> value, with today's defaults for flags that were not there yet."""
-    cls = DeviceConfig if "ckpt_id" in saved else TestConfig if "ckpt_path" in saved else BaseConfig
-    flat = {}
-    for name, value in to_plain(from_plain(cls, saved)).items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def read_all(project_name: str, run_ids: Sequence[str]) -> tuple[list[Finished], list[str]]:
@@ -146,21 +134,8 @@ def grouped(runs: Sequence[Finished], project_name: str) -> list[Group]:
     """Runs by what they differ in beside their seed, in the order of their first ones."""
     groups: dict[str, list[Finished]] = {}
     for finished in runs:
-        groups.setdefault(_key(finished.flags, project_name), []).append(finished)
+        groups.setdefault(configuration(finished.flags, project_name), []).append(finished)
     return [Group(together) for together in groups.values()]
-
-
-def _key(flags: dict, project_name: str) -> str:
-    """The same for configurations that differ in nothing but their seed, and in that of the runs they start from."""
-    counted = {name: value for name, value in flags.items() if name not in {*_NO_MATTER, "seed"}}
-    for name in _OTHER_RUNS:
-        if counted.get(name):
-            try:
-                other = find_run(project_name, counted[name], f"--{name}")
-                counted[name] = _key(_flat(other.read_config()), project_name)
-            except UserError:  # it is gone: its id must do
-                pass
-    return json.dumps(counted, sort_keys=True)
 
 
 # Showing
@@ -207,7 +182,7 @@ def _cell(group: Group, place: str, first: float | None, best: float | None, cou
 
 def different_flags(groups: Sequence[Group]) -> list[str]:
     """Names of the flags whose values are not those of the first group."""
-    names = dict.fromkeys(name for group in groups for name in group.runs[0].flags if name not in _NO_MATTER)
+    names = dict.fromkeys(name for group in groups for name in group.runs[0].flags if name not in NO_MATTER)
     return [name for name in names if len({group.flag(name) for group in groups}) > 1]
 
 

@@ -216,7 +216,7 @@ class DeviceConfig(TrainConfig):
 Config = TypeVar("Config", bound=EvalConfig)
 
 # What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
-_FREE_ON_RESUME = {
+FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
     "scan_backend", "deterministic", "compile", "read_from", "pack_dir", "report_audio",
     "logger", "log_checkpoints",
@@ -240,14 +240,14 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
     resumed = _resumed(DeviceConfig, description, args)
     if resumed:
         config, run = resumed
-        artifacts.fetch(config.run.project_name, config.ckpt_id, config.run.wandb_mode)
+        artifacts.fetch(config.run.project_name, config.ckpt_id, config.run.wandb_mode, config.run.logger)
         return config, run, load_checkpoint(find_checkpoint(config.run.project_name, config.ckpt_id))
     project_name = peek("project_name", args) or RunConfig().project_name
     ckpt_id = peek("ckpt_id", args)
     if not ckpt_id:
         cli.parse(DeviceConfig, description, args=args)  # --help, or a flag that does not exist
         raise UserError("--ckpt_id is missing: give the run id that train_base.py printed")
-    artifacts.fetch(project_name, ckpt_id, peek("wandb_mode", args))
+    artifacts.fetch(project_name, ckpt_id, peek("wandb_mode", args), peek("logger", args))
     checkpoint = load_checkpoint(find_checkpoint(project_name, ckpt_id))
     default = _like_checkpoint(DeviceConfig, checkpoint)
     config = cli.parse(DeviceConfig, description, default, args)
@@ -332,7 +332,7 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     if not run_id:
         return None
     project_name = peek("project_name", args) or RunConfig().project_name
-    artifacts.fetch(project_name, run_id, peek("wandb_mode", args))
+    artifacts.fetch(project_name, run_id, peek("wandb_mode", args), peek("logger", args))
     run = find_run(project_name, run_id, "--resume")
     saved = run.read_config()
     if ("ckpt_id" in saved) != (cls is DeviceConfig) or "split" not in saved:  # a test's run has no split
@@ -340,7 +340,7 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
     config = cli.parse(cls, description, default, args)
     parts = tuple(f.name for f in dataclasses.fields(cls))
-    _refuse_changes(default, config, parts, f"the run --resume {run_id}", free=_FREE_ON_RESUME)
+    _refuse_changes(default, config, parts, f"the run --resume {run_id}", free=FREE_ON_RESUME)
     return config, run
 
 

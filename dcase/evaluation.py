@@ -89,9 +89,9 @@ def evaluate(
         "tested_on": _tested_on(module, trainer.strategy.root_device, config),
         **(more or {}),
     }
-    write_json(run.folder / "results.json", results)
     predictions = of_clips(test.clips, module.logits.numpy())
     write_predictions(predictions, run.folder / PREDICTIONS_CSV)
+    write_json(run.folder / "results.json", results)  # last: it says that the test is done
     name = config.run.experiment_name or config.model.model
     folder = run.folder / "report"
     print("\n" + report.write_report(results, folder, name, note, source.comparable, measured))

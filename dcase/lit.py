@@ -229,6 +229,7 @@ class SceneClassifier(pl.LightningModule):
             logger.log_metrics({f"{self.log_prefix}{name}": value for name, value in metrics.items()}, step=step)
 
     def on_train_start(self) -> None:
+        self.train()  # a run that is resumed after --freeze_epochs does not begin with what epoch 0 freezes
         self.train_loss = self.train_loss.to(self.device)
 
     def epoch_loss(self) -> float:

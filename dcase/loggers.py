@@ -107,7 +107,8 @@ def wandb_logger(
     not even work offline. Training never waits for it longer than half a minute.
 
     ``content`` is the configuration to show there; runs of one ``group`` are shown together, those of a ``job_type``
-    told apart in it. Nothing but metrics, configuration and plots is uploaded, but for --log_checkpoints.
+    told apart in it. Uploaded are metrics, configuration, plots, what was predicted of each test clip, and a dozen
+    mistakes as log-mel pictures with their file names; sound never, checkpoints with --log_checkpoints.
     """
     modes = {"disabled": (), "offline": ("offline",)}.get(config.wandb_mode, (config.wandb_mode, "offline"))
     for mode in modes:

@@ -31,7 +31,7 @@ from dcase.files import replace_file
 from dcase.lit import SceneClassifier
 from dcase.prediction import UNKNOWN, Prediction, Recording, Skipped, load_module, predict, span_of_module
 from dcase.report import markdown
-from dcase.tau22 import DEVICES, SCENES
+from dcase.tau22 import DEVICES, SCENES, leaves_folder
 
 ENDINGS = (".wav", ".flac", ".ogg")
 TOP = 3  # scenes that are named
@@ -132,6 +132,8 @@ def _listed(config: PredictConfig) -> list[Recording]:
         )
     recordings = []
     for row in rows:
+        if leaves_folder(row["filename"]):
+            raise UserError(f"--list {path}: {row['filename']!r} leaves the folder {folder}")
         listed = config.device_id if config.device_id != "auto" else row.get("device_id")
         recordings.append(Recording(folder / row["filename"], listed or _device_of(Path(row["filename"]), "auto")))
     return recordings

@@ -52,10 +52,6 @@ def train_each(description: str) -> bool:
         series, further = _new(args, description), []
     if series is None:
         return False
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 or int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        raise UserError(
-            "--seeds starts every seed itself: under torchrun or srun give one seed at a time (--seed 0, ...)"
-        )
     for i, (seed, run_id) in enumerate(series.runs.items(), 1):
         run = Run(series.path.parent / run_id)
         if (run.folder / "results.json").is_file():
@@ -100,6 +96,8 @@ def _new(args: list[str], description: str) -> Series | None:
     config, _ = parse_base(description, args)  # a mistake in the flags is found now
     series_id, project = config.run.run_id or new_id(), Path(config.run.project_name)
     seeds = range(config.fit.seed, config.fit.seed + config.seeds)
+    if len(f"{series_id}-{seeds[-1]}") > 64:
+        raise UserError(f"--run_id {series_id} is too long: each run's id is this and its seed, 64 characters at most")
     path = project / f"{series_id}.json"
     if path.exists():
         raise UserError(f"--run_id {series_id}: {path} is there already: --resume it, or give another id")

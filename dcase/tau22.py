@@ -44,6 +44,11 @@ _TEST_SHA256 = "efe84eb90ebe11931f93f0877f8b3405d7684652cd3d2e2784e95ec39d8888a8
 _LEAVES_FOLDER = r"^/|^[A-Za-z]:|\\|(?:^|/)\.\.(?:/|$)|[\x00-\x1f]"
 
 
+def leaves_folder(filename: str) -> bool:
+    """Whether a name of a list would lead out of the folder that the list is of."""
+    return re.search(_LEAVES_FOLDER, filename) is not None
+
+
 @dataclass(frozen=True, eq=False)
 class Clips:
     """n clips of a data folder, as arrays: thousands of Python strings would be copied into every worker's memory."""

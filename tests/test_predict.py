@@ -338,6 +338,9 @@ def test_the_device_comes_from_the_flag_the_name_or_the_list(call, by_device, le
     assert predicted(tmp_path, "--list", "list.csv") == [("a", own), ("s9", general)]
     (tmp_path / "list.csv").write_text("filename\naudio/airport-lisbon-1000-40000-0-a.wav\n")
     assert predicted(tmp_path, "--list", "list.csv") == [("a", own)]
+    for name in ("/etc/passwd", "../x.wav", "audio/../../x.wav"):
+        (tmp_path / "list.csv").write_text(f"filename\n{name}\n")
+        call(tmp_path, "--list", "list.csv", "--ckpt_path", by_device).refused(f"{name!r} leaves the folder")
 
 
 def test_a_file_given_twice_is_predicted_once(call, ckpt, folder):

@@ -470,6 +470,8 @@ def test_runs_of_other_clips_are_compared_without_intervals(project, tmp_path):
 def test_seeds_stand_together(project):
     runs = [read_finished(project / name) for name in ("one", "other", "two")]
     assert [[run.id for run in group] for group in by_configuration(runs)] == [["one", "two"], ["other"]]
+    larger = dict(runs[2].config, machine={**runs[2].config.get("machine", {}), "batch_size": 99})
+    assert len(by_configuration([runs[0], replace(runs[2], config=larger)])) == 2  # another batch size is no other seed
     assert Spread.of([1.0]) == (1.0, None) and Spread.of([1.0, None]) is None
 
 

@@ -627,6 +627,7 @@ def test_what_submit_refuses(made, learnable, tmp_path):
     for content, expected in (
         ("filename,device_id\n", "has no column filename (columns are separated by tabs)"),
         ("filename\tdevice_id\n", "lists no recording"),
+        ("filename\tdevice_id\n../secret.wav\ta\n", "lists '../secret.wav', which leaves the folder"),
     ):
         (empty / "evaluation_setup" / "fold1_test.csv").write_text(content)
         assert expected in refusal(evaluation_list, empty)

@@ -5,11 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dcase.alike import configuration, flat
 from dcase.report.run_files import Finished
-
-# Where a run was made and what it is called; and the general model of stage 2, which has a seed of its own.
-_ALIKE = {"run", "machine", "resume", "ckpt_id", "ckpt_path"}
-_ALIKE_WITHIN = {"fit": {"seed", "compile"}, "data": {"dataset_dir", "read_from", "pack_dir"}}
 
 
 class Spread(NamedTuple):
@@ -36,14 +33,9 @@ def by_configuration(runs: Sequence[Finished]) -> list[list[Finished]]:
 
 
 def _key(run: Finished) -> str:
-    config = run.training.config
-    if not config:
+    training = run.training
+    if not training.config:
         return run.id
-    kept = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if k not in _ALIKE_WITHIN.get(name, ())}
-        if name not in _ALIKE:
-            kept[name] = value
+    alike = configuration(flat(training.config), str(training.folder.parent))
     tested = run.config.get("storage")  # a test may store in other bits than the training did
-    return json.dumps([kept, tested, run.results["data"]], sort_keys=True)
+    return json.dumps([alike, tested, run.results["data"]], sort_keys=True)

@@ -16,7 +16,7 @@ from dcase.errors import UserError
 from dcase.logmel import LogMel, LogMelConfig
 from dcase.pack import Pack
 from dcase.sound import read_wav, resampler
-from dcase.tau22 import DataConfig
+from dcase.tau22 import DataConfig, leaves_folder
 
 AUDIO_RATE = 16_000  # Hz
 AUDIO_SECONDS = 4  # at most: the beginning of a longer clip
@@ -41,6 +41,8 @@ class Recordings:
         """(1, samples) float32 at the model's rate. Raises `UserError` where it cannot be read."""
         if self.folder is None:
             raise UserError("the data folder is not known: give --dataset_dir")
+        if leaves_folder(filename):
+            raise UserError(f"{filename} is no recording of the data folder")
         if self._pack is None:
             return read_wav(self.folder / filename, self.rate)
         row = int(self._pack.rows(np.array([filename.encode()]))[0])

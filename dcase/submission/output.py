@@ -11,6 +11,7 @@ from torch import Tensor
 from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.labels import SCENES
+from dcase.tau22 import leaves_folder
 
 HEADER = ["filename", "scene_label", *SCENES]
 SUM_TOLERANCE = 1e-3  # of a row's probabilities
@@ -29,6 +30,9 @@ def evaluation_list(folder: Path) -> pd.DataFrame:
             raise UserError(f"--eval_dir {folder}: {path} has no column {column} (columns are separated by tabs)")
     if not len(table):
         raise UserError(f"--eval_dir {folder}: {path} lists no recording")
+    for name in table["filename"]:
+        if leaves_folder(name):
+            raise UserError(f"--eval_dir {folder}: {path} lists {name!r}, which leaves the folder")
     return table[["filename", "device_id"]]
 
 

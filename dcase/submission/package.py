@@ -17,10 +17,10 @@ another submission beside it.
 import ast
 import math
 import re
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import soundfile
@@ -102,12 +102,9 @@ def write_package(submission: Submission, checkpoint: dict, test_list: Path) -> 
     The code is this repository's as it is now, for all systems of the folder.
     Raises `UserError` where a file cannot be written or a weight cannot be stored.
     """
-    code = submission.package / "models"
-    shutil.rmtree(code, ignore_errors=True)
     prefix = f"{submission.name}.models"
-    for source in needed_code():
-        _copy(source, code / source.relative_to(ROOT), prefix)
-    for folder in {submission.package, submission.resources, submission.checkpoint.parent, code}:
+    _write_code(submission.package / "models", prefix)
+    for folder in (submission.package, submission.resources, submission.checkpoint.parent):
         _write(folder / "__init__.py", "")
     _copy(Path(challenge_api.__file__), submission.api, prefix)
     _copy(Path(build_backend.__file__), submission.folder / "build_backend.py", prefix)
@@ -115,6 +112,19 @@ def write_package(submission: Submission, checkpoint: dict, test_list: Path) -> 
     inference.save(checkpoint, submission.checkpoint, checkpoint["config"]["storage"]["weight_bits"])
     _write(submission.resources / "test.csv", test_list.read_text())
     replace_file(submission.resources / "dummy.wav", lambda path: _write_noise(path, checkpoint))
+
+
+def _write_code(place: Path, prefix: str) -> None:
+    """Copy what is needed beside its place, then rename it: other systems of the folder use it too."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".models.", dir=place.parent) as beside:
+        new, old = Path(beside) / "new", Path(beside) / "old"
+        for source in needed_code():
+            _copy(source, new / source.relative_to(ROOT), prefix)
+        _write(new / "__init__.py", "")
+        if place.exists():
+            place.rename(old)
+        new.rename(place)
 
 
 def needed_code() -> list[Path]:
