@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aum.init import a_log, init_dt_proj
-from aum.scan import BACKENDS, causal_conv1d, choose, selective_scan_fn
+from aum.scan import BACKENDS, causal_conv1d, choose, loop_scan, selective_scan_fn
 from aum.scan.fused import mixer
 
 Direction = Literal["fo_fo", "fo_bi", "bi_bi"]
@@ -98,6 +98,8 @@ class BiMamba(nn.Module):
             torch.stack(A_logs),
             branches("D{}"),
         )
+        if backend == "loop":
+            return loop_scan.mixer(xz, *parameters)
         keep = torch.is_grad_enabled() and (xz.requires_grad or any(x.requires_grad for x in parameters))
         return mixer(xz, *parameters, keep, backend)[0]
 

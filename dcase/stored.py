@@ -80,21 +80,31 @@ _PLAIN = ("dcase_format", "config", "frames", "clips_id", "clips_per_step")  # o
 def save_stored(checkpoint: dict, folder: Path, bits: int) -> None:
     """Write each model of a checkpoint into ``folder``: general.safetensors, and one of each device-specific model.
 
-    The front end's mean and deviation go into the headers. Raises as `save_model`.
+    Raises as `save_model`.
+    """
+    models = (GENERAL, *checkpoint["device_ids"])
+    for model in models:
+        save_one(checkpoint, model, folder / f"{model}.safetensors", bits)
+    for path in folder.glob("*.safetensors"):  # of an earlier end of this run
+        if path.stem not in models:
+            path.unlink()
+
+
+def save_one(checkpoint: dict, model: str, path: Path, bits: int) -> None:
+    """Write the general model of a checkpoint, or a device's; the front end's mean and deviation go into the header.
+
+    Raises as `save_model`.
     """
     state = checkpoint["state_dict"]
     front_end = {name: value.item() for name, value in state.items() if name.startswith(FRONT_END)}
     config = checkpoint["config"]
-    needed = {part: config[part] for part in ("model", "logmel", "split", "storage")}  # no paths of this machine
+    needed = {part: config[part] for part in ("model", "logmel", "split")}  # no paths of this machine
+    needed["storage"] = {"weight_bits": bits}  # those of the run, where dcase.export is asked for others, round twice
     needed["data"] = {"orig_sample_rate": config["data"]["orig_sample_rate"]}
     header = {name: checkpoint[name] for name in _PLAIN} | {"config": needed, "front_end": front_end}
-    for model in (GENERAL, *checkpoint["device_ids"]):
-        start = MODEL if model == GENERAL else f"{DEVICE_MODELS}{model}."
-        weights = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
-        save_model(folder / f"{model}.safetensors", weights, bits, header | {"model": model})
-    for path in folder.glob("*.safetensors"):  # of an earlier end of this run
-        if path.stem not in (GENERAL, *checkpoint["device_ids"]):
-            path.unlink()
+    start = MODEL if model == GENERAL else f"{DEVICE_MODELS}{model}."
+    weights = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+    save_model(path, weights, bits, header | {"model": model})
 
 
 def load_stored(path: Path | str) -> dict:

@@ -7,6 +7,7 @@
 | ``triton`` | NVIDIA GPUs, float32, bfloat16, float16 | Triton (triton_kernels.py) | yes |
 | ``mamba_ssm`` | NVIDIA GPUs, the same | the published CUDA kernels, where they are installed | no: atomic additions |
 | ``torch`` | everything, float64 too | plain PyTorch, the reference (torch_scan.py) | yes |
+| ``loop`` | everything, in torch.export only | torch's scan operator, which can be exported (loop_scan.py) | yes |
 """
 
 import contextlib
@@ -82,6 +83,10 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _loop_missing() -> str | None:
+    return None if torch.compiler.is_exporting() else "it is for torch.export, where it is chosen by itself"
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
@@ -89,6 +94,7 @@ BACKENDS = {
         Backend("triton", ("cpu", "cuda") if _interpreted() else ("cuda",), _16_AND_32, True, True, _triton_missing),
         Backend("mamba_ssm", ("cuda",), _16_AND_32, False, False, cuda_kernels.missing),
         Backend("torch", None, None, True, False, lambda: None),
+        Backend("loop", None, None, True, True, _loop_missing),
     )
 }
 _ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}  # the fastest first
@@ -120,12 +126,15 @@ def available_backends() -> tuple[str, ...]:
 def choose(device: str, dtype: torch.dtype, asked: str | None = None) -> str:
     """The backend for tensors on a type of device, of a dtype; says once which, and why not another.
 
-    ``asked``, `use_backend` and the environment variable ``AUM_SCAN_BACKEND`` decide, in this order; else the fastest
-    that fits is taken. Raises ValueError where what was asked for does not exist or does not fit.
+    ``asked`` and `use_backend` decide, in this order; in torch.export it is "loop"; else the environment variable
+    ``AUM_SCAN_BACKEND`` decides, and without it the fastest that fits is taken. Raises ValueError where what was asked
+    for does not exist or does not fit.
     """
     name, who = asked, "backend="
     if name is None and _forced.get() is not None:
         name, who = _forced.get(), "use_backend"
+    if name is None and torch.compiler.is_exporting():
+        return "loop"
     if name is None:
         name, who = os.environ.get("AUM_SCAN_BACKEND") or None, "AUM_SCAN_BACKEND"
     return _choose(device, dtype, name, who, torch.are_deterministic_algorithms_enabled())

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aum.scan import cuda_kernels, fused, torch_scan
+from aum.scan import cuda_kernels, fused, loop_scan, torch_scan
 from aum.scan.backends import choose
 
 
@@ -81,7 +81,7 @@ def selective_scan_fn(
     return (y, last_state) if return_last_state else y
 
 
-_SCANS = {"torch": torch_scan.scan, "mamba_ssm": cuda_kernels.scan}  # the others are fused
+_SCANS = {"torch": torch_scan.scan, "mamba_ssm": cuda_kernels.scan, "loop": loop_scan.scan}  # the others are fused
 
 
 def _channel_last(backend: str, u, delta, A, B, C, D, z, bias, softplus: bool, reverse: bool) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,263 @@
+"""Export a trained model: waveform or log-mel in, logits out, with any number of clips in a batch.
+
+    python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/checkpoints/best.ckpt --dataset_dir /data/TAU22
+    python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/stored --device_id a --input log_mel --format torch_export
+
+What is exported is compared with PyTorch on clips of the test split before it is kept: where logits differ by more than
+0.0001, or a scene changes, nothing is written, and the exit code is 1.
+"""
+
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.export import Dim
+from tqdm import tqdm
+
+from dcase import cli, errors, onnx_format
+from dcase.checkpoints import load_trained
+from dcase.dataset import TAU22
+from dcase.errors import UserError
+from dcase.exported import Exported, FrontEnd
+from dcase.files import replace_file
+from dcase.labels import SCENES
+from dcase.lit import SceneClassifier
+from dcase.loading import find_source, open_sound, with_sound
+from dcase.quantisation import decode, encode
+from dcase.stored import GENERAL, load_stored, save_one
+from dcase.tau22 import DataConfig
+
+TOLERANCE = 1e-4  # of a logit
+BATCHES = (1, 8)  # clips, of which batches are compared
+WAVEFORM, LOG_MEL = "waveform", "log_mel"
+ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torch_export": ".pt2"}
+
+Model = Callable[[Tensor], Tensor]  # waveform (b, samples) or log-mel (b, 1, n_mels, frames) -> logits (b, n_classes)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    ckpt_path: str = ""
+    """Checkpoint file of either stage, stored model, or folder of stored models, as test_only.py takes it."""
+    format: Literal["onnx", "safetensors", "torch_export"] = "onnx"
+    """onnx: for ONNX Runtime. torch_export: a .pt2 file that plain torch of the same version loads. safetensors: the
+    weights alone, as train_base.py leaves them in stored/; python -m dcase.export and test_only.py read them."""
+    input: Literal["waveform", "log_mel"] = "waveform"
+    """waveform (b, samples) at the recordings' rate, as long as the data's clips; or log_mel, normalised,
+    (b, 1, n_mels, frames)."""
+    device_id: str = GENERAL
+    """Whose model: general, or a device that has one of its own."""
+    weight_bits: Literal[32, 16, 8] | None = None
+    """Bits of the weights in the file; None: those that the run stores and counts (--weight_bits of the training)."""
+    out: str = ""
+    """File to write; "": in export/ of the run's folder, named after --device_id."""
+    dataset_dir: str | None = None
+    """Data folder whose test clips are compared on, WAV files; None: TAU22_DIR, else SynthTAU."""
+    check_clips: int = 64
+    """Clips of the test split to compare on, evenly spread over it."""
+
+    def __post_init__(self):
+        if not self.ckpt_path:
+            raise UserError("--ckpt_path is missing: give a checkpoint, or the folder stored/ of a run")
+        if self.check_clips < 1:
+            raise UserError(f"--check_clips is at least 1; got {self.check_clips}")
+
+
+class Mismatch(Exception):
+    """What was exported does not calculate what the model does."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How an exported model compares with PyTorch."""
+
+    clips: int  # each of them once in every size of `BATCHES`
+    difference: float  # the largest of a logit
+    changed: int  # clips with another scene, where PyTorch's own scores tell two scenes apart
+    milliseconds: float  # of one clip in a batch of one: the median
+
+    def check(self) -> None:
+        """Raises `Mismatch`, with figures, where the two are not the same."""
+        if self.changed or not self.difference <= TOLERANCE:  # nor is NaN
+            predictions = len(BATCHES) * self.clips
+            raise Mismatch(
+                f"logits differ from PyTorch's by up to {self.difference:.2g} on {self.clips} clips "
+                f"({TOLERANCE:g} is allowed), and {self.changed} of {predictions} predictions are other scenes"
+            )
+
+
+def main() -> None:
+    config = cli.parse(ExportConfig, __doc__)
+    module = SceneClassifier.from_checkpoint(load_trained(config.ckpt_path)).eval()
+    source = find_source(DataConfig(dataset_dir=config.dataset_dir))
+    data = replace(module.config.data, read_from="wav")
+    _, sound = open_sound(replace(module.config, data=data), source.folder)
+    test = with_sound(source.test, sound)
+    module.refuse_other_frames(test)
+    out = Path(config.out) if config.out else default_path(config)
+    try:
+        parity = export(module, config, test, out)
+    except Mismatch as error:
+        print(f"\nerror: {error}; nothing was written", file=sys.stderr)
+        sys.exit(1)
+    print(table(out, config, parity))
+
+
+def choose(module: SceneClassifier, device_id: str, weight_bits: int | None) -> int:
+    """Put a device's model in the general one's place, its weights rounded as they are stored; returns the bits.
+
+    Raises `UserError` where the device has no model of its own, or the weights cannot be stored at these bits.
+    """
+    if device_id != GENERAL:
+        if device_id not in module.device_models:
+            there = ", ".join([GENERAL, *module.device_models])
+            raise UserError(f"--device_id {device_id}: there is no model of that name in the checkpoint, only {there}")
+        module.model = module.device_models[device_id]
+    bits = weight_bits or module.config.storage.weight_bits
+    state = module.model.state_dict()
+    module.model.load_state_dict(state | decode(encode(state, bits)))
+    return bits
+
+
+def default_path(config: ExportConfig) -> Path:
+    """<run>/export/<device>.<ending>; beside a checkpoint that lies in no run's folder."""
+    path = Path(config.ckpt_path.split(",")[0])
+    folder = path if path.is_dir() else path.parent
+    run = folder.parent if folder.name in ("checkpoints", "stored") else folder
+    name = path.stem if path.suffix == ".safetensors" else config.device_id
+    return run / "export" / f"{name}{ENDINGS[config.format]}"
+
+
+def export(module: SceneClassifier, config: ExportConfig, test: TAU22, out: Path) -> Parity:
+    """Write ``out`` once it has been compared. Raises `Mismatch`, and leaves what was there, where it differs.
+
+    Raises `UserError` as `choose`, and where ``out`` cannot be written.
+    """
+    checkpoint = module.as_checkpoint()
+    bits = choose(module, config.device_id, config.weight_bits)
+    samples = test.sound.max_samples or test.n_samples
+    parity = None
+
+    def write(beside: Path) -> None:
+        nonlocal parity
+        if config.format == "safetensors":
+            save_one(checkpoint, config.device_id, beside, bits)
+        else:
+            beside.write_bytes(traced(module, config, bits, samples))
+        clips = clips_of(test, samples, config.check_clips)
+        parity = compare(reader(config, beside), module, config.input, clips)
+        parity.check()
+
+    replace_file(out, write)
+    return parity
+
+
+def traced(module: SceneClassifier, config: ExportConfig, bits: int, samples: int) -> bytes:
+    """The file's content, for the formats that hold the calculation too."""
+    is_onnx, of_waveform = config.format == "onnx", config.input == WAVEFORM
+    logmel = module.logmel.config
+    exported = Exported(module.model, bits, FrontEnd(module.logmel, samples, in_graph=is_onnx) if of_waveform else None)
+    example = torch.randn(2, samples) if of_waveform else torch.randn(2, 1, logmel.n_mels, module.frames)
+    with torch.no_grad(), onnx_format.quiet():
+        program = torch.export.export(exported, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False)
+    values = {
+        "scenes": SCENES,
+        "input": config.input,
+        "device_id": config.device_id,
+        "weight_bits": bits,
+        "orig_sample_rate": module.logmel.orig_sample_rate,
+        "samples": samples,
+        "frames": module.frames,
+        "mean": module.logmel.mean.item(),
+        "std": module.logmel.std.item(),
+        "logmel": vars(logmel),
+    }
+    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    if is_onnx:
+        return onnx_format.to_onnx(program, config.input, metadata)
+    file = io.BytesIO()
+    with onnx_format.quiet():
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
+    return file.getvalue()
+
+
+def reader(config: ExportConfig, path: Path) -> Model:
+    """What was written, as whoever reads it will use it."""
+    if config.format == "onnx":
+        return onnx_format.runner(path)
+    if config.format == "torch_export":
+        with open(path, "rb") as file, onnx_format.quiet():
+            return torch.export.load(file).module()
+    return reference(SceneClassifier.from_checkpoint(load_stored(path)).eval(), config.input)
+
+
+def reference(module: SceneClassifier, kind: str) -> Model:
+    """The module as it is, for one kind of input."""
+
+    def call(x: Tensor) -> Tensor:
+        return module.model(log_mels(module, x) if kind == WAVEFORM else x)
+
+    return call
+
+
+def log_mels(module: SceneClassifier, waveform: Tensor) -> Tensor:
+    """(b, samples) -> (b, 1, n_mels, frames)"""
+    length = torch.full((len(waveform),), waveform.shape[1])
+    return module.logmel(*module.logmel.resampled(waveform.unsqueeze(1), length))
+
+
+def clips_of(test: TAU22, samples: int, n: int) -> Tensor:
+    """(n, samples): clips evenly spread over a data set, cut or padded to one length."""
+    chosen = torch.linspace(0, len(test) - 1, min(n, len(test))).round().long().tolist()
+    read = (test[i].waveform for i in tqdm(chosen, desc="reading", unit="clip", leave=False))
+    return torch.cat([F.pad(x[:, :samples], (0, max(0, samples - x.shape[1]))) for x in read])
+
+
+@torch.no_grad()
+def compare(model: Model, module: SceneClassifier, kind: str, clips: Tensor) -> Parity:
+    """Both on clips (n, samples), in batches of each size of `BATCHES`. Raises `Mismatch` where shapes differ."""
+    of_module = reference(module, kind)
+    difference, changed, seconds = 0.0, 0, []
+    progress = tqdm(total=len(BATCHES) * len(clips), desc="comparing", unit="clip", leave=False)
+    for size in BATCHES:
+        for x in clips.split(size):
+            x = x if kind == WAVEFORM else log_mels(module, x)
+            expected = of_module(x)
+            began = time.perf_counter()
+            logits = model(x)
+            if size == 1:
+                seconds.append(time.perf_counter() - began)
+            if logits.shape != expected.shape:
+                raise Mismatch(f"logits have shape {tuple(logits.shape)}, PyTorch's {tuple(expected.shape)}")
+            difference = torch.tensor([difference, *(logits - expected).abs().flatten()]).max().item()  # or NaN
+            first, second = expected.topk(2).values.T
+            changed += int(((first - second > TOLERANCE) & (logits.argmax(1) != expected.argmax(1))).sum())
+            progress.update(len(x))
+    progress.close()
+    return Parity(len(clips), difference, changed, 1000 * statistics.median(seconds))
+
+
+def table(out: Path, config: ExportConfig, parity: Parity) -> str:
+    rows = {
+        "File": out,
+        "Size": f"{out.stat().st_size:,} B",
+        "Input": config.input,
+        "Largest Difference": f"{parity.difference:.1e} of a logit, on {parity.clips} clips in batches of 1 and 8",
+        "Other Predictions": parity.changed,
+        "One Clip": f"{parity.milliseconds:.1f} ms",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+if __name__ == "__main__":
+    errors.run(main)
