@@ -189,14 +189,16 @@ def call(monkeypatch, main, *args) -> None:
 
 def test_resume_fetches_a_run_that_is_not_here(elsewhere, general_run, monkeypatch, capsys):
     before = read_results(general_run)
-    call(monkeypatch, train_base.main, "--resume", "general", "--logger", "none")
+    monkeypatch.setattr("dcase.training.wandb_logger", lambda *args, **more: None)  # the stand-in takes no metrics
+    call(monkeypatch, train_base.main, "--resume", "general", "--logger", "wandb")
     assert "fetched from W&B: P/general/" in capsys.readouterr().out
     assert read_results(elsewhere / "general")["confusion"] == before["confusion"]
     assert sorted(path.name for path in elsewhere.iterdir()) == ["general"]  # nothing is left of the download
 
 
 def test_ckpt_id_fetches_a_run_that_is_not_here(elsewhere, learnable, monkeypatch, capsys):
-    args = ["--ckpt_id", "general", "--dataset_dir", learnable, *DEVICE_FIT, *QUIET, "--logger", "none"]
+    args = ["--ckpt_id", "general", "--dataset_dir", learnable, *DEVICE_FIT, *QUIET]
+    monkeypatch.setattr("dcase.training.wandb_logger", lambda *args, **more: None)
     call(monkeypatch, train_device_specific.main, *args, "--n_epochs", "1", "--run_id", "tuned")
     assert "fetched from W&B: P/general/" in capsys.readouterr().out
     assert (elsewhere / "tuned" / "checkpoints" / "best.ckpt").is_file()
@@ -207,6 +209,12 @@ def test_what_is_here_comes_first(elsewhere, server, general_run, tmp_path):
     (elsewhere / "general" / "mark").write_text("mine")
     artifacts.fetch("P", "general", None)
     assert not server.asked and (elsewhere / "general" / "mark").exists()
+
+
+@pytest.mark.parametrize("logger", ["none", "tensorboard"])
+def test_who_logs_elsewhere_is_not_asked_for(elsewhere, server, logger):
+    artifacts.fetch("P", "general", None, logger)
+    assert not server.asked and not (elsewhere / "general").exists()
 
 
 @pytest.mark.parametrize("mode", ["offline", "disabled"])
