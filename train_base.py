@@ -60,7 +60,7 @@ def main() -> None:
         module = SceneClassifier.from_checkpoint(best, config)
         optimistic = config.split.val_split == "test"
         evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
-    print(f"next: python train_device_specific.py --ckpt_id {run.id}")
+    print(f"next: python train_device_specific.py --ckpt_id {run.id} --project_name {config.run.project_name}")
 
 
 if __name__ == "__main__":

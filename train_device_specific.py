@@ -57,7 +57,7 @@ def main() -> None:
             more = {"fine_tuning": outcomes}
             evaluation.evaluate(module, source, test, config, run, loggers, more, optimistic)
     others = ",..." if config.only_devices else ""
-    print(f"next: python test_only.py --ckpt_path {run.best}{others}")
+    print(f"next: python test_only.py --ckpt_path {run.best}{others} --project_name {config.run.project_name}")
 
 
 if __name__ == "__main__":
