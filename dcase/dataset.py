@@ -107,5 +107,6 @@ class TAU22(Dataset):
             first = int(other.argmax())
             raise UserError(
                 f"{self.clips.path(index[first])} has {length[first]} samples at {self.sound.sample_rate} Hz where "
-                f"{self.measured} has {self.n_samples}: give --target_length to pad or crop every clip, or {CHECK}"
+                f"{self.measured} has {self.n_samples}: cut the clips to one length, train "
+                f"with --target_length, which pads or crops every one, or {CHECK}"
             )
