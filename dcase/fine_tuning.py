@@ -130,7 +130,7 @@ def _decide(
     gain, error = mean_and_error(loss_before - loss_after, val_clips.location)
     return Outcome(
         gain > CERTAINTY * error and after[MONITOR] >= before[MONITOR],
-        f"the loss falls by {gain:.3f} with a standard error of {error:.3f}",
+        f"the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.3f} with a standard error of {error:.3f}",
         **counts,
         general=before[MONITOR],
         fine_tuned=after[MONITOR],

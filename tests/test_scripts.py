@@ -117,7 +117,7 @@ def test_stage_2_keeps_what_beats_the_general_model_by_more_than_chance_and_says
         assert f"device {device_id}: {said}" in out
         if device_id in ("a", "b", "s1"):
             gain = outcome["general_loss"] - outcome["fine_tuned_loss"]
-            assert f"by {gain:.3f} with a standard error of {outcome['gain_error']:.3f}" in outcome["reason"]
+            assert f"by {abs(gain):.3f} with a standard error of {outcome['gain_error']:.3f}" in outcome["reason"]
             no_worse = outcome["fine_tuned"] >= outcome["general"]
             assert outcome["kept"] == (gain > 2 * outcome["gain_error"] and no_worse)
             assert outcome["n_train"] == 16 and outcome["n_val"] == 8
