@@ -12,6 +12,7 @@ import pytest
 import soundfile
 from data_folder import clip_row, write_lists
 
+from dcase import errors
 from dcase.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,6 +95,24 @@ def script(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
         done = subprocess.run([*command, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True)
         return Finished(done.returncode, done.stdout, done.stderr)
+
+    return run
+
+
+@pytest.fixture
+def call_main(tmp_path, monkeypatch, capsys):
+    """Run a command in this process, in a folder of its own: call_main(predict.main, "--out", "x.csv")."""
+
+    def run(main, *args) -> Finished:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [f"{main.__module__}.py", *map(str, args)])
+        code = 0
+        try:
+            errors.run(main)
+        except SystemExit as end:
+            code = end.code
+        shown = capsys.readouterr()
+        return Finished(code, shown.out, shown.err)
 
     return run
 

@@ -3,38 +3,24 @@
 import hashlib
 import pickle
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import soundfile
 import torch
-from conftest import FIT, SMALL, Finished
+from conftest import FIT, SMALL
 
 import test_only
 import train_base
 import train_device_specific
-from dcase import errors
 
 MAINS = {script.__name__: script.main for script in (train_base, train_device_specific, test_only)}
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
+def call(call_main):
     """Run a script in this process, in a folder of its own: call("train_base", "--lr", "1")."""
-
-    def run(name: str, *args) -> Finished:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
-        code = 0
-        try:
-            errors.run(MAINS[name])
-        except SystemExit as end:
-            code = end.code
-        shown = capsys.readouterr()
-        return Finished(code, shown.out, shown.err)
-
-    return run
+    return lambda name, *args: call_main(MAINS[name], *args)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import csv
 import json
 import math
 import shutil
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,12 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import RATE, SCENES, Finished, refusal, tone
+from conftest import RATE, SCENES, refusal, tone
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcase import errors, predict, recordings
+from dcase import predict, recordings
 from dcase.logmel import LogMelConfig, frames_of
 from dcase.prediction import Recording, Skipped, load_module, span_of_module
 from dcase.prediction import predict as predictions_of
@@ -29,21 +29,8 @@ from dcase.tau22 import SCENES as ALL_SCENES
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Run the command in this process, in a folder of its own."""
-
-    def run(*args) -> Finished:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["predict", *map(str, args)])
-        code = 0
-        try:
-            errors.run(predict.main)
-        except SystemExit as end:
-            code = end.code
-        shown = capsys.readouterr()
-        return Finished(code, shown.out, shown.err)
-
-    return run
+def call(call_main):
+    return partial(call_main, predict.main)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -15,12 +16,12 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
-from conftest import RATE, ROOT, Finished, only_run, read_results, refusal, tone
+from conftest import RATE, ROOT, only_run, read_results, refusal, tone
 from huggingface_hub import ModelCard, ModelHubMixin, PyTorchModelHubMixin
 from torch import nn
 
 import aum
-from dcase import errors, publish
+from dcase import publish
 from dcase.checkpoints import load_trained
 from dcase.models import ModelConfig, build
 from dcase.prediction import load_module
@@ -206,21 +207,8 @@ def test_models_are_what_they_were(tmp_path):
 
 
 @pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Run the command in this process, in a folder of its own."""
-
-    def run(*args) -> Finished:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["publish", *map(str, args)])
-        code = 0
-        try:
-            errors.run(publish.main)
-        except SystemExit as end:
-            code = end.code
-        shown = capsys.readouterr()
-        return Finished(code, shown.out, shown.err)
-
-    return run
+def call(call_main):
+    return partial(call_main, publish.main)
 
 
 @pytest.fixture
