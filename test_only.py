@@ -6,16 +6,17 @@
 Model and front end come from the checkpoint; an architecture flag that contradicts it stops the script.
 """
 
-from dcase import errors, evaluation, processes, training
+from dcase import errors, evaluation
 from dcase.config import parse_test, start_run
 from dcase.lit import SceneClassifier
-from dcase.loading import find_source, open_sound, with_sound
 from dcase.runs import save_checkpoint
+from dcase.training import fit, processes
+from dcase.training.loading import find_source, open_sound, with_sound
 
 
 def main() -> None:
     config, checkpoint = parse_test(__doc__)
-    training.check_machine(config.machine)
+    fit.check_machine(config.machine)
     source = find_source(config.data)
     config, sound = open_sound(config, source.folder)
     test = with_sound(source.test, sound)
@@ -24,7 +25,7 @@ def main() -> None:
     run = start_run(config, None)
     if "," in config.ckpt_path and processes.is_main():
         save_checkpoint(module.as_checkpoint(), run.best)
-    with training.loggers(config, run) as loggers:
+    with fit.loggers(config, run) as loggers:
         optimistic = checkpoint["config"]["split"]["val_split"] == "test"
         evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
 

@@ -14,20 +14,21 @@ import dataclasses
 
 import pytorch_lightning as pl
 
-from dcase import errors, evaluation, models, seeds, training
+from dcase import errors, evaluation, models
 from dcase.config import parse_base, start_run
 from dcase.lit import SceneClassifier
-from dcase.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.logmel import frames_of
 from dcase.runs import find_checkpoint, load_checkpoint
-from dcase.teachers import load_teachers
+from dcase.training import fit, seeds
+from dcase.training.loading import clips_id, find_source, open_sound, training_clips, with_sound
+from dcase.training.teachers import load_teachers
 
 
 def main() -> None:
     if seeds.train_each(__doc__):
         return
     config, run = parse_base(__doc__)
-    training.check_machine(config.machine)
+    fit.check_machine(config.machine)
     source = find_source(config.data, config.split.subset)
     train_clips, val_clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
@@ -42,7 +43,7 @@ def main() -> None:
     module.clips_id = clips_id(train_clips, val_clips)
     module.load_responses()
     teachers = load_teachers(config, module)
-    begins = run is None or not training.checkpoint_to_resume(run.checkpoints)
+    begins = run is None or not fit.checkpoint_to_resume(run.checkpoints)
     if config.pretrained and begins:
         module.start_from_file(config.pretrained, config.pretrained_grid)
     if config.init_from and begins:
@@ -52,10 +53,10 @@ def main() -> None:
     evaluation.warn_if_over(module)
     run = start_run(config, run)
     if begins:
-        training.fit_normalisation(module, train, config.machine)
+        fit.fit_normalisation(module, train, config.machine)
 
-    with training.loggers(config, run) as loggers:
-        training.train(module, train, val, config, run.checkpoints, loggers, teachers)
+    with fit.loggers(config, run) as loggers:
+        fit.train(module, train, val, config, run.checkpoints, loggers, teachers)
         best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))
         module = SceneClassifier.from_checkpoint(best, config)
         optimistic = config.split.val_split == "test"

@@ -11,20 +11,21 @@ device's validation clips; unknown devices always use the general model.
 
 import dataclasses
 
-from dcase import errors, evaluation, fine_tuning, processes, training
+from dcase import errors, evaluation
 from dcase.config import parse_device_specific, start_run
 from dcase.errors import UserError
 from dcase.lit import SceneClassifier
-from dcase.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.runs import save_checkpoint
-from dcase.teachers import load_teachers
+from dcase.training import fine_tuning, fit, processes
+from dcase.training.loading import clips_id, find_source, open_sound, training_clips, with_sound
+from dcase.training.teachers import load_teachers
 
 
 def main() -> None:
     config, run, checkpoint = parse_device_specific(__doc__)
     if checkpoint["device_ids"]:
         raise UserError(f"--ckpt_id {config.ckpt_id} is a device-specific run: give the id of a run of train_base.py")
-    training.check_machine(config.machine)
+    fit.check_machine(config.machine)
     source = find_source(config.data, config.split.subset)
     clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
@@ -42,7 +43,7 @@ def main() -> None:
     evaluation.warn_if_over(module)
     run = start_run(config, run)
 
-    with training.loggers(config, run) as loggers:
+    with fit.loggers(config, run) as loggers:
         outcomes, weights = {}, {}
         for device_id in config.devices_to_tune:
             outcome, kept = fine_tuning.fine_tune(device_id, module, clips, train, config, run, loggers, teachers)

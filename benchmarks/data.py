@@ -40,14 +40,14 @@ from benchmarks.scan import RESULTS, ROOT, machine, milliseconds, output_of, tab
 from benchmarks.timing import CPU, WALL, Samples, median, progress, race, ratios, spread
 from dcase.augment import freq_mixstyle, roll
 from dcase.config import MachineConfig, TrainConfig
-from dcase.dataset import TAU22, Clip, Sound
+from dcase.data.dataset import TAU22, Clip, Sound
+from dcase.data.pack import Pack, exists
 from dcase.errors import UserError, run
 from dcase.lit import SceneClassifier
-from dcase.loading import Batches, loader, shuffled
 from dcase.logmel import LOG_OFFSET, LogMel, LogMelConfig, frames_of
 from dcase.models import ModelConfig
-from dcase.pack import Pack, exists
 from dcase.tau22 import Clips, load_clips
+from dcase.training.loading import Batches, loader, shuffled
 
 BATCH = 64  # clips
 AT_A_TIME = 32  # batches that are timed together where they come from the pack
@@ -87,11 +87,11 @@ import torch
 report()
 """
 
-# Arguments: data folder, pack. As dcase.loading makes the data sets, which imports Lightning beside.
+# Arguments: data folder, pack. As dcase.training.loading makes the data sets, which imports Lightning beside.
 DATA_SETS = """
 import numpy as np
-from dcase.dataset import TAU22, Sound
-from dcase.pack import Pack
+from dcase.data.dataset import TAU22, Sound
+from dcase.data.pack import Pack
 from dcase.tau22 import load_splits
 
 folder, pack = Path(sys.argv[1]), Pack(Path(sys.argv[2]))
@@ -118,11 +118,11 @@ report()
 READ_AND_RESAMPLE = """
 from functools import partial
 
-from dcase import packing
-from dcase.cores import over_all_cores
-from dcase.pack import Rates
+from dcase.data import packing
+from dcase.data.cores import over_all_cores
+from dcase.data.pack import Rates
 from dcase.prepare import PrepareConfig
-from dcase.sound import read_wav
+from dcase.data.sound import read_wav
 from dcase.tau22 import check_files, load_splits
 
 def read(folder, rates, names):

@@ -23,18 +23,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from timing import CPU, WALL, median, progress, race, ratios, spread
 
-from dcase import onnx_format
 from dcase.checkpoints import load_trained
+from dcase.compression.stored import GENERAL
 from dcase.config import StorageConfig, TrainConfig
-from dcase.dataset import Sound
+from dcase.data.dataset import Sound
+from dcase.deployment import onnx_format
 from dcase.errors import run
 from dcase.export import WAVEFORM, ExportConfig, choose, clips_of, compare, log_mels, reference, traced
 from dcase.lit import SceneClassifier
-from dcase.loading import find_source, with_sound
 from dcase.logmel import frames_of
 from dcase.models import ModelConfig
-from dcase.stored import GENERAL
 from dcase.tau22 import DataConfig
+from dcase.training.loading import find_source, with_sound
 
 BITS = {"aum_nano": 16, "aum_nano_8bit": 8, "cp_mobile": 16, "aum_tiny": 32, "aum_small": 32, "aum_base": 32}
 CALIBRATION = 64  # clips

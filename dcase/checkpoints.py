@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from dcase.compression.stored import load_stored
+from dcase.deployment.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.devices import merged_checkpoint
 from dcase.errors import UserError
-from dcase.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.runs import load_checkpoint
-from dcase.stored import load_stored
 
 
 def load_trained(path: str) -> dict:

@@ -15,11 +15,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dcase.alike import NO_MATTER, configuration, flat
 from dcase.cli import parse
 from dcase.errors import UserError, one_line, run
 from dcase.files import replace_file
 from dcase.report import markdown
+from dcase.report.alike import NO_MATTER, configuration, flat
 from dcase.runs import Run, find_run
 from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import aum
-from dcase import artifacts, cli, models, processes
+from dcase import cli, models
 from dcase.augment import AugmentConfig
 from dcase.checkpoints import load_trained
-from dcase.distillation import DistillConfig
 from dcase.errors import UserError
 from dcase.logmel import LogMelConfig
 from dcase.models import ModelConfig
 from dcase.runs import Run, RunConfig, find_checkpoint, find_run, load_checkpoint, new_run, write_json
 from dcase.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
+from dcase.tracking import artifacts
+from dcase.training import processes
+from dcase.training.distillation import DistillConfig
 
 
 @dataclass(frozen=True)

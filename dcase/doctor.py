@@ -9,8 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcase import errors, machine_checks
-from dcase.findings import Finding, lines, looked, summary
+from dcase import errors
+from dcase.checks import machine as machine_checks
+from dcase.checks.findings import Finding, lines, looked, summary
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def machine() -> list[Finding]:
 def places(config: DoctorConfig) -> list[Finding]:
     """Data, and space for runs and for what is made once per machine."""
     from aum.cache import cache_folder
-    from dcase.data_checks import Data, data_folder
-    from dcase.pack import Rates
+    from dcase.checks.data import Data, data_folder
+    from dcase.data.pack import Rates
 
     rates = Rates(config.orig_sample_rate, config.sample_rate)
     data = Data(config.dataset_dir, config.pack_dir, rates, config.subset)

@@ -11,20 +11,22 @@ from pytorch_lightning.loggers.logger import Logger
 
 import aum
 from aum.scan import choose
-from dcase import complexity, processes, report, wandb_media
+from dcase import complexity, report
+from dcase.compression.stored import load_stored, save_stored
 from dcase.config import EvalConfig
-from dcase.dataset import TAU22
+from dcase.data.dataset import TAU22
 from dcase.errors import one_line
 from dcase.lit import SceneClassifier
-from dcase.loading import Source, evaluation_batches, loader
-from dcase.loggers import MetricsCsv, Wandb, show_charts
 from dcase.report.page import write_page
 from dcase.report.predictions import PREDICTIONS_CSV, of_clips, write_predictions
 from dcase.report.run_files import read_finished
 from dcase.report.sounds import Recordings
 from dcase.runs import Run, write_json
-from dcase.stored import load_stored, save_stored
-from dcase.training import DTYPES, make_trainer, no_silent_exit
+from dcase.tracking import wandb_media
+from dcase.tracking.loggers import MetricsCsv, Wandb, show_charts
+from dcase.training import processes
+from dcase.training.fit import DTYPES, make_trainer, no_silent_exit
+from dcase.training.loading import Source, evaluation_batches, loader
 
 
 def measure(module: SceneClassifier) -> complexity.Complexity:

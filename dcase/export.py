@@ -23,18 +23,19 @@ from torch import Tensor
 from torch.export import Dim
 from tqdm import tqdm
 
-from dcase import cli, errors, onnx_format
+from dcase import cli, errors
 from dcase.checkpoints import load_trained
-from dcase.dataset import TAU22
+from dcase.compression.quantisation import decode, encode
+from dcase.compression.stored import GENERAL, load_stored, save_one
+from dcase.data.dataset import TAU22
+from dcase.deployment import onnx_format
+from dcase.deployment.exported import Exported, FrontEnd
 from dcase.errors import UserError
-from dcase.exported import Exported, FrontEnd
 from dcase.files import replace_file
 from dcase.labels import SCENES
 from dcase.lit import SceneClassifier
-from dcase.loading import find_source, open_sound, with_sound
-from dcase.quantisation import decode, encode
-from dcase.stored import GENERAL, load_stored, save_one
 from dcase.tau22 import DataConfig
+from dcase.training.loading import find_source, open_sound, with_sound
 
 TOLERANCE = 1e-4  # of a logit
 BATCHES = (1, 8)  # clips, of which batches are compared

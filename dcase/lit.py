@@ -13,24 +13,24 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import aum
-from dcase.adapters import HEADS, LowRank, trainable
 from dcase.augment import Masking, Mix, freq_mixstyle, roll
-from dcase.averaging import WeightAverage
+from dcase.compression.pruning import shrink
+from dcase.compression.quantisation import rounded
 from dcase.config import EvalConfig, TrainConfig, from_plain, to_plain
-from dcase.dataset import TAU22, Clip
+from dcase.data.dataset import TAU22, Clip
 from dcase.devices import forward_by_device
-from dcase.distillation import soft_loss, soft_targets
 from dcase.errors import UserError
-from dcase.loading import mixed_seed
 from dcase.logmel import LogMel, frames_of
 from dcase.metrics import SceneMetrics
 from dcase.models import build
-from dcase.processes import sum_over_all
-from dcase.pruning import shrink
-from dcase.quantisation import rounded
 from dcase.responses import DeviceResponses
 from dcase.runs import FORMAT
 from dcase.tau22 import DEVICES
+from dcase.training.adapters import HEADS, LowRank, trainable
+from dcase.training.averaging import WeightAverage
+from dcase.training.distillation import soft_loss, soft_targets
+from dcase.training.loading import mixed_seed
+from dcase.training.processes import sum_over_all
 
 WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach the learning rate asked for
 

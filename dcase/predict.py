@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from aum.allocator import keep_freed_memory
 from dcase.cli import parse
+from dcase.deployment.prediction import UNKNOWN, Prediction, Recording, Skipped, load_module, predict, span_of_module
 from dcase.errors import UserError, run
 from dcase.files import replace_file
 from dcase.lit import SceneClassifier
-from dcase.prediction import UNKNOWN, Prediction, Recording, Skipped, load_module, predict, span_of_module
 from dcase.report import markdown
 from dcase.tau22 import DEVICES, SCENES, leaves_folder
 

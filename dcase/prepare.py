@@ -2,8 +2,8 @@
 
 Checking reads every file that meta.csv names and writes, beside it, ``meta_clean.csv`` (meta.csv without the clips at
 fault, which `dcase.tau22.load_clips` then prefers) and ``meta_excluded.csv`` (filename, reason). Packing reads every
-clip of the training and the test split once and writes them, resampled, to one file (`dcase.pack`). No sound file is
-touched.
+clip of the training and the test split once and writes them, resampled, to one file (`dcase.data.pack`). No sound file
+is touched.
 """
 
 import csv
@@ -19,11 +19,11 @@ import pandas as pd
 from tqdm import tqdm
 
 from dcase.cli import parse
-from dcase.cores import over_all_cores
+from dcase.data.cores import over_all_cores
+from dcase.data.packing import pack_clips
+from dcase.data.sound import read_samples
 from dcase.errors import UserError, run
 from dcase.files import replace_file
-from dcase.packing import pack_clips
-from dcase.sound import read_samples
 from dcase.tau22 import SPLITS, SUBSETS, check_folder, missing_files, read_meta, read_split
 
 _CHUNK = 64  # files a worker takes at a time

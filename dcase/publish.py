@@ -11,14 +11,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcase import card, complexity
+from dcase import complexity
 from dcase.cli import parse
+from dcase.compression.stored import GENERAL
+from dcase.deployment import card
+from dcase.deployment.prediction import load_module, span_of_module
+from dcase.deployment.published import WEIGHTS, front_end_of, save_published
 from dcase.errors import UserError, one_line, run
 from dcase.lit import SceneClassifier
-from dcase.prediction import load_module, span_of_module
-from dcase.published import WEIGHTS, front_end_of, save_published
 from dcase.runs import trained_checkpoint
-from dcase.stored import GENERAL
 from dcase.tau22 import DEVICES
 
 

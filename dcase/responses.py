@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dcase.data.sound import CHECK, read_samples, resampler
 from dcase.errors import UserError
-from dcase.sound import CHECK, read_samples, resampler
 from dcase.tau22 import DEVICES
 
 SUFFIXES = (".wav", ".flac")

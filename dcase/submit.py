@@ -13,18 +13,19 @@ from pathlib import Path
 
 import torch
 
-from dcase import complexity, evaluation, inference
+from dcase import complexity, evaluation
 from dcase.checkpoints import load_trained
 from dcase.cli import parse
 from dcase.config import EvalConfig, from_plain
 from dcase.errors import UserError, run
 from dcase.labels import DEVICES
 from dcase.lit import SceneClassifier
-from dcase.loading import Source, find_source
+from dcase.submission import inference
 from dcase.submission import meta as meta_yaml
 from dcase.submission.output import evaluation_list, write_output
 from dcase.submission.package import Submission, write_package
 from dcase.tau22 import DataConfig, missing_files
+from dcase.training.loading import Source, find_source
 
 CHALLENGE_SUBSET = 25  # the only part of TAU22 that may be trained on
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dcase import complexity, inference
+from dcase import complexity
 from dcase.cli import parse
+from dcase.compression.quantisation import bytes_by_dtype
 from dcase.errors import UserError, run
 from dcase.labels import SCENES
-from dcase.quantisation import bytes_by_dtype
-from dcase.submission import probe
+from dcase.submission import inference, probe
 from dcase.submission.meta_check import check_meta
 from dcase.submission.output import check_output, evaluation_list
 from dcase.submission.package import MAX_INDEX, Submission

@@ -12,7 +12,8 @@ from random import Random
 
 import numpy as np
 
-from dcase import pack, tau22
+from dcase import tau22
+from dcase.data import pack
 from dcase.errors import UserError, run
 
 LISTS = ("meta.csv", "split_setup/split25.csv", "split_setup/test.csv")

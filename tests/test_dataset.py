@@ -11,9 +11,9 @@ from conftest import refusal
 from data_folder import SAMPLE_RATE, clip_row, noise, write_data_folder, write_lists
 from torch.utils.data import DataLoader
 
-from dcase.dataset import TAU22, Clip, Sound
+from dcase.data.dataset import TAU22, Clip, Sound
+from dcase.data.sound import read_wav
 from dcase.errors import UserError
-from dcase.sound import read_wav
 from dcase.tau22 import DEVICES, SCENES, load_clips
 
 WAV = Sound(SAMPLE_RATE)

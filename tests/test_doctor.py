@@ -14,9 +14,10 @@ from data_folder import write_data_folder
 
 import aum
 from aum.scan import BACKENDS, backends, build
-from dcase import doctor, errors, findings, machine_checks
-from dcase.findings import Finding
-from dcase.packing import pack_clips
+from dcase import doctor, errors
+from dcase.checks import findings, machine
+from dcase.checks.findings import Finding
+from dcase.data.packing import pack_clips
 from dcase.prepare import PrepareConfig, prepare
 
 ASKED = ("--orig_sample_rate", "44100", "--sample_rate", "32000")
@@ -102,16 +103,16 @@ def test_flags_of_the_doctor(monkeypatch, capsys):
 
 
 def test_another_python(monkeypatch):
-    monkeypatch.setattr(machine_checks, "TESTED_PYTHON", (3, 99))
-    assert machine_checks.python().state == "FAIL"
-    monkeypatch.setattr(machine_checks, "TESTED_PYTHON", (3, 8))
-    assert machine_checks.python().state == "warn"
+    monkeypatch.setattr(machine, "TESTED_PYTHON", (3, 99))
+    assert machine.python().state == "FAIL"
+    monkeypatch.setattr(machine, "TESTED_PYTHON", (3, 8))
+    assert machine.python().state == "warn"
 
 
 def test_a_package_that_is_missing_stops_the_doctor_before_the_rest(tmp_path, monkeypatch, capsys):
     pins = tmp_path / "requirements.txt"
     pins.write_text(f"torch=={torch.__version__.partition('+')[0]}\nno-such-package==1.0\nwandb==0.0.1\n")
-    monkeypatch.setattr(machine_checks, "REQUIREMENTS", pins)
+    monkeypatch.setattr(machine, "REQUIREMENTS", pins)
     code, out = run_doctor(monkeypatch, capsys, "--not_even_a_flag")
     assert code == 1 and "not installed: no-such-package" in out and f"pip install -r {pins}" in out
     assert "not the tested versions: wandb" in out and "(tested: 0.0.1)" in out
@@ -119,28 +120,26 @@ def test_a_package_that_is_missing_stops_the_doctor_before_the_rest(tmp_path, mo
 
 
 def test_malware_is_named_and_never_imported(monkeypatch, capsys):
-    real = machine_checks.version_of
-    monkeypatch.setattr(
-        machine_checks, "version_of", lambda name: "2.6.3" if name == "pytorch-lightning" else real(name)
-    )
+    real = machine.version_of
+    monkeypatch.setattr(machine, "version_of", lambda name: "2.6.3" if name == "pytorch-lightning" else real(name))
     imported = []
-    monkeypatch.setattr(machine_checks.importlib, "import_module", imported.append)
+    monkeypatch.setattr(machine.importlib, "import_module", imported.append)
     code, out = run_doctor(monkeypatch, capsys)
     assert code == 1 and "pytorch-lightning 2.6.3 on PyPI was malware" in out and not imported
 
 
 def test_without_requirements_beside_the_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(machine_checks, "REQUIREMENTS", tmp_path / "requirements.txt")
-    (found,) = machine_checks.packages()
+    monkeypatch.setattr(machine, "REQUIREMENTS", tmp_path / "requirements.txt")
+    (found,) = machine.packages()
     assert found.state == "warn" and "nothing to compare" in found.found
 
 
 def test_torch_and_torchaudio_of_two_versions(monkeypatch):
     versions = {"torch": "2.11.0+cu128", "torchaudio": "2.11.0"}
-    monkeypatch.setattr(machine_checks, "version_of", versions.get)
-    assert machine_checks.torch_pair().state == "ok"
+    monkeypatch.setattr(machine, "version_of", versions.get)
+    assert machine.torch_pair().state == "ok"
     versions["torchaudio"] = "2.10.0"
-    found = machine_checks.torch_pair()
+    found = machine.torch_pair()
     assert found.state == "FAIL" and "2.11.0+cu128 and 2.10.0: they must be of one version" in found.found
 
 
@@ -151,10 +150,10 @@ def test_a_package_that_cannot_be_imported(name, state, tmp_path, monkeypatch):
     (tmp_path / f"{module}-1.0.dist-info").mkdir()
     (tmp_path / f"{module}-1.0.dist-info" / "METADATA").write_text(f"Name: {name}\nVersion: 1.0\n")
     (tmp_path / "requirements.txt").write_text(f"{name}==1.0\n")
-    monkeypatch.setattr(machine_checks, "REQUIREMENTS", tmp_path / "requirements.txt")
+    monkeypatch.setattr(machine, "REQUIREMENTS", tmp_path / "requirements.txt")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, module, raising=False)
-    (found,) = machine_checks.imports()
+    (found,) = machine.imports()
     assert found.state == state and f"{name} cannot be imported: OSError: libbroken.so.1" in found.found
 
 
@@ -166,13 +165,13 @@ def fake_driver(tmp_path, monkeypatch, said: str) -> None:
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\necho '{said}'\n")
     program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{machine_checks.os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{program.parent}:{machine.os.environ['PATH']}")
 
 
 def test_no_gpu_is_a_warning(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine_checks, "_nvidia_smi", lambda: "")
-    found = machine_checks.gpu()
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda: "")
+    found = machine.gpu()
     assert found.state == "warn" and "CPU" in found.found
 
 
@@ -180,10 +179,10 @@ def test_a_gpu_that_torch_cannot_use(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     fake_driver(tmp_path, monkeypatch, "NVIDIA H100, 450.1")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    found = machine_checks.gpu()
+    found = machine.gpu()
     assert found.state == "FAIL" and "NVIDIA H100, 450.1" in found.found and "driver is too old" in found.found
     monkeypatch.setattr(torch.version, "cuda", None)
-    found = machine_checks.gpu()
+    found = machine.gpu()
     assert found.state == "FAIL" and "a build without CUDA" in found.found and "pip install" in found.fix
 
 
@@ -201,7 +200,7 @@ def test_a_gpu_that_torch_cannot_use(tmp_path, monkeypatch):
     ],
 )
 def test_architectures(made_for, capability, runs):
-    assert machine_checks.runs_on(made_for, *capability) is runs
+    assert machine.runs_on(made_for, *capability) is runs
 
 
 @pytest.mark.parametrize("capability, state", [((9, 0), "ok"), ((6, 1), "FAIL")])
@@ -212,14 +211,14 @@ def test_a_gpu_and_what_torch_was_made_for(capability, state, monkeypatch):
         "get_device_name": "NVIDIA Some", "get_device_capability": capability,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    found = machine_checks.gpu()
+    found = machine.gpu()
     assert found.state == state and f"NVIDIA Some (sm_{capability[0]}{capability[1]})" in found.found
     assert ("choose a build of torch" in found.found) is (state == "FAIL")
 
 
 def test_no_cxx_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    found = machine_checks.cxx_compiler()
+    found = machine.cxx_compiler()
     assert found.state == "-" and "no no-such-compiler" in found.found and found.fix == "apt install g++"
 
 
@@ -229,7 +228,7 @@ def test_no_cxx_compiler(monkeypatch):
 def scans() -> dict[str, Finding]:
     backends._choose.cache_clear()
     try:
-        return {finding.name.removeprefix("scan: "): finding for finding in machine_checks.scan_backends()}
+        return {finding.name.removeprefix("scan: "): finding for finding in machine.scan_backends()}
     finally:
         backends._choose.cache_clear()
 
@@ -323,23 +322,23 @@ def no_wandb(tmp_path, monkeypatch):
 
 
 def test_wandb_logged_in_or_not_without_waiting_for_its_server(no_wandb, monkeypatch):
-    found = machine_checks.wandb_login()
+    found = machine.wandb_login()
     assert found.state == "warn" and "not logged in" in found.found and found.fix == "wandb login"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     begun = time.monotonic()
-    found = machine_checks.wandb_login()
+    found = machine.wandb_login()
     assert found.state == "ok" and "logged in" in found.found
-    assert time.monotonic() - begun < machine_checks._WANDB_TIMEOUT
+    assert time.monotonic() - begun < machine._WANDB_TIMEOUT
 
 
 def test_wandb_that_is_broken_or_never_answers(no_wandb, monkeypatch):
     (no_wandb / "wandb.py").write_text("raise ImportError('no protobuf')")
     monkeypatch.setenv("PYTHONPATH", str(no_wandb))
-    found = machine_checks.wandb_login()
+    found = machine.wandb_login()
     assert found.state == "warn" and "cannot be used: ImportError: no protobuf" in found.found
     (no_wandb / "wandb.py").write_text("import time; time.sleep(60)")
-    monkeypatch.setattr(machine_checks, "_WANDB_TIMEOUT", 0.5)
-    assert "no answer in 0.5 s" in machine_checks.wandb_login().found
+    monkeypatch.setattr(machine, "_WANDB_TIMEOUT", 0.5)
+    assert "no answer in 0.5 s" in machine.wandb_login().found
 
 
 # Data
@@ -437,7 +436,7 @@ def test_disks(data, diagnose, tmp_path, monkeypatch):
     assert diagnose("disk: runs").state == "ok"
     usage = namedtuple("usage", "total used free")
     for free, state in ((2e9, "warn"), (1e6, "FAIL")):
-        monkeypatch.setattr(machine_checks.shutil, "disk_usage", lambda _, free=free: usage(1e12, 0, free))
+        monkeypatch.setattr(machine.shutil, "disk_usage", lambda _, free=free: usage(1e12, 0, free))
         found = diagnose("disk: cache")
         assert found.state == state and "GB free" in found.found and "AUDIO_MAMBA_CACHE" in found.fix
     Path("DCASE25_Task1").write_text("no folder")

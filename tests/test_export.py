@@ -16,15 +16,16 @@ from torch.export import Dim
 
 import aum
 from aum.scan import loop_scan, torch_scan
-from dcase import cli, export, models, onnx_format
+from dcase import cli, export, models
+from dcase.compression.quantisation import decode, encode
+from dcase.compression.stored import load_model, load_stored, save_stored
+from dcase.deployment import onnx_format
+from dcase.deployment.exported import Exported, FrontEnd
 from dcase.export import ExportConfig, Mismatch
-from dcase.exported import Exported, FrontEnd
 from dcase.labels import SCENES
 from dcase.lit import SceneClassifier
 from dcase.logmel import LogMel, LogMelConfig
-from dcase.quantisation import decode, encode
 from dcase.runs import load_checkpoint, save_checkpoint
-from dcase.stored import load_model, load_stored, save_stored
 
 TINY = {"n_mels": 16, "target_length": 20, "patch_size": (8, 4), "embed_dim": 16, "depth": 2, "d_state": 3}
 VARIANTS = {

@@ -20,9 +20,9 @@ from wandb_file import Kept, read_kept
 
 import train_base
 import train_device_specific
-from dcase import artifacts
-from dcase.loggers import Wandb, tensorboard_logger, wandb_logger
 from dcase.runs import Run, RunConfig, load_checkpoint
+from dcase.tracking import artifacts
+from dcase.tracking.loggers import Wandb, tensorboard_logger, wandb_logger
 
 OFFLINE = ["--wandb_mode", "offline", "--project_name", "P"]
 DEVICE_FIT = "--n_epochs 2 --batch_size 8 --warmup_steps 2 --check_val_every_n_epoch 1 --only_devices a".split()
@@ -189,7 +189,7 @@ def call(monkeypatch, main, *args) -> None:
 
 def test_resume_fetches_a_run_that_is_not_here(elsewhere, general_run, monkeypatch, capsys):
     before = read_results(general_run)
-    monkeypatch.setattr("dcase.training.wandb_logger", lambda *args, **more: None)  # the stand-in takes no metrics
+    monkeypatch.setattr("dcase.training.fit.wandb_logger", lambda *args, **more: None)  # the stand-in takes no metrics
     call(monkeypatch, train_base.main, "--resume", "general", "--logger", "wandb")
     assert "fetched from W&B: P/general/" in capsys.readouterr().out
     assert read_results(elsewhere / "general")["confusion"] == before["confusion"]
@@ -198,7 +198,7 @@ def test_resume_fetches_a_run_that_is_not_here(elsewhere, general_run, monkeypat
 
 def test_ckpt_id_fetches_a_run_that_is_not_here(elsewhere, learnable, monkeypatch, capsys):
     args = ["--ckpt_id", "general", "--dataset_dir", learnable, *DEVICE_FIT, *QUIET]
-    monkeypatch.setattr("dcase.training.wandb_logger", lambda *args, **more: None)
+    monkeypatch.setattr("dcase.training.fit.wandb_logger", lambda *args, **more: None)
     call(monkeypatch, train_device_specific.main, *args, "--n_epochs", "1", "--run_id", "tuned")
     assert "fetched from W&B: P/general/" in capsys.readouterr().out
     assert (elsewhere / "tuned" / "checkpoints" / "best.ckpt").is_file()
@@ -298,7 +298,7 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     def lacks(*args, **kwargs):
         raise ModuleNotFoundError("tensorboard")
 
-    monkeypatch.setattr("dcase.loggers.TensorBoardLogger", lacks)
+    monkeypatch.setattr("dcase.tracking.loggers.TensorBoardLogger", lacks)
     assert "pip install -r requirements.txt" in refusal(tensorboard_logger, Run(tmp_path))
 
 

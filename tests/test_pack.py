@@ -16,14 +16,15 @@ from data_folder import SAMPLE_RATE, noise, write_data_folder
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from dcase import packing, prepare
+from dcase import prepare
 from dcase.config import TrainConfig
-from dcase.dataset import TAU22, Sound
-from dcase.loading import open_sound, with_sound
-from dcase.pack import Pack, Packing, Rates, quantise
+from dcase.data import packing
+from dcase.data.dataset import TAU22, Sound
+from dcase.data.pack import Pack, Packing, Rates, quantise
+from dcase.data.sound import read_wav
 from dcase.prepare import PrepareConfig
-from dcase.sound import read_wav
 from dcase.tau22 import DataConfig, load_clips
+from dcase.training.loading import open_sound, with_sound
 
 CONFIG = PrepareConfig(pack=True, num_workers=2)
 
@@ -283,7 +284,7 @@ def test_recordings_at_fault_stop_packing_with_their_name(folder):
 
 
 def test_two_at_once(folder):
-    from dcase.pack import only_one
+    from dcase.data.pack import only_one
 
     with only_one(folder / "pack"):
         assert "another process is packing" in refusal(packing.pack_clips, folder, CONFIG)

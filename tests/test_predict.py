@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dcase import predict, recordings
+from dcase import predict
+from dcase.data import recordings
+from dcase.data.recordings import Span, pieces, span_of, windows
+from dcase.data.sound import read_wav
+from dcase.deployment.prediction import Recording, Skipped, load_module, span_of_module
+from dcase.deployment.prediction import predict as predictions_of
 from dcase.logmel import LogMelConfig, frames_of
-from dcase.prediction import Recording, Skipped, load_module, span_of_module
-from dcase.prediction import predict as predictions_of
-from dcase.recordings import Span, pieces, span_of, windows
 from dcase.runs import load_checkpoint, save_checkpoint
-from dcase.sound import read_wav
 from dcase.tau22 import DEVICES
 from dcase.tau22 import SCENES as ALL_SCENES
 

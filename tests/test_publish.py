@@ -23,9 +23,9 @@ from torch import nn
 import aum
 from dcase import publish
 from dcase.checkpoints import load_trained
+from dcase.deployment.prediction import load_module
+from dcase.deployment.published import front_end_of, save_published
 from dcase.models import ModelConfig, build
-from dcase.prediction import load_module
-from dcase.published import front_end_of, save_published
 from dcase.runs import load_checkpoint, save_checkpoint
 from dcase.tau22 import SCENES
 

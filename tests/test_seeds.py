@@ -14,8 +14,8 @@ import torch
 from conftest import FIT, ROOT, SMALL, read_results, refusal
 
 import train_base
-from dcase import seeds
-from dcase.seeds import without
+from dcase.training import seeds
+from dcase.training.seeds import without
 
 SHORT = [*SMALL, *FIT, "--n_epochs", "1", "--project_name", "P", "--run_id", "many"]
 

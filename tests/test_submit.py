@@ -19,16 +19,16 @@ import yaml
 from conftest import RATE, ROOT, only_run, read_results, refusal
 from test_imports import imported
 
-from dcase import complexity, inference, submit, validate_submission
+from dcase import complexity, submit, validate_submission
 from dcase.checkpoints import load_trained
+from dcase.compression.stored import save_stored
 from dcase.config import DeviceConfig, EvalConfig, from_plain, to_plain
+from dcase.data.sound import read_wav
 from dcase.labels import DEVICES, SCENES
 from dcase.lit import SceneClassifier
 from dcase.models import ModelConfig
 from dcase.runs import load_checkpoint, write_json
-from dcase.sound import read_wav
-from dcase.stored import save_stored
-from dcase.submission import build_backend
+from dcase.submission import build_backend, inference
 from dcase.submission.meta import meta_of, read_authors, runs_behind, todo_fields
 from dcase.submission.meta_check import check_meta
 from dcase.submission.output import HEADER, check_output, evaluation_list, write_output

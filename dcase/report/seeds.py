@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dcase.alike import configuration, flat
+from dcase.report.alike import configuration, flat
 from dcase.report.run_files import Finished
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import soundfile
 import torch
 
-from dcase import pack, synth
+from dcase import synth
+from dcase.data import pack
+from dcase.data.pack import Pack
+from dcase.data.sound import read_wav, resampler
 from dcase.errors import UserError
 from dcase.logmel import LogMel, LogMelConfig
-from dcase.pack import Pack
-from dcase.sound import read_wav, resampler
 from dcase.tau22 import DataConfig, leaves_folder
 
 AUDIO_RATE = 16_000  # Hz

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dcase import inference
 from dcase.labels import SCENES
+from dcase.submission import inference
 
 CHECKPOINT = Path(__file__).parent / "ckpts" / f"{Path(__file__).stem}.ckpt"
 

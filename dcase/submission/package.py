@@ -4,7 +4,7 @@
         pyproject.toml  build_backend.py          so that `pip install Doe_Uni/` works, without a network too
         Doe_Uni_task1/                            the inference package
             Doe_Uni_task1_1.py                    a system, one of at most four: a copy of challenge_api.py
-            ckpts/Doe_Uni_task1_1.ckpt            its models, as `dcase.inference.save` writes them
+            ckpts/Doe_Uni_task1_1.ckpt            its models, as `dcase.submission.inference.save` writes them
             models/aum/  models/dcase/            copies of the code that they need
             resources/dummy.wav  resources/test.csv      what the challenge's scripts ask for
         predictions/Doe_Uni_task1_1/output.csv    the system's output for the evaluation set
@@ -25,10 +25,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import soundfile
 
-from dcase import inference
 from dcase.errors import UserError
 from dcase.files import replace_file
-from dcase.submission import build_backend, challenge_api
+from dcase.submission import build_backend, challenge_api, inference
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_INDEX = 4  # systems that a team may submit
@@ -129,23 +128,23 @@ def _write_code(place: Path, prefix: str) -> None:
 
 def needed_code() -> list[Path]:
     """This repository's files that the API needs: all of aum, and what is imported of dcase."""
-    found, waiting = set(), {Path(inference.__file__).stem, *_imports_of_dcase(Path(challenge_api.__file__))}
+    found, waiting = set(), _imports_of_dcase(Path(challenge_api.__file__))
     while waiting:
-        name = waiting.pop()
-        found.add(name)
-        waiting |= _imports_of_dcase(ROOT / "dcase" / f"{name}.py") - found
+        found.add(path := waiting.pop())
+        waiting |= _imports_of_dcase(path) - found
+    rooms = {path.parent / "__init__.py" for path in found} | {ROOT / "dcase" / "__init__.py"}
     aum = [path for path in sorted((ROOT / "aum").rglob("*")) if path.suffix in (".py", ".c")]
-    return [*aum, ROOT / "dcase" / "__init__.py", *(ROOT / "dcase" / f"{name}.py" for name in sorted(found))]
+    return [*aum, *sorted(found | rooms)]
 
 
-def _imports_of_dcase(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "dcase":
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module.startswith("dcase."):
-            names.add(node.module.removeprefix("dcase."))
-    return names
+def _imports_of_dcase(path: Path) -> set[Path]:
+    """The files of dcase's modules that a file imports."""
+    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = {
+        name for node in imports for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    }
+    files = {ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith("dcase.")}
+    return {file for file in files if file.is_file()}
 
 
 def _copy(source: Path, target: Path, prefix: str) -> None:

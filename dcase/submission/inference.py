@@ -21,14 +21,14 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import aum
+from dcase.compression.quantisation import SCALE, decode, encode
+from dcase.compression.stored import DEVICE_MODELS, FRONT_END, GENERAL, MODEL, load_model, save_model
+from dcase.data.sound import read_wav
 from dcase.devices import forward_by_device
 from dcase.errors import UserError
 from dcase.labels import DEVICES
 from dcase.logmel import LogMel, LogMelConfig, frames_of
 from dcase.models import ModelConfig, build
-from dcase.quantisation import SCALE, decode, encode
-from dcase.sound import read_wav
-from dcase.stored import DEVICE_MODELS, FRONT_END, GENERAL, MODEL, load_model, save_model
 
 READERS = 8  # threads that read sound files
 

@@ -13,10 +13,10 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+from dcase.checks.findings import Finding
 from dcase.errors import one_line
-from dcase.findings import Finding
 
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 TESTED_PYTHON = (3, 11)
 MALWARE = {"pytorch-lightning": ("2.6.2", "2.6.3")}  # requirements.txt has the source
 ONLY_SOME_COMMANDS = {"huggingface_hub", "onnx", "onnxscript", "onnxruntime", "wandb", "tensorboard"}  # need these

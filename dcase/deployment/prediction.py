@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dcase.checkpoints import load_trained
+from dcase.compression.quantisation import rounded
 from dcase.config import EvalConfig, from_plain
+from dcase.data.recordings import Span, pieces, span_of, windows
 from dcase.errors import UserError
 from dcase.lit import SceneClassifier
-from dcase.quantisation import rounded
-from dcase.recordings import Span, pieces, span_of, windows
 from dcase.tau22 import DEVICES, SCENES
 
 UNKNOWN = "unknown"  # device: the general model's

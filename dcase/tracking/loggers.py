@@ -15,10 +15,10 @@ from pathlib import Path
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 
-from dcase import artifacts
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
 from dcase.runs import Run, RunConfig
+from dcase.tracking import artifacts
 
 
 class MetricsCsv(Logger):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from dcase.data.pack import Pack
+from dcase.data.sound import CHECK, read_wav
 from dcase.errors import UserError
-from dcase.pack import Pack
-from dcase.sound import CHECK, read_wav
 from dcase.tau22 import Clips
 
 

@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dcase import processes
 from dcase.config import MachineConfig, TrainConfig
-from dcase.dataset import TAU22, Clip
+from dcase.data.dataset import TAU22, Clip
 from dcase.devices import forward_by_device
 from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.lit import SceneClassifier
-from dcase.loading import Batches, loader
 from dcase.runs import find_checkpoint, load_checkpoint
+from dcase.training import processes
+from dcase.training.loading import Batches, loader
 
 
 class Teachers:

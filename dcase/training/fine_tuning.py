@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor
 
-from dcase import processes
 from dcase.config import DeviceConfig
-from dcase.dataset import TAU22
+from dcase.data.dataset import TAU22
 from dcase.lit import SceneClassifier, final_state
-from dcase.loading import evaluation_batches, loader, mixed_seed
 from dcase.metrics import mean_and_error
 from dcase.runs import FORMAT, Run, load_checkpoint, save_checkpoint, trained_checkpoint, write_json
 from dcase.tau22 import DEVICES, Clips
-from dcase.teachers import Teachers
-from dcase.training import MONITOR, make_trainer, no_silent_exit, train
+from dcase.training import processes
+from dcase.training.fit import MONITOR, make_trainer, no_silent_exit, train
+from dcase.training.loading import evaluation_batches, loader, mixed_seed
+from dcase.training.teachers import Teachers
 
 TUNED = "tuned.ckpt"  # a device's own model, ready for use
 # Standard errors by which it must be better. With few locations that is a weak test: of three, luck passes one time in

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from dcase.compression.stored import GENERAL
 from dcase.report import CHECKER_NOTE, class_table, complexity_comparison, device_table, markdown
-from dcase.stored import GENERAL
 from dcase.tau22 import SCENES
 
 TAU22, TAU22_ID = "TAU22", "tau-urban-acoustic-scenes-2022-mobile"
@@ -148,7 +148,7 @@ python -m dcase.predict recording.wav --ckpt_path {folder}
 The same from Python:
 
 ```python
-from dcase.prediction import Recording, load_module, predict
+from dcase.deployment.prediction import Recording, load_module, predict
 
 module = load_module("{folder}")
 for prediction in predict(module, [Recording("recording.wav")]):

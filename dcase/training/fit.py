@@ -23,15 +23,15 @@ from tqdm import tqdm
 import aum
 from aum.allocator import keep_freed_memory
 from aum.scan import choose
-from dcase import processes, stopping
 from dcase.config import DeviceConfig, EvalConfig, MachineConfig, TrainConfig, to_plain
-from dcase.dataset import TAU22
+from dcase.data.dataset import TAU22
 from dcase.errors import Stopped, UserError, doctor_tells_more
 from dcase.lit import SceneClassifier
-from dcase.loading import Batches, evaluation_batches, loader, shuffled
-from dcase.loggers import MetricsCsv, Wandb, tensorboard_logger, wandb_logger
 from dcase.runs import Run, SafeCheckpoints, newest_checkpoint
-from dcase.teachers import Teachers
+from dcase.tracking.loggers import MetricsCsv, Wandb, tensorboard_logger, wandb_logger
+from dcase.training import processes, stopping
+from dcase.training.loading import Batches, evaluation_batches, loader, shuffled
+from dcase.training.teachers import Teachers
 
 DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the data in the scan
 MONITOR = "macro_avg_acc"  # on the validation clips

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from dcase import pack, synth
+from dcase import synth
+from dcase.checks.findings import Finding
+from dcase.data import pack
+from dcase.data.pack import Pack, Rates
 from dcase.errors import UserError
-from dcase.findings import Finding
-from dcase.pack import Pack, Rates
 from dcase.tau22 import RELEASE, SPLITS, Clips, check_folder, is_tau22, load_splits, missing_files, read_split
 
 

@@ -13,12 +13,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcase import compare, stopping
+from dcase import compare
 from dcase.config import parse_base, peek
 from dcase.errors import UserError, one_line
 from dcase.runs import Run, RunConfig, new_id, write_json
+from dcase.training import stopping
 
-SCRIPT = Path(__file__).resolve().parent.parent / "train_base.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "train_base.py"
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dcase import pack, processes, stopping, synth
+from dcase import synth
 from dcase.config import EvalConfig, MachineConfig
-from dcase.cores import n_cores
-from dcase.dataset import TAU22, Clip, Sound
+from dcase.data import pack
+from dcase.data.cores import n_cores
+from dcase.data.dataset import TAU22, Clip, Sound
+from dcase.data.pack import Pack
 from dcase.errors import UserError, doctor_tells_more
 from dcase.logmel import samples_for
-from dcase.pack import Pack
 from dcase.tau22 import (
     TEST_CLIPS,
     Clips,
@@ -29,6 +30,7 @@ from dcase.tau22 import (
     load_splits,
     split_by_location,
 )
+from dcase.training import processes, stopping
 
 Config = TypeVar("Config", bound=EvalConfig)
 

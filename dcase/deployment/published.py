@@ -17,11 +17,11 @@ from torch import nn
 
 import aum
 from aum.hub import CONFIG, FRONT_END, WEIGHTS
+from dcase.compression.stored import DEVICE_MODELS, GENERAL, MODEL
 from dcase.errors import UserError
 from dcase.logmel import LogMelConfig
 from dcase.models import ModelConfig
 from dcase.runs import FORMAT
-from dcase.stored import DEVICE_MODELS, GENERAL, MODEL
 from dcase.tau22 import DEVICES, SCENES
 
 _RUN = ("model", "model_of", "weight_bits", "split", "clips_id")

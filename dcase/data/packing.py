@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dcase.cores import over_all_cores
-from dcase.errors import UserError, one_line
-from dcase.pack import (
+from dcase.data.cores import over_all_cores
+from dcase.data.pack import (
     Block,
     Pack,
     Packing,
@@ -27,7 +26,8 @@ from dcase.pack import (
     remove_remains,
     stamp,
 )
-from dcase.sound import read_wav, resampler
+from dcase.data.sound import read_wav, resampler
+from dcase.errors import UserError, one_line
 from dcase.tau22 import Clips, DataConfig, check_files, load_splits
 
 _CHUNK = 32  # clips a process packs at a time, and of a block

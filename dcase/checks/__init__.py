@@ -1,0 +1,1 @@
+"""What `dcase.doctor` looks at: the `machine`, the `data`; and how it says what it found (`findings`)."""

@@ -1,0 +1,1 @@
+"""Smaller models: `quantisation` of weights, the files they are `stored` in, and `pruning`."""
