@@ -765,8 +765,9 @@ def test_a_script_refuses_what_does_not_fit(learnable, script, tmp_path):
     assert "does not exist" in refusal(module.start_from_file, str(tmp_path / "none.pth"), None)
 
 
-def test_the_readmes_commands_are_of_this_program(capsys):
-    section = (ROOT / "README.md").read_text().partition("## Starting from pretrained weights")[2].partition("\n## ")[0]
+def test_the_shown_commands_are_of_this_program(capsys):
+    section = (ROOT / "docs/models_in_and_out.md").read_text()
+    section = section.partition("## Starting from pretrained weights")[2].partition("\n## ")[0]
     commands = section.replace("\\\n", " ").split("```bash")[1].partition("```")[0].strip().splitlines()
     shown = [line.split("#")[0].split() for line in commands if "aum.pretrained" in line]
     assert shown

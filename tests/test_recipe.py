@@ -290,12 +290,12 @@ def test_a_larger_model_is_pruned_into_a_smaller_one_and_trained_on(teacher_run,
     assert done.returncode == 2 and "--embed_dim 32 is more than the 16" in done.stderr
 
 
-# The README's recipe
+# The recipe of docs/challenge.md
 
 
 def recipe_commands() -> list[list[str]]:
-    """Those of the README's section, each as its words."""
-    section = (ROOT / "README.md").read_text().partition("## A recipe for the challenge")[2]
+    """Those of the page's section, each as its words."""
+    section = (ROOT / "docs/challenge.md").read_text().partition("## A recipe\n")[2]
     block = section.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ")
     return [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
 
@@ -303,7 +303,7 @@ def recipe_commands() -> list[list[str]]:
 SMALLER = "--n_epochs 2 --n_mels 64 --n_fft 1024 --window_length 1024 --num_workers 0 --wandb_mode disabled".split()
 
 
-def test_every_command_of_the_readmes_recipe_runs_on_synthtau(tmp_path):
+def test_every_command_of_the_recipe_runs_on_synthtau(tmp_path):
     data, responses = tmp_path / "synth", tmp_path / "responses"
     run_script("-m", "dcase.synth", "--out", data, "--train_clips", 120, "--test_clips_per_device", 10, cwd=ROOT)
     run_script("-m", "dcase.synth", "--responses", responses, cwd=ROOT)
