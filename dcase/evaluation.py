@@ -23,7 +23,7 @@ from dcase.report.run_files import read_finished
 from dcase.report.sounds import Recordings
 from dcase.runs import Run, write_json
 from dcase.tracking import wandb_media
-from dcase.tracking.loggers import MetricsCsv, Wandb, show_charts
+from dcase.tracking.loggers import Wandb, drop_from, show_charts
 from dcase.training import processes
 from dcase.training.fit import DTYPES, make_trainer, no_silent_exit
 from dcase.training.loading import Source, evaluation_batches, loader
@@ -70,9 +70,7 @@ def evaluate(
     if config.storage.weight_bits < 32:
         store(module, run.folder / "stored")
         print(f"stored in {config.storage.weight_bits} bit, and tested as stored: {run.folder / 'stored'}/")
-    for logger in loggers:
-        if isinstance(logger, MetricsCsv):
-            logger.drop_from(0, "test/")  # of an earlier end of this run
+    drop_from(loggers, 0, "test/")  # of an earlier end of this run
     batches = loader(test, config.machine, evaluation_batches(test, config.machine))
     with no_silent_exit():
         trainer = make_trainer(config.machine, run.folder, list(loggers))

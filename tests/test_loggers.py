@@ -16,16 +16,19 @@ import pytest
 import torch
 import wandb
 from conftest import FIT, ROOT, SMALL, only_run, read_results, refusal
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_file import Kept, read_kept
 
 import train_base
 import train_device_specific
 from dcase.runs import Run, RunConfig, load_checkpoint
 from dcase.tracking import artifacts
-from dcase.tracking.loggers import Wandb, tensorboard_logger, wandb_logger
+from dcase.tracking.loggers import TensorBoard, Wandb, drop_from, tensorboard_logger, wandb_logger
+from dcase.training.fit import KeepCheckpoints
 
 OFFLINE = ["--wandb_mode", "offline", "--project_name", "P"]
 DEVICE_FIT = "--n_epochs 2 --batch_size 8 --warmup_steps 2 --check_val_every_n_epoch 1 --only_devices a".split()
+TENSORBOARD = ["--logger", "tensorboard"]
 QUIET = "--num_workers 0 --accelerator cpu".split()
 
 
@@ -279,26 +282,78 @@ def test_log_checkpoints_needs_wandb():
 # TensorBoard, and nothing
 
 
-def test_tensorboard_has_what_metrics_csv_has(learnable, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def shown_by_tensorboard(run: Path) -> EventAccumulator:
+    """Every event of the run's files, read by TensorBoard's own reader."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    return events.Reload()
 
+
+def assert_each_step_once(run: Path) -> EventAccumulator:
+    """TensorBoard shows what metrics.csv has, and nothing twice."""
+    events = shown_by_tensorboard(run)
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+    for name in {name for _, name, _ in rows}:
+        kept = [(int(step), pytest.approx(float(value), rel=1e-6)) for step, other, value in rows if other == name]
+        assert [(scalar.step, scalar.value) for scalar in events.Scalars(name)] == kept, name
+    assert set(events.Tags()["scalars"]) == {name for _, name, _ in rows}
+    return events
+
+
+def test_tensorboard_has_what_metrics_csv_has(learnable, tmp_path):
     args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", "P", "--run_id", "one"]
     said = run_script(tmp_path, "train_base.py", *args, "--logger", "tensorboard")
     assert "TensorBoard: tensorboard --logdir P/one/tensorboard" in said
-    events = EventAccumulator(str(tmp_path / "P" / "one" / "tensorboard"))
-    events.Reload()
-    rows = [line.split(",") for line in (tmp_path / "P/one/metrics.csv").read_text().splitlines()[1:]]
-    for step, name, value in rows:
-        logged = {scalar.step: scalar.value for scalar in events.Scalars(name)}
-        assert logged[int(step)] == pytest.approx(float(value), rel=1e-6), name
+    events = assert_each_step_once(tmp_path / "P" / "one")
     assert {"test/confusion", "test/devices"} <= set(events.Tags()["images"])
+
+
+def test_a_resumed_run_has_each_step_once_in_tensorboard(learnable, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save = KeepCheckpoints._save
+
+    def killed(checkpoints, trainer):
+        if trainer.global_step == 9:  # the third epoch is logged, and last.ckpt is of the second
+            raise KeyboardInterrupt
+        save(checkpoints, trainer)
+
+    monkeypatch.setattr(KeepCheckpoints, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call(monkeypatch, train_base.main, "--dataset_dir", learnable, *SMALL, *FIT, *TENSORBOARD, "--run_id", "one")
+    run = tmp_path / "P" / "one"
+    assert [loss.step for loss in shown_by_tensorboard(run).Scalars("train/loss")] == [2, 5, 8]
+    monkeypatch.setattr(KeepCheckpoints, "_save", save)
+    call(monkeypatch, train_base.main, "--resume", "one")
+    events = assert_each_step_once(run)
+    assert [loss.step for loss in events.Scalars("train/loss")] == [2, 5, 8, 11]
+    call(monkeypatch, train_base.main, "--resume", "one")  # of a run that is over: it tests once more
+    events = assert_each_step_once(run)
+    assert [len(events.Images(f"test/{chart}")) for chart in ("confusion", "devices")] == [1, 1]
+
+
+def test_tensorboard_keeps_the_steps_of_other_devices(tmp_path):
+    first = TensorBoard(Run(tmp_path))
+    for device in ("a", "b"):
+        for step in range(3):
+            first.log_metrics({f"{device}/train/loss": float(step), "epoch": 0}, step)
+    first.experiment.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    path.write_bytes(path.read_bytes()[:-3])  # a kill cuts the last record
+    again = TensorBoard(Run(tmp_path))
+    drop_from([again], 1, "b/")
+    again.log_metrics({"b/train/loss": 7.0}, 1)
+    again.experiment.close()
+    events = shown_by_tensorboard(tmp_path)
+    steps = {
+        name: [(scalar.step, scalar.value) for scalar in events.Scalars(name)] for name in events.Tags()["scalars"]
+    }
+    assert steps == {"a/train/loss": [(0, 0), (1, 1), (2, 2)], "b/train/loss": [(0, 0), (1, 7)]}
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     def lacks(*args, **kwargs):
         raise ModuleNotFoundError("tensorboard")
 
-    monkeypatch.setattr("dcase.tracking.loggers.TensorBoardLogger", lacks)
+    monkeypatch.setattr("dcase.tracking.loggers.TensorBoardLogger.__init__", lacks)
     assert "pip install -r requirements.txt" in refusal(tensorboard_logger, Run(tmp_path))
 
 

@@ -8,8 +8,9 @@ sends the same.
 import csv
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -166,10 +167,57 @@ def _start_wandb(
     return experiment, mode
 
 
-def tensorboard_logger(run: Run) -> TensorBoardLogger:
-    """TensorBoard's files, in the run's folder: ``tensorboard --logdir <project_name>`` shows all runs of a project."""
+class TensorBoard(TensorBoardLogger):
+    """TensorBoard's files, in the run's folder: ``tensorboard --logdir <project_name>`` shows all runs of a project.
+
+    A resumed run drops from the files that it finds what it will redo. SummaryWriter's ``purge_step`` would hide every
+    later step, those of other devices' models too, and each model's steps begin at 0.
+    """
+
+    def __init__(self, run: Run):
+        super().__init__(run.folder, name="tensorboard", version="", default_hp_metric=False)
+        self._earlier = sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    def drop_from(self, step: int, prefix: str) -> None:
+        """As `MetricsCsv.drop_from`, of what was logged before this process; charts are of step 0."""
+        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        for path in self._earlier:
+            records = list(RawEventFileLoader(str(path)).Load())  # a record that a kill has cut is left out
+            kept = []
+            for record in records:
+                event = Event.FromString(record)
+                if event.step < step or not any(value.tag.startswith(prefix) for value in event.summary.value):
+                    kept.append(record)
+            if len(kept) < len(records):
+                replace_file(path, partial(_write_records, kept))
+
+
+def _write_records(records: Iterable[bytes], path: Path) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    with open(path, "wb") as file:
+        writer = RecordWriter(file)
+        for record in records:
+            writer.write(record)
+
+
+def drop_from(loggers: Sequence[Logger], step: int, prefix: str) -> None:
+    """Drop what was logged at this optimiser step or later under names that start with ``prefix``: the run does it
+    again. W&B cannot."""
+    for logger in loggers:
+        if isinstance(logger, (MetricsCsv, TensorBoard)):
+            logger.drop_from(step, prefix)
+
+
+def tensorboard_logger(run: Run) -> TensorBoard:
+    """Raises `UserError` where TensorBoard is not installed."""
     try:
-        logger = TensorBoardLogger(run.folder, name="tensorboard", version="", default_hp_metric=False)
+        logger = TensorBoard(run)
     except ModuleNotFoundError as error:
         raise UserError("--logger tensorboard: it is not installed: pip install -r requirements.txt") from error
     print(f"TensorBoard: tensorboard --logdir {logger.log_dir}")
