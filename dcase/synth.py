@@ -49,11 +49,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import soundfile
-from tqdm import tqdm
 
 from aum.cache import cache_folder
 from dcase.cli import parse
 from dcase.errors import UserError, run
+from dcase.progress import progress
 from dcase.tau22 import DEVICES, SCENES, SUBSETS
 
 VERSION = 1  # goes up whenever the same arguments would give other bytes
@@ -440,7 +440,7 @@ def write_all(folder: Path, config: SynthConfig) -> None:
     write_lists(folder, train, [name for names in test for name in names], config)
     jobs = [(name,) for name in train] + test
     n_workers = (os.cpu_count() or 1) if config.num_workers is None else config.num_workers
-    with tqdm(total=len(train) + len(test) * len(DEVICES), desc="SynthTAU", unit="clip") as bar:
+    with progress(total=len(train) + len(test) * len(DEVICES), desc="SynthTAU", unit="clip") as bar:
         write = partial(write_clips, folder, config.seed)
         if n_workers == 0:
             for names in jobs:

@@ -11,14 +11,14 @@ FILES = sorted([*ROOT.glob("aum/**/*.py"), *ROOT.glob("dcase/**/*.py"), *ROOT.gl
 # A module of dcase may import those of lower tiers only; the leaves, tier 1, do not know each other.
 TIERS = {
     "data": 0, "training": 0, "compression": 0, "tracking": 0, "checks": 0, "deployment": 0, "submission": 0,
-    "errors": 0, "labels": 0, "cli": 0.1, "files": 0.1, "cp_mobile": 0.5, "tau22": 0.5,
+    "errors": 0, "labels": 0, "progress": 0, "cli": 0.1, "files": 0.1, "tau22": 0.5,
     "data.cores": 0.1, "data.sound": 0.1, "data.pack": 0.2, "data.dataset": 0.6, "data.packing": 0.6,
     "data.recordings": 1.1,
-    "synth": 1, "prepare": 1, "logmel": 1, "augment": 1, "responses": 1, "models": 1, "devices": 1, "metrics": 1,
-    "runs": 1, "report": 1,
+    "synth": 1, "prepare": 1, "logmel": 1, "augment": 1, "responses": 1, "metrics": 1, "runs": 1, "report": 1,
+    "cp_mobile": 0.5, "models": 1, "devices": 1,
     "compression.quantisation": 1, "compression.pruning": 1, "compression.stored": 1.2,
     "checkpoints": 1.3, "complexity": 1.5, "config": 2, "lit": 4, "evaluation": 6,
-    "training.stopping": 0, "training.processes": 0.1,
+    "training.stopping": 0, "training.processes": 0.1, "training.bars": 1,
     "training.adapters": 1, "training.averaging": 1, "training.distillation": 1,
     "training.seeds": 2.6, "training.loading": 3, "training.teachers": 4.5, "training.fit": 5,
     "training.fine_tuning": 6,

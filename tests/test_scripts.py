@@ -1,11 +1,16 @@
 """The three scripts as a user runs them: two stages, evaluation, kill and resume."""
 
+import fcntl
 import json
+import os
+import pty
 import random
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -216,3 +221,33 @@ def test_bf16_and_other_options_train(learnable, script, tmp_path):
     checkpoint = torch.load(only_run(tmp_path / "P") / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["frames"] == 40 and "model.pos_embed.pos_embed" in checkpoint["state_dict"]
     assert all(value.dtype == torch.float32 for value in checkpoint["state_dict"].values())
+
+
+TRAIN_TWO = [str(ROOT / "train_base.py"), *SMALL, *FIT, "--n_epochs", "2", "--report_audio", "False"]
+
+
+def test_a_log_file_has_a_line_per_epoch_and_no_bars(learnable, script, tmp_path):
+    done = script("train_base.py", *TRAIN_TWO[1:], "--dataset_dir", learnable, "--logger", "none")
+    lines = re.findall(r"^epoch (\d) of 2: training loss (\d\.\d{4}), \d+ s$", done.out, re.MULTILINE)
+    assert [epoch for epoch, _ in lines] == ["1", "2"], done.out + done.err
+    logged = (only_run(tmp_path / "DCASE25_Task1") / "metrics.csv").read_text()
+    losses = [float(loss) for loss in re.findall(r",train/loss,(\S+)", logged)]
+    assert [float(loss) for _, loss in lines] == pytest.approx(losses, abs=5e-5)
+    assert "it/s, train" not in done.err
+
+
+def test_a_terminal_has_bars_and_no_line_per_epoch(learnable, tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
+    command = [sys.executable, *TRAIN_TWO, "--dataset_dir", str(learnable), "--logger", "none"]
+    started = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 1 << 16)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert started.wait() == 0, shown.decode()
+    assert b"epoch 2 of 2: 100%" in shown and b"train/loss_step" in shown and b"training loss" not in shown

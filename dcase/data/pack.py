@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
+from dcase.progress import progress
 
 VERSION = 1  # of these files
 AGAIN = "make it again with `python -m dcase.prepare --pack`, or read the WAV files with --read_from wav"
@@ -154,7 +154,7 @@ class Pack:
         with open(self.path, "rb") as file:
             return [
                 i
-                for i, block in enumerate(tqdm(self._blocks, desc="checking the pack", unit=" blocks"))
+                for i, block in enumerate(progress(self._blocks, desc="checking the pack", unit=" blocks"))
                 if checksum(file, block["start"], block["n_bytes"]) != block["sha256"]
             ]
 
@@ -233,7 +233,7 @@ class Packing:
         """The journal of an interrupted run, as far as its blocks are whole."""
         with open(to, "w") as copy:
             copy.write(json.dumps({"version": VERSION, **vars(self.rates)}) + "\n")
-            for block in tqdm(self._whole_blocks(), desc="checking what is packed", unit=" blocks", leave=False):
+            for block in progress(self._whole_blocks(), desc="checking what is packed", unit=" blocks", leave=False):
                 copy.write(json.dumps(vars(block)) + "\n")
                 self.blocks.append(block.summary())
                 stamps = zip(block.source_size, block.source_mtime_ns, strict=True)

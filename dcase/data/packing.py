@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from dcase.data.cores import over_all_cores
 from dcase.data.pack import (
@@ -28,6 +27,7 @@ from dcase.data.pack import (
 )
 from dcase.data.sound import read_wav, resampler
 from dcase.errors import UserError, one_line
+from dcase.progress import progress
 from dcase.tau22 import Clips, DataConfig, check_files, load_splits
 
 _CHUNK = 32  # clips a process packs at a time, and of a block
@@ -89,7 +89,7 @@ def _pack(folder: Path, target: Path, filenames: list[str], rates: Rates, num_wo
     n_bytes = multiprocessing.Value("q", packing.n_bytes)  # so far: every process takes its places behind it
     prepare = partial(_open_samples, packing.samples, n_bytes)
     blocks = over_all_cores(partial(pack_block, folder, rates), chunks, num_workers, prepare)
-    bar = tqdm(total=len(filenames), initial=len(filenames) - len(todo), desc="packing", unit=" clips")
+    bar = progress(total=len(filenames), initial=len(filenames) - len(todo), desc="packing", unit=" clips")
     try:
         with bar, closing(blocks):
             for block in blocks:

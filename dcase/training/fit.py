@@ -15,10 +15,9 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import Callback, Checkpoint, TQDMProgressBar
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from tqdm import tqdm
 
 import aum
 from aum.allocator import keep_freed_memory
@@ -27,9 +26,11 @@ from dcase.config import DeviceConfig, EvalConfig, MachineConfig, TrainConfig, t
 from dcase.data.dataset import TAU22
 from dcase.errors import Stopped, UserError, doctor_tells_more
 from dcase.lit import SceneClassifier
+from dcase.progress import progress
 from dcase.runs import Run, SafeCheckpoints, newest_checkpoint
-from dcase.tracking.loggers import MetricsCsv, Wandb, tensorboard_logger, wandb_logger
+from dcase.tracking.loggers import MetricsCsv, Wandb, drop_from, tensorboard_logger, wandb_logger
 from dcase.training import processes, stopping
+from dcase.training.bars import Bars
 from dcase.training.loading import Batches, evaluation_batches, loader, shuffled
 from dcase.training.teachers import Teachers
 
@@ -57,7 +58,7 @@ class KeepCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         stopping.take()
-        _drop_from(trainer, trainer.global_step, module.log_prefix)  # a resumed run logs it again
+        drop_from(trainer.loggers, trainer.global_step, module.log_prefix)  # a resumed run logs it again
         self._catch_up(trainer, module)
 
     def on_fit_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
@@ -68,7 +69,7 @@ class KeepCheckpoints(Checkpoint):
 
     def _catch_up(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         if self.validation_due:
-            _drop_from(trainer, trainer.global_step - 1, f"{module.log_prefix}val/")
+            drop_from(trainer.loggers, trainer.global_step - 1, f"{module.log_prefix}val/")
             progress = trainer.fit_loop.epoch_progress.current
             progress.completed -= 1  # as it was when the epoch's training ended: the checkpoints tell the epoch
             self._validate(trainer, module)
@@ -94,7 +95,9 @@ class KeepCheckpoints(Checkpoint):
                     "Lower --lr, clip the gradient (--gradient_clip_val 1) or use --precision 32"
                 )
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        module.log_now({"train/loss": module.epoch_loss(), "lr": lr}, trainer.global_step - 1)
+        loss = module.epoch_loss()
+        module.log_now({"train/loss": loss, "lr": lr}, trainer.global_step - 1)
+        trainer.progress_bar_callback.tell(trainer, loss)
         epoch = epochs_done(trainer)
         if self.every_n_epochs:
             self.validation_due = epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
@@ -182,12 +185,6 @@ def checkpoint_to_resume(folder: Path) -> Path | None:
     return processes.from_main(newest_checkpoint(folder) if processes.is_main() else None)
 
 
-def _drop_from(trainer: pl.Trainer, step: int, prefix: str) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, MetricsCsv):
-            logger.drop_from(step, prefix)
-
-
 def epochs_done(trainer: pl.Trainer) -> int:
     """Epochs whose training is behind a run. ``trainer.current_epoch`` is one less while a run is being resumed."""
     return trainer.fit_loop.epoch_progress.current.processed
@@ -238,7 +235,7 @@ def make_trainer(
             "gradient_clip_val": config.fit.gradient_clip_val or None,
             "callbacks": [checkpoints],
         }
-    fit["callbacks"] = [*fit.get("callbacks", [PlainSignals()]), TQDMProgressBar(leave=False)]
+    fit["callbacks"] = [*fit.get("callbacks", [PlainSignals()]), Bars()]
     try:
         trainer = pl.Trainer(
             accelerator=machine.accelerator,
@@ -311,7 +308,7 @@ def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineCon
     clips = range(0, len(train), -(-len(train) // NORMALISATION_CLIPS))
     if processes.is_main():
         batches = loader(train, machine, Batches(len(clips), machine.batch_size, lambda: clips))
-        shown = tqdm(batches, desc="mean and deviation of the log-mel", leave=False)
+        shown = progress(batches, desc="mean and deviation of the log-mel", leave=False)
         module.logmel.fit(module.sound(batch) for batch in shown)
     found = processes.from_main((module.logmel.mean.item(), module.logmel.std.item()))
     for buffer, value in zip((module.logmel.mean, module.logmel.std), found, strict=True):

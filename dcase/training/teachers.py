@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dcase.config import MachineConfig, TrainConfig
 from dcase.data.dataset import TAU22, Clip
@@ -14,6 +13,7 @@ from dcase.devices import forward_by_device
 from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.lit import SceneClassifier
+from dcase.progress import progress
 from dcase.runs import find_checkpoint, load_checkpoint
 from dcase.training import processes
 from dcase.training.loading import Batches, loader
@@ -97,7 +97,7 @@ def _all_logits(module: SceneClassifier, clips: TAU22, machine: MachineConfig, r
     module.to(on)
     batches = loader(clips, machine, Batches(len(clips), machine.batch_size))  # all of them, whatever the processes
     found = []
-    for batch in tqdm(batches, desc=f"outputs of teacher {run_id}", leave=False):
+    for batch in progress(batches, desc=f"outputs of teacher {run_id}", leave=False):
         batch = Clip(*(x.to(on) if isinstance(x, Tensor) else x for x in batch))
         found.append(_logits(module, *module.sound(batch), batch.device).cpu())
     return torch.cat(found)
