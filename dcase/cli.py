@@ -3,10 +3,18 @@
 A field is a flag; the docstring under it is the flag's help; its default is the flag's default.
 """
 
+import dataclasses
+import re
+import shutil
+import sys
+import textwrap
 import typing
+from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import tyro
+from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
 Config = TypeVar("Config")
 
@@ -36,6 +44,30 @@ def _integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
     )
 
 
+@_registry.struct_rule
+def _flowing_help(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """A dataclass as tyro reads it, but for the line breaks of the source: tyro keeps those before an indented line."""
+    spec = dataclass_rule(info)
+    if spec is None:
+        return None
+    fields = tuple(dataclasses.replace(field, helptext=_without_breaks(field.helptext)) for field in spec.fields)
+    return dataclasses.replace(spec, fields=fields)
+
+
+def _without_breaks(helptext: str | Callable | None) -> str | Callable | None:
+    """Of a text, or of what a function gives, since tyro reads docstrings when it needs them."""
+    if callable(helptext):
+        return lambda: _without_breaks(helptext())
+    return helptext and re.sub(r"\s*\n\s*", " ", helptext)
+
+
+def flowing(text: str, width: int) -> str:
+    """A docstring with its paragraphs wrapped anew; indented ones, such as commands, stay as they are."""
+    paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
+    fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)  # flags and paths
+    return "\n\n".join(part if part.startswith(" ") else fill(part) for part in paragraphs)
+
+
 def parse(
     config: type[Config], description: str, default: Config | None = None, args: list[str] | None = None
 ) -> Config:
@@ -46,10 +78,13 @@ def parse(
     Raises `UserError` where a dataclass's own check does.
     """
     options = {} if default is None else {"default": default}
+    if {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
+        # By tyro it would stand after the usage, in lines as long as its paragraphs.
+        print(flowing(description, shutil.get_terminal_size().columns), end="\n\n")
     with _registry:
         return tyro.cli(
             config,
-            description=description,
+            description="",
             args=args,
             config=(tyro.conf.OmitArgPrefixes,),
             use_underscores=True,

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from dcase import cli, config
+from dcase import cli, config, predict
 from dcase.compare import CompareConfig
 from dcase.complexity import ComplexityConfig
 from dcase.doctor import DoctorConfig
@@ -156,6 +156,44 @@ def test_help_explains_every_flag(script, capsys):
         shown_at = re.findall(rf"--{name}\b(.*?)\((?:default|required)", shown)  # other flags' help may name it too
         without_type = [re.sub(r"\{[^}]*\}", "", text) for text in shown_at]
         assert any(re.search(r"\b[a-z]{2,}\b", text) for text in without_type), f"--{name} has no help: {shown_at}"
+
+
+def helptexts(shown: str) -> list[list[str]]:
+    """The lines of each flag's help, all padded to the width of their column."""
+    rows = [line[2:].removesuffix(" │") for line in shown.splitlines() if line.startswith(("│ ", "  "))]
+    column = next(row.index("show this help") for row in rows if "show this help" in row)
+    texts = []
+    for row in rows:
+        if row[:column].strip():
+            texts.append([])
+        if row[:column].endswith("  ") and row[column:].strip():  # a longer name has a row of its own
+            texts[-1].append(row[column:])
+    return texts
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("script", CONFIGS)
+def test_help_breaks_lines_where_they_are_full(script, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse(CONFIGS[script], "", args=["--help"])
+    for lines in helptexts(capsys.readouterr().out):
+        for line, following in zip(lines, lines[1:], strict=False):
+            word = following.split()[0]
+            assert len(line.rstrip()) + 1 + len(word) > len(line), f"a break before {word!r}: {lines}"
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_description_is_as_wide_as_the_terminal_and_commands_stay(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit, match="0"):
+        cli.parse(PredictConfig, predict.__doc__, args=["-h"])
+    description = capsys.readouterr().out.partition("usage: ")[0].rstrip("\n")
+    first, commands, last = description.split("\n\n")
+    assert commands in predict.__doc__ and len(commands.splitlines()) == 3
+    assert first.split() + last.split() == (predict.__doc__.replace(commands, "")).split()
+    assert columns - 15 < max(map(len, last.splitlines())) <= columns
+    assert description.startswith("Name the scenes of recordings: files, folders, or a list")
 
 
 def test_help_of_a_script_that_needs_a_checkpoint():
