@@ -266,7 +266,7 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
         raise UserError(
             "--ckpt_path is missing: give a checkpoint file, as <project_name>/<run_id>/checkpoints/best.ckpt"
         )
-    checkpoint = load_trained(path)
+    checkpoint = load_trained(path, peek("project_name", args) or RunConfig().project_name)
     default = _like_checkpoint(TestConfig, checkpoint)
     config = cli.parse(TestConfig, description, default, args)
     _refuse_changes(default, config, ("model", "logmel", "data"), f"the checkpoint {path}", free=_FREE_DATA)

@@ -97,6 +97,8 @@ def evaluate(
     print("\n" + report.write_report(results, folder, name, note, source.comparable, measured))
     print(f"Figures: {run.folder / 'results.json'}, {run.folder / PREDICTIONS_CSV}")
     _make_page(run, source.folder, config.run.report_audio)
+    if config.storage.weight_bits < 32:
+        print(f"Stored models: {run.folder / 'stored'}/")
     recordings = partial(Recordings, source.folder, config.data, config.logmel)
     for logger in loggers:
         if isinstance(logger, Wandb):

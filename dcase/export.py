@@ -110,7 +110,7 @@ def main() -> None:
     except Mismatch as error:
         print(f"\nerror: {error}; nothing was written", file=sys.stderr)
         sys.exit(1)
-    print(table(out, config, parity))
+    print(table(out, input_of(module, config.input, samples_of(test)), parity))
 
 
 def choose(module: SceneClassifier, device_id: str, weight_bits: int | None) -> int:
@@ -145,7 +145,7 @@ def export(module: SceneClassifier, config: ExportConfig, test: TAU22, out: Path
     """
     checkpoint = module.as_checkpoint()
     bits = choose(module, config.device_id, config.weight_bits)
-    samples = test.sound.max_samples or test.n_samples
+    samples = samples_of(test)
     parity = None
 
     def write(beside: Path) -> None:
@@ -160,6 +160,11 @@ def export(module: SceneClassifier, config: ExportConfig, test: TAU22, out: Path
 
     replace_file(out, write)
     return parity
+
+
+def samples_of(test: TAU22) -> int:
+    """Of a clip as the model hears it, at the recordings' rate."""
+    return test.sound.max_samples or test.n_samples
 
 
 def traced(module: SceneClassifier, config: ExportConfig, bits: int, samples: int) -> bytes:
@@ -247,11 +252,19 @@ def compare(model: Model, module: SceneClassifier, kind: str, clips: Tensor) -> 
     return Parity(len(clips), difference, changed, 1000 * statistics.median(seconds))
 
 
-def table(out: Path, config: ExportConfig, parity: Parity) -> str:
+def input_of(module: SceneClassifier, kind: str, samples: int) -> str:
+    """What an exported model takes, which is this and no other length: name, shape, and what is in it."""
+    if kind == LOG_MEL:
+        return f"log_mel (b, 1, {module.logmel.config.n_mels}, {module.frames}), normalised"
+    rate = module.logmel.orig_sample_rate
+    return f"waveform (b, {samples}): exactly {samples / rate:.2f} s of one channel at {rate:,} Hz"
+
+
+def table(out: Path, taken: str, parity: Parity) -> str:
     rows = {
         "File": out,
         "Size": f"{out.stat().st_size:,} B",
-        "Input": config.input,
+        "Input": taken,
         "Largest Difference": f"{parity.difference:.1e} of a logit, on {parity.clips} clips in batches of 1 and 8",
         "Other Predictions": parity.changed,
         "One Clip": f"{parity.milliseconds:.1f} ms",

@@ -13,6 +13,7 @@ from conftest import FIT, SMALL
 import test_only
 import train_base
 import train_device_specific
+from dcase import compare, export, predict, publish, submit
 
 MAINS = {script.__name__: script.main for script in (train_base, train_device_specific, test_only)}
 
@@ -92,6 +93,54 @@ def test_wrong_ckpt_id_lists_the_runs_there_are(call, learnable, project):
 def test_checkpoint_that_is_not_there(call):
     call("test_only", "--ckpt_path", "nowhere.ckpt").refused("nowhere.ckpt", "--ckpt_path")
     call("test_only").refused("--ckpt_path")
+
+
+TAKE_CHECKPOINTS = {
+    "test_only": (test_only.main, ["--project_name", "DCASE25_Task1"]),
+    "predict": (predict.main, ["clip.wav"]),
+    "export": (export.main, []),
+    "publish": (publish.main, ["--out", "x"]),
+    "submit": (submit.main, ["--label", "Doe_Uni"]),
+}
+
+
+@pytest.mark.parametrize("name", TAKE_CHECKPOINTS)
+def test_a_run_where_a_model_of_it_is_asked_for(call_main, general_run, tmp_path, name):
+    main, more = TAKE_CHECKPOINTS[name]
+    run = Path("DCASE25_Task1/general")
+    shutil.copytree(general_run, tmp_path / run)
+
+    def refused(given) -> str:
+        done = call_main(main, *more, "--ckpt_path", given)
+        done.refused()
+        return done.error
+
+    take = f"--ckpt_path takes a file: {run}/checkpoints/best.ckpt"
+    assert refused("general") == f"error: general is a run's id: {take}"
+    assert refused(run) == f"error: {run} is a run's folder: {take}"
+    make = f"python test_only.py --ckpt_path {run}/checkpoints/best.ckpt --weight_bits 16 makes one"
+    none = f"error: --ckpt_path {run}/stored: there is no folder {run}/stored"
+    assert refused(run / "stored") == f"{none}; {make}, in a run of its own"
+    assert not (tmp_path / "x").exists() and not (tmp_path / "submissions").exists()
+
+
+def test_what_a_run_has_is_what_it_says_to_give(call, project):
+    run = project / "general"
+    args = ["--project_name", "P", "--ckpt_path"]
+    (run / "checkpoints" / "best.ckpt").unlink()
+    takes = "--ckpt_path takes a file: P/general/checkpoints/last.ckpt"
+    (run / "stored").mkdir()
+    stored = "the folder of its stored models: P/general/stored"
+    call("test_only", *args, "general").refused(f"general is a run's id: {takes}, or {stored}")
+    call("test_only", *args, "P/general/checkpoints").refused("P/general/checkpoints is a run's folder: ", takes)
+    (run / "stored").rmdir()
+    gone = "P/general/stored/general.safetensors"
+    call("test_only", *args, gone).refused(f"{gone}: there is no folder P/general/stored; python test_only.py", "last")
+    (run / "checkpoints" / "last.ckpt").unlink()
+    call("test_only", *args, "P/general").refused("no model in P/general/: give a run that was trained")
+    call("test_only", *args, "P/general/stored").refused("nor is there a checkpoint in P/general/checkpoints/")
+    call("test_only", *args, "P/nowhere/stored").refused("nor is there a checkpoint in P/nowhere/checkpoints/")
+    call("test_only", *args, "nowhere").refused("--ckpt_path nowhere: there is no such file or folder", "<run_id>")
 
 
 @pytest.mark.parametrize("content", [b".", b"\x80\x02.", b"RIFF1234WAVE", b"text"])
@@ -239,6 +288,15 @@ def test_recording_cut_short(call, data):
     done.refused(path.name, "dcase.prepare")
     (last,) = (data.parent / "P").glob("*/checkpoints/last.ckpt")  # the training is not lost
     assert torch.load(last, weights_only=True)["epoch"] == 0
+
+
+def test_a_test_that_fails_is_to_be_given_again_not_resumed(call, call_main, data, project):
+    path = sorted((data / "audio").glob("bus-paris-*"))[0]
+    path.write_bytes(path.read_bytes()[:900])
+    args = ["--dataset_dir", data, "--project_name", "P", "--run_id", "failed", "--wandb_mode", "disabled"]
+    call("test_only", "--ckpt_path", BEST, *args, "--num_workers", "0").refused(path.name, "dcase.prepare")
+    done = call_main(compare.main, "--all", "--project_name", "P")
+    assert done.code == 0 and f"run test_only.py --ckpt_path {BEST} again" in done.out and "--resume" not in done.out
 
 
 def test_loss_that_turns_nan_names_the_batch_and_keeps_the_last_good_checkpoint(call, learnable, tmp_path, monkeypatch):

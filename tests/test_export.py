@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import soundfile
 import torch
-from conftest import refusal
+from conftest import refusal, tone
 from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
@@ -178,6 +179,7 @@ def test_a_waveform_goes_in_and_an_8_bit_model_stays_one(general_run, learnable,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert "Largest Difference" in done.out and "on 32 clips" in done.out
+    assert "waveform (b, 4000): exactly 0.50 s of one channel at 8,000 Hz\n" in done.out
     path = tmp_path / "model.onnx"
     onnx.checker.check_model(path, full_check=True)
     module = module_of(general_run)
@@ -204,12 +206,30 @@ def test_a_waveform_goes_in_and_an_8_bit_model_stays_one(general_run, learnable,
     assert (onnx_format.runner(path)(clips) - expected).abs().max() < 1e-4
 
 
+def test_a_longer_recording_goes_in_as_windows(general_run, learnable, call_main, tmp_path):
+    ckpt = general_run / "checkpoints/best.ckpt"
+    done = call_main(export.main, "--ckpt_path", ckpt, "--dataset_dir", learnable, "--out", "model.onnx")
+    assert done.code == 0, done.err
+    session = onnx_format.session(tmp_path / "model.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    rate, samples = (json.loads(metadata[name]) for name in ("orig_sample_rate", "samples"))
+    soundfile.write(tmp_path / "long.wav", np.concatenate([tone(scene, "a", 1) for scene in ("bus", "tram")]), rate)
+    waveform, _ = soundfile.read(tmp_path / "long.wav", dtype="float32")
+    windows = waveform[: len(waveform) // samples * samples].reshape(-1, samples)
+    (logits,) = session.run(["logits"], {"waveform": windows})
+    assert [SCENES[i] for i in logits.argmax(1)] == ["bus", "tram"]
+    with torch.no_grad():
+        expected = module_of(general_run)(torch.from_numpy(windows).unsqueeze(1), torch.zeros(2, dtype=torch.long))
+    assert (torch.from_numpy(logits) - expected).abs().max() < 1e-4
+
+
 def test_a_pt2_file_needs_nothing_of_ours(general_run, learnable, with_device, script, tmp_path):
     done = script(
         "dcase.export", "--ckpt_path", with_device, "--dataset_dir", learnable, "--format", "torch_export",
         "--device_id", "a", "--input", "log_mel",
     )  # fmt: skip
     assert done.code == 0, done.err
+    assert "log_mel (b, 1, 32, 32), normalised\n" in done.out
     path = with_device.parents[1] / "export" / "a.pt2"
     program = (
         "import sys, torch\n"

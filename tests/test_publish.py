@@ -358,7 +358,7 @@ def test_damaged_and_foreign_folders(call, general_run, tmp_path):
     assert "pub/model.safetensors cannot be read" in refusal(load_trained, "pub")
     tiny().save_pretrained(tmp_path / "bare")
     assert 'bare/config.json was not written by dcase.publish: under "front_end"' in refusal(load_trained, "bare")
-    assert "general.safetensors" in refusal(load_trained, str(general_run))  # a run's folder has a config.json too
+    assert "is a run's folder" in refusal(load_trained, str(general_run))  # which has a config.json too
 
 
 def test_bad_input_is_one_line(call, general_run, by_device, tmp_path):

@@ -81,6 +81,7 @@ class Made:
 
     submission: Submission
     run: Path  # of the test whose stored/ was given
+    said: str  # by that test
     eval_dir: Path
 
     @property
@@ -88,11 +89,12 @@ class Made:
         return self.submission.folder
 
 
-def run_module(name: str, *args, cwd: Path) -> None:
+def run_module(name: str, *args, cwd: Path) -> str:
     command = [sys.executable, *(["-m", name] if name.startswith("dcase.") else [str(ROOT / name)])]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def call(main, *args) -> None:
@@ -112,7 +114,7 @@ def made(general_run, learnable, tmp_path_factory) -> Made:
     write_json(cwd / "P" / "stage2" / "config.json", {"config": to_plain(config)})
     save_stored(checkpoint, cwd / "P" / "stage2" / "stored", 8)
     quiet = ["--wandb_mode", "disabled", "--accelerator", "cpu", "--num_workers", "0", "--dataset_dir", learnable]
-    run_module("test_only.py", "--ckpt_path", "P/stage2/stored", "--project_name", "T", *quiet, cwd=cwd)
+    said = run_module("test_only.py", "--ckpt_path", "P/stage2/stored", "--project_name", "T", *quiet, cwd=cwd)
     run = only_run(cwd / "T")
     (cwd / "authors.yaml").write_text(yaml.safe_dump(AUTHORS))
     write_evaluation_set(cwd / "eval", learnable)
@@ -121,7 +123,7 @@ def made(general_run, learnable, tmp_path_factory) -> Made:
     run_module("dcase.submit", *given, cwd=cwd)
     more = ["--authors", cwd / "authors.yaml", "--eval_dir", cwd / "eval", "--out", cwd / "submissions"]
     call(submit.main, *given, *more)
-    return Made(Submission(cwd / "submissions" / "Doe_Uni", "Doe_Uni", 1), run, cwd / "eval")
+    return Made(Submission(cwd / "submissions" / "Doe_Uni", "Doe_Uni", 1), run, said, cwd / "eval")
 
 
 def write_evaluation_set(folder: Path, learnable: Path) -> None:
@@ -198,6 +200,10 @@ def test_an_installed_submission_hears_what_the_scripts_hear(made, installed, le
     # What a test says is of these logits too.
     correct = np.array(answer["logits"])[: len(clips)].argmax(1) == clips.scene
     assert correct.mean() == pytest.approx(read_results(made.run)["acc"])
+
+
+def test_a_test_ends_with_the_folder_to_submit(made):
+    assert made.said.strip().splitlines()[-1] == f"Stored models: T/{made.run.name}/stored/"
 
 
 def test_the_package_needs_nothing_of_training_and_nothing_of_this_repository(made, installed, learnable, tmp_path):
@@ -504,11 +510,13 @@ FIGURES = "results.development_dataset"
         ("system.description.framework", KeyError, "system.description.framework is missing"),
         ("submission.label", "Doe_Uni_task1_2", "submission.label is 'Doe_Uni_task1_2', not 'Doe_Uni_task1_1'"),
         ("submission.abbreviation", "aum_nano_8bit", "submission.abbreviation has more than 10 letters: 'aum_nano"),
-        ("submission.authors", [], "submission.authors is no list of authors, each with lastname, firstname"),
-        ("submission.authors", AUTHORS * 2, "2 authors are corresponding: mark one of them"),
+        ("submission.authors", [], "submission.authors: this is no list of authors, each with lastname, firstname"),
+        ("submission.authors", AUTHORS * 2, "submission.authors: 2 authors are corresponding: mark one of them"),
         ("submission.authors", [{**AUTHORS[0], "email": "TODO"}], "submission.authors.1.email is still to be"),
-        ("submission.authors", [{"corresponding": True, **{k: "x" for k in ("lastname", "firstname", "email")}}],
-         "submission.authors.1 has no affiliation"),
+        ("submission.authors", [{"corresponding": True, "lastname": "x"}],
+         "submission.authors: author 1 has no firstname, email, affiliation.abbreviation, affiliation.insti"),
+        ("submission.authors", [{**AUTHORS[0], "affiliation": {"abbreviation": "Uni", "institute": "University"}}],
+         "submission.authors: author 1 has no affiliation.location"),
         ("system.complexity.total_model_size", 128_001, "system.complexity.total_model_size is 128001, not"),
         ("system.complexity.macs", "10 M", "system.complexity.macs is '10 M', not a number up to 30,000,000"),
         ("system.complexity.total_parameters", None, "system.complexity.total_parameters is None, not a number"),
@@ -525,6 +533,43 @@ def test_each_fault_of_meta_yaml_is_one_line(sub, monkeypatch, field, value, exp
     sub.meta.write_text(yaml.safe_dump(meta))
     (problem,) = check_meta(sub)
     assert problem.startswith(f"{sub.meta}: {expected}") and "\n" not in problem, problem
+
+
+PLACE = AUTHORS[0]["affiliation"]
+
+
+@pytest.mark.parametrize(
+    "authors, expected",
+    [
+        (AUTHORS, ""),
+        # In the challenge's template one author is corresponding, and the others do not have the field.
+        ([*AUTHORS, {name: AUTHORS[0][name] for name in ("lastname", "firstname", "email", "affiliation")}], ""),
+        ([{**AUTHORS[0], "affiliation": {name: PLACE[name] for name in PLACE if name != "department"}}], ""),
+        ([{**AUTHORS[0], "affiliation": [PLACE, PLACE]}], ""),
+        ([{**AUTHORS[0], "affiliation": [PLACE, {}]}],
+         "author 1 has no affiliation.abbreviation, affiliation.institute, affiliation.location"),
+        ([{**AUTHORS[0], "affiliation": "Uni"}],
+         "author 1 has no affiliation.abbreviation, affiliation.institute, affiliation.location"),
+        ([{"lastname": "Doe", "email": None, "affiliation": PLACE}, {**AUTHORS[0], "firstname": ""}],
+         "author 1 has no firstname, email; author 2 has no firstname"),
+        ([{"lastname": "Doe", "affiliation": PLACE}],
+         "author 1 has no firstname, email; 0 authors are corresponding: mark one of them, corresponding: true"),
+        ("just a name",
+         "this is no list of authors, each with lastname, firstname, email, corresponding, affiliation"),
+    ],
+)  # fmt: skip
+def test_all_that_authors_lack_is_said_at_once(sub, monkeypatch, tmp_path, authors, expected):
+    path = tmp_path / "authors.yaml"
+    path.write_text(yaml.safe_dump(authors))
+    if expected:
+        assert refusal(read_authors, path) == f"--authors {path}: {expected}"
+    else:
+        assert read_authors(path) == authors
+    fill_in(sub, monkeypatch)
+    meta = yaml.safe_load(sub.meta.read_text())
+    meta["submission"]["authors"] = authors
+    sub.meta.write_text(yaml.safe_dump(meta))
+    assert check_meta(sub) == [f"{sub.meta}: submission.authors: {part}" for part in expected.split("; ") if part]
 
 
 def test_a_meta_yaml_that_cannot_be_read(sub):
@@ -636,9 +681,10 @@ def test_what_submit_refuses(made, learnable, tmp_path):
     message = refusal(call, submit.main, *given, "--eval_dir", empty)
     assert "--eval_dir: 1 of 1 recordings are missing" in message and "audio/0.wav" in message
     assert not (tmp_path / "Doe_Uni").exists()  # nothing half-made
-    for content, expected in (("just a name", "a YAML or JSON list of authors"), ("- {lastname: Doe}", "no firstname")):
-        (tmp_path / "authors.yaml").write_text(content)
-        assert expected in refusal(read_authors, tmp_path / "authors.yaml")
+    path = tmp_path / "authors.yaml"
+    assert refusal(call, submit.main, *given, "--authors", path) == f"--authors {path}: there is no such file"
+    path.write_text("- {lastname: Doe")
+    assert f"{path} cannot be read as YAML" in refusal(call, submit.main, *given, "--authors", path)
 
 
 @pytest.mark.parametrize(

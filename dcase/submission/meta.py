@@ -24,6 +24,9 @@ AUTHOR = {
     "corresponding": True,
     "affiliation": {"abbreviation": TODO, "institute": TODO, "department": TODO, "location": TODO},
 }
+# What an author must have in the challenge's template; the department is optional, and one author is corresponding.
+OF_AUTHOR = ("lastname", "firstname", "email")
+OF_AFFILIATION = ("abbreviation", "institute", "location")
 BLOCKS = ("device_specific", "general")  # of the results
 FINE_TUNING = {
     "full": "per-device end-to-end fine-tuning",
@@ -102,15 +105,41 @@ def read_yaml(path: Path):
 
 
 def read_authors(path: Path) -> list[dict]:
-    """The authors that --authors names. Raises `UserError` where they are not a list of AUTHOR's fields."""
+    """The authors that --authors names. Raises `UserError`, with all that is wrong, where they are not as the challenge
+    asks for."""
+    if not path.is_file():
+        raise UserError(f"--authors {path}: there is no such file")
     authors = read_yaml(path)
-    if not isinstance(authors, list) or not all(isinstance(author, dict) for author in authors) or not authors:
-        raise UserError(f"--authors {path}: a YAML or JSON list of authors, each with {', '.join(AUTHOR)}")
-    for author in authors:
-        missing = [name for name in AUTHOR if name not in author]
-        if missing:
-            raise UserError(f"--authors {path}: an author has no {missing[0]}")
+    if problems := problems_of_authors(authors):
+        raise UserError(f"--authors {path}: {'; '.join(problems)}")
     return authors
+
+
+def problems_of_authors(authors) -> list[str]:
+    """What is wrong with a list of authors, a line for each of them and one for all."""
+    if not isinstance(authors, list) or not authors or not all(isinstance(author, dict) for author in authors):
+        return [f"this is no list of authors, each with {', '.join(AUTHOR)}"]
+    problems = [
+        f"author {number} has no {', '.join(missing)}"
+        for number, author in enumerate(authors, 1)
+        if (missing := _missing_of_author(author))
+    ]
+    corresponding = sum(author.get("corresponding") is True for author in authors)
+    if corresponding != 1:
+        problems.append(f"{corresponding} authors are corresponding: mark one of them, corresponding: true")
+    return problems
+
+
+def _missing_of_author(author: dict) -> list[str]:
+    """Dotted names of fields that are not there, or empty; of several affiliations each must have them."""
+    places = author.get("affiliation")
+    places = places if isinstance(places, list) and places else [places]
+    missing = [name for name in OF_AUTHOR if not author.get(name)]
+    return missing + [
+        f"affiliation.{name}"
+        for name in OF_AFFILIATION
+        if not all(isinstance(place, dict) and place.get(name) for place in places)
+    ]
 
 
 def todo_fields(value, name: str = "") -> list[str]:

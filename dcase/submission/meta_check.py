@@ -5,7 +5,7 @@ import math
 from dcase import complexity
 from dcase.errors import UserError
 from dcase.labels import DEVICES, SCENES
-from dcase.submission.meta import AUTHOR, BLOCKS, read_yaml, todo_fields
+from dcase.submission.meta import BLOCKS, problems_of_authors, read_yaml, todo_fields
 from dcase.submission.package import Submission
 
 ABBREVIATION = 10  # letters, at most
@@ -45,7 +45,8 @@ def check_meta(system: Submission) -> list[str]:
         problems.append(f"submission.label is {submission['label']!r}, not {system.system!r}")
     if len(str(submission["abbreviation"])) > ABBREVIATION:
         problems.append(f"submission.abbreviation has more than {ABBREVIATION} letters: {submission['abbreviation']!r}")
-    problems += _of_authors(submission["authors"]) + _of_figures(costs, meta["results"]["development_dataset"])
+    problems += [f"submission.authors: {problem}" for problem in problems_of_authors(submission["authors"])]
+    problems += _of_figures(costs, meta["results"]["development_dataset"])
     return [f"{path}: {problem}" for problem in problems]
 
 
@@ -55,21 +56,6 @@ def _has(meta, dotted: str) -> bool:
             return False
         meta = meta[name]
     return True
-
-
-def _of_authors(authors) -> list[str]:
-    if not isinstance(authors, list) or not authors or not all(isinstance(author, dict) for author in authors):
-        return [f"submission.authors is no list of authors, each with {', '.join(AUTHOR)}"]
-    problems = [
-        f"submission.authors.{number} has no {name}"
-        for number, author in enumerate(authors, 1)
-        for name in AUTHOR
-        if name not in author
-    ]
-    corresponding = sum(author.get("corresponding") is True for author in authors)
-    if corresponding != 1:
-        problems.append(f"{corresponding} authors are corresponding: mark one of them, corresponding: true")
-    return problems
 
 
 def _of_figures(costs: dict, results: dict) -> list[str]:
