@@ -21,8 +21,15 @@ class Bars(TQDMProgressBar):
         elif processes.is_main():
             print(*args, flush=True, **kwargs)
 
+    def on_train_start(self, trainer: pl.Trainer, *args) -> None:
+        super().on_train_start(trainer, *args)
+        self._begin(trainer)  # a run that is resumed within an epoch does not start it
+
     def on_train_epoch_start(self, trainer: pl.Trainer, *args) -> None:
         super().on_train_epoch_start(trainer, *args)
+        self._begin(trainer)
+
+    def _begin(self, trainer: pl.Trainer) -> None:
         self.began = time.monotonic()
         # Lightning's counts from 0, and every other line of ours from 1.
         self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
