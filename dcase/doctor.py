@@ -26,6 +26,8 @@ class DoctorConfig:
     """the training scripts' --orig_sample_rate (Hz), for the pack"""
     sample_rate: int = 32000
     """the training scripts' --sample_rate (Hz), for the pack"""
+    target_length: int | None = None
+    """the training scripts' --target_length (frames): clips may then have several lengths"""
     project_name: str = "DCASE25_Task1"
     """folder that runs are to go to: is there space?"""
 
@@ -59,7 +61,7 @@ def places(config: DoctorConfig) -> list[Finding]:
     from dcase.data.pack import Rates
 
     rates = Rates(config.orig_sample_rate, config.sample_rate)
-    data = Data(config.dataset_dir, config.pack_dir, rates, config.subset)
+    data = Data(config.dataset_dir, config.pack_dir, rates, config.subset, config.target_length)
     runs = Path(config.project_name)
     return [
         *looked("data", lambda: data_folder(data)),

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from dcase.cli import parse
 from dcase.data.cores import over_all_cores
@@ -24,9 +23,15 @@ from dcase.data.packing import pack_clips
 from dcase.data.sound import read_samples
 from dcase.errors import UserError, run
 from dcase.files import replace_file
-from dcase.tau22 import SPLITS, SUBSETS, check_folder, missing_files, read_meta, read_split
+from dcase.progress import progress
+from dcase.tau22 import SPLITS, SUBSETS, check_folder, is_tau22, missing_files, read_meta, read_split
 
 _CHUNK = 64  # files a worker takes at a time
+_LENGTH = "not the most frequent length"  # no fault of a file alone
+_ONE_LENGTH = (
+    "cut or pad the others to the most frequent one, or check with --any_length and train with --target_length, which "
+    "pads or crops every clip"
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class PrepareConfig:
     """processes that read files; without it one per core"""
     silence_db: float = -100.0
     """level (dBFS, RMS around the mean) below which a clip counts as silent"""
+    any_length: bool = False
+    """clips may have several lengths, for training with --target_length"""
     force: bool = False
     """write meta_clean.csv even where more than half of the clips are at fault"""
 
@@ -98,7 +105,7 @@ def _fault(samples: np.ndarray, rate: int, sample_rate: int, silence_db: float) 
 def find_faults(folder: Path, filenames: list[str], config: PrepareConfig) -> list[str]:
     """What is wrong with each file, "" where nothing is; over all cores, with a progress bar.
 
-    A length is a fault where it is not the most common one of the files that have no other fault.
+    A length is a fault where it is not the most frequent one of the files that have no other fault.
     """
     missing = set(missing_files(folder, filenames))
     present = [name for name in filenames if name not in missing]
@@ -106,7 +113,7 @@ def find_faults(folder: Path, filenames: list[str], config: PrepareConfig) -> li
     chunks = [[folder / name for name in present[i : i + _CHUNK]] for i in range(0, len(present), _CHUNK)]
     found = over_all_cores(partial(_each, check), chunks, config.num_workers)
     results = []
-    with tqdm(total=len(present), desc="checking", unit=" files", disable=not present) as bar, closing(found):
+    with progress(total=len(present), desc="checking", unit=" files", disable=not present) as bar, closing(found):
         for some in found:
             results += some
             bar.update(len(some))
@@ -118,9 +125,9 @@ def find_faults(folder: Path, filenames: list[str], config: PrepareConfig) -> li
         if name in missing:
             return "missing"
         found = checks[name]
-        if found.fault or found.n_samples == usual:
+        if found.fault or found.n_samples == usual or config.any_length:
             return found.fault
-        return f"other length ({found.n_samples} samples, not {usual})"
+        return f"{_LENGTH} ({found.n_samples} samples, not {usual})"
 
     return [fault(name) for name in filenames]
 
@@ -129,22 +136,27 @@ def _each(check, paths: list[Path]) -> list[FileCheck]:
     return [check(path) for path in paths]
 
 
-def report(excluded: pd.DataFrame, splits: dict[str, set[str]], n_clips: int) -> str:
-    """What was excluded (columns filename, reason), by reason and by split list."""
+def report(excluded: pd.DataFrame, splits: dict[str, set[str]], n_clips: int, tau22: bool) -> str:
+    """What was excluded (columns filename, reason), by reason and by split list; whether the data are TAU22's decides
+    what to do about it."""
     if excluded.empty:
         return f"All {n_clips} files are fine."
-    lines = [f"{len(excluded)} of {n_clips} clips are at fault:", f"{'clips':>8}  {'fault':<15}  first of them"]
-    for kind, names in excluded.groupby(_kind(excluded["reason"]))["filename"]:
+    lines = [f"{len(excluded)} of {n_clips} clips are at fault:", f"{'clips':>8}  {'fault':<28}  first of them"]
+    kinds = _kind(excluded["reason"])
+    for kind, names in excluded.groupby(kinds)["filename"]:
         examples = ", ".join(names.iloc[:2]) + (", ..." if len(names) > 2 else "")
-        lines.append(f"{len(names):>8}  {kind:<15}  {examples}")
+        lines.append(f"{len(names):>8}  {kind:<28}  {examples}")
     at_fault = set(excluded["filename"])
     for split, names in splits.items():
         lines.append(f"{len(names & at_fault):>8}  of the {len(names)} clips of {split}")
+    if not tau22 and (kinds == _LENGTH).any():
+        lines.append(f"All clips need one length, whichever it is: {_ONE_LENGTH}.")
     n_test = len(splits.get("test", set()) & at_fault)
     if n_test:
+        what_to_do = "get these files again" if tau22 else "mend or replace these files"
         lines.append(
             f"WARNING: {n_test} TEST CLIPS ARE EXCLUDED. A score on the other {len(splits['test']) - n_test} "
-            "is NOT COMPARABLE with one on the whole test split: get these files again."
+            f"is NOT COMPARABLE with one on the whole test split: {what_to_do}."
         )
     return "\n".join(lines)
 
@@ -161,11 +173,12 @@ def prepare(folder: Path, config: PrepareConfig) -> None:
     splits = {split: set(read_split(path)["filename"]) for split, path in paths.items() if path.is_file()}
     reason = np.array(find_faults(folder, meta["filename"].tolist(), config), dtype=object)
     excluded = pd.DataFrame({"filename": meta["filename"], "reason": reason})[reason != ""]
-    print(report(excluded, splits, len(meta)))
+    tau22 = is_tau22(folder)
+    print(report(excluded, splits, len(meta), tau22))
     if len(excluded) > len(meta) / 2 and not config.force:
         most = _kind(excluded["reason"]).value_counts().index[0]
         raise UserError(
-            f"more than half of the clips are at fault, most of them {most!r}: {_cause(most)}; "
+            f"more than half of the clips are at fault, most of them {most!r}: {_cause(most, tau22)}; "
             f"meta_clean.csv is not written (--force writes it all the same)"
         )
     # meta_clean.csv last: what it leaves out is always written down already.
@@ -181,7 +194,7 @@ def _kind(reason: pd.Series) -> pd.Series:
     return reason.str.partition(" (")[0]
 
 
-def _cause(kind: str) -> str:
+def _cause(kind: str, tau22: bool) -> str:
     """What is likely wrong where most files have one fault."""
     if kind == "missing":
         return "is the sound unpacked, all parts of it, into the folder's audio/?"
@@ -189,6 +202,8 @@ def _cause(kind: str) -> str:
         return "give the rate of these recordings as --orig_sample_rate"
     if kind == "silent":
         return "is --silence_db too high?"
+    if kind == _LENGTH and not tau22:
+        return _ONE_LENGTH
     return "get the sound files again"
 
 

@@ -8,17 +8,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import soundfile
 import torch
 from conftest import SMALL
-from data_folder import write_data_folder
+from data_folder import SAMPLE_RATE, noise, write_data_folder
 
 import aum
 from aum.scan import BACKENDS, backends, build
 from dcase import doctor, errors
-from dcase.checks import findings, machine
+from dcase.checks import findings, lengths, machine
 from dcase.checks.findings import Finding
+from dcase.data.dataset import TAU22, Sound
+from dcase.data.pack import Pack
 from dcase.data.packing import pack_clips
 from dcase.prepare import PrepareConfig, prepare
+from dcase.tau22 import load_splits
 
 ASKED = ("--orig_sample_rate", "44100", "--sample_rate", "32000")
 
@@ -233,6 +237,22 @@ def scans() -> dict[str, Finding]:
         backends._choose.cache_clear()
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU as far as torch's answer goes, on which nothing is calculated."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(aum, "self_test", lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["mamba_ssm", "triton"])
+def test_what_is_for_gpus_alone_is_no_fault_of_a_machine_without_one(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    absent = replace(BACKENDS[name], devices=("cuda",), missing=lambda: "not installed")
+    monkeypatch.setitem(BACKENDS, name, absent)
+    found = scans()[name]
+    assert found.state == "-" and "for NVIDIA GPUs" in found.found and not found.fix
+
+
 def test_no_c_compiler(monkeypatch):
     for cached in (build.library, backends._cpu_missing):
         cached.cache_clear()
@@ -253,7 +273,7 @@ def test_no_c_compiler(monkeypatch):
         ("bwd = 1", "selective_scan_cuda has no fwd"),
     ],
 )
-def test_mamba_ssm_that_is_broken(code, said, tmp_path, monkeypatch):
+def test_mamba_ssm_that_is_broken(code, said, tmp_path, monkeypatch, gpu):
     from aum.scan import cuda_kernels
 
     (tmp_path / "selective_scan_cuda.py").write_text(code)
@@ -268,11 +288,11 @@ def test_mamba_ssm_that_is_broken(code, said, tmp_path, monkeypatch):
     assert found.state == "-" and said in found.found and "requirements-cuda.txt" in found.fix
 
 
-def test_triton_that_is_broken(monkeypatch):
+def test_triton_that_is_broken(monkeypatch, gpu):
     broken = replace(BACKENDS["triton"], missing=lambda: "Triton cannot be imported: ImportError: libtriton")
     monkeypatch.setitem(BACKENDS, "triton", broken)
     found = scans()["triton"]
-    assert "libtriton" in found.found and "pip install" in found.fix
+    assert found.state == "warn" and "libtriton" in found.found and "pip install" in found.fix
 
 
 def test_a_scan_that_calculates_wrongly(monkeypatch):
@@ -393,6 +413,71 @@ def test_missing_recordings(data, diagnose):
     shutil.rmtree(data / "pack")
     found = diagnose("recordings")
     assert found.state == "FAIL" and "2 of the 2 WAV files of test are missing" in found.found
+
+
+def with_another_length(data: Path, split: str, seconds: float) -> Path:
+    """Write the last clip of a split anew, of so many seconds, without a pack or meta_clean.csv to hide it."""
+    name = (data / "split_setup" / f"{split}.csv").read_text().split()[-2]
+    soundfile.write(data / name, noise(0, int(seconds * SAMPLE_RATE)), SAMPLE_RATE)
+    shutil.rmtree(data / "pack")
+    (data / "meta_clean.csv").unlink()
+    return data / name
+
+
+def read_all(data: Path, sound: Sound) -> None:
+    """As training reads its clips and those of the test."""
+    train, test = load_splits(data, "split25", "test")
+    like = TAU22(train, sound)
+    for dataset in (like, TAU22(test, sound, like)):
+        dataset.__getitems__(range(len(dataset)))
+
+
+@pytest.mark.parametrize("split", ["split25", "test"])
+def test_clips_of_several_lengths_are_refused_as_training_refuses_them(split, data, diagnose, monkeypatch, capsys):
+    assert diagnose("lengths").found == "3,200 samples at 32000 Hz (0.1 s) in all 18 clips"
+    path = with_another_length(data, split, 0.2)
+    found = diagnose("lengths")
+    assert found.state == "FAIL" and "in all 18 clips: 1 have not the most frequent one, 4,410 samples" in found.found
+    assert f"{path.name} has 8,820" in found.found and "cut them" in found.found and "--target_length" in found.found
+    assert found.fix == f"python train_base.py --dataset_dir {data} --target_length 7"
+    with pytest.raises(errors.UserError, match=rf"{path.name} has 8820 samples .* --target_length"):
+        read_all(data, Sound(SAMPLE_RATE))
+    code, out = run_doctor(monkeypatch, capsys, "--dataset_dir", data)
+    assert code == 1 and "must be put right before training: lengths" in out
+    read_all(data, Sound(SAMPLE_RATE, max_samples=8820))  # with --target_length any length will do
+    code, out = run_doctor(monkeypatch, capsys, "--dataset_dir", data, "--target_length", "7")
+    assert code == 0 and "any: --target_length 7 pads or crops every clip" in out
+
+
+def test_several_lengths_in_a_pack(data, diagnose):
+    with_another_length(data, "test", 0.2)
+    pack_clips(data, PrepareConfig(pack=True, num_workers=1))
+    assert diagnose("pack").state == "ok"
+    found = diagnose("lengths")
+    assert found.state == "FAIL" and "3,200 samples at 32000 Hz" in found.found and "has 6,400" in found.found
+    with pytest.raises(errors.UserError, match="has 6400 samples"):
+        read_all(data, Sound(32000, pack=Pack(data / "pack")))
+
+
+def test_another_rate_is_no_other_length(data, diagnose):
+    path = with_another_length(data, "test", 0.1)
+    soundfile.write(path, noise(0, 800), 8000)
+    assert diagnose("lengths").state == "ok"
+    read_all(data, Sound(SAMPLE_RATE))
+
+
+def test_lengths_are_looked_at_for_some_seconds_only(data, diagnose, monkeypatch):
+    with_another_length(data, "test", 0.1)
+    monkeypatch.setattr(lengths, "_SECONDS", 0)
+    found = diagnose("lengths")
+    assert found.state == "ok" and "in 1 of 18 clips, drawn at random" in found.found
+
+
+def test_recordings_that_cannot_be_read(data, diagnose):
+    with_another_length(data, "test", 0.1).write_bytes(b"Not Found")
+    assert "in all 18 clips: 1 unreadable, empty or cut short" in diagnose("recordings").found
+    assert diagnose("recordings").state == "FAIL" and "dcase.prepare" in diagnose("recordings").fix
+    assert diagnose("lengths").state == "ok"
 
 
 def test_recordings_that_nobody_has_checked(data, diagnose):

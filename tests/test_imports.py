@@ -23,7 +23,7 @@ TIERS = {
     "training.seeds": 2.6, "training.loading": 3, "training.teachers": 4.5, "training.fit": 5,
     "training.fine_tuning": 6,
     "tracking.artifacts": 1.1, "tracking.loggers": 1.2, "tracking.wandb_media": 5,
-    "checks.findings": 0.1, "checks.machine": 0.2, "checks.data": 1.1, "doctor": 1.2,
+    "checks.findings": 0.1, "checks.machine": 0.2, "checks.lengths": 1.05, "checks.data": 1.1, "doctor": 1.2,
     "deployment.exported": 1.1, "deployment.onnx_format": 1.1, "deployment.published": 1.25, "deployment.card": 1.6,
     "deployment.prediction": 4.5, "predict": 6, "publish": 6, "export": 6,
     "submission.build_backend": 0.1, "submission.probe": 0.1, "submission.output": 1, "submission.inference": 1.3,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import soundfile
 from data_folder import META_COLUMNS, SAMPLE_RATE, clip_row, noise, write_data_folder, write_lists
 
 from dcase import prepare as module
+from dcase import tau22
 from dcase.errors import UserError
 from dcase.prepare import PrepareConfig, prepare
 from dcase.tau22 import load_clips
@@ -55,7 +57,7 @@ FAULTS = {  # how it is made -> the reason given
     "offset": "silent",
     "rate": "wrong rate (32000 Hz)",
     "stereo": "not mono (2 channels)",
-    "short": "other length (4409 samples, not 4410)",
+    "short": "not the most frequent length (4409 samples, not 4410)",
 }
 
 
@@ -103,7 +105,7 @@ def test_one_of_each_fault(faulty, capsys):
     said = capsys.readouterr().out
     assert "12 of 24 clips are at fault" in said
     for kind in ("missing", "unreadable", "empty", "NaN or infinite", "silent", "wrong rate", "not mono"):
-        assert f"  {kind:<15}  audio/tram-" in said
+        assert f"  {kind:<28}  audio/tram-" in said
     assert "10  of the 22 clips of split25" in said and "2  of the 2 clips of test" in said
     assert "WARNING: 2 TEST CLIPS ARE EXCLUDED" in said and "NOT COMPARABLE" in said
 
@@ -126,7 +128,45 @@ def test_most_common_length_counts_not_the_first(folder):
     name = "audio/airport-lisbon-101-1010-0-a.wav"
     soundfile.write(folder / name, noise(0, 4000), SAMPLE_RATE)
     prepare(folder, CONFIG)
-    assert excluded(folder) == [[name, "other length (4000 samples, not 4410)"]]
+    assert excluded(folder) == [[name, "not the most frequent length (4000 samples, not 4410)"]]
+
+
+def of_other_lengths(folder: Path, n_clips: int) -> list[str]:
+    """meta.csv's last clips, the two of the test among them, each now of a length of its own."""
+    names = [line.split()[0] for line in (folder / "meta.csv").read_text().splitlines()[-n_clips:]]
+    for i, name in enumerate(names):
+        soundfile.write(folder / name, noise(i, 5000 + i), SAMPLE_RATE, subtype="PCM_24")
+    return names
+
+
+def test_several_lengths_of_data_of_ones_own_are_to_be_cut_not_to_be_got_again(folder, capsys):
+    names = of_other_lengths(folder, 3)
+    prepare(folder, CONFIG)
+    assert excluded(folder) == [
+        [name, f"not the most frequent length ({5000 + i} samples, not 4410)"] for i, name in enumerate(names)
+    ]
+    said = capsys.readouterr().out
+    assert "again" not in said and "2 TEST CLIPS ARE EXCLUDED" in said and "mend or replace these files" in said
+    assert "All clips need one length, whichever it is: cut or pad the others" in said and "--target_length" in said
+
+
+def test_another_length_in_tau22_is_a_damaged_file(folder, capsys, monkeypatch):
+    monkeypatch.setattr(tau22, "_TEST_SHA256", sha256((folder / "split_setup/test.csv").read_bytes()).hexdigest())
+    of_other_lengths(folder, 3)
+    prepare(folder, CONFIG)
+    said = capsys.readouterr().out
+    assert "not the most frequent length" in said and "get these files again" in said and "whichever" not in said
+    of_other_lengths(folder, 10)
+    assert "get the sound files again" in refusal(folder)
+
+
+def test_any_length_leaves_out_none_of_them(folder):
+    of_other_lengths(folder, 10)
+    message = refusal(folder)
+    assert "'not the most frequent length'" in message and "cut or pad" in message and "again" not in message
+    assert "--any_length" in message and "--target_length" in message
+    prepare(folder, PrepareConfig(num_workers=1, any_length=True))
+    assert excluded(folder) == []
 
 
 def test_flags_for_rate_and_silence(folder):

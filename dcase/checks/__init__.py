@@ -1,1 +1,1 @@
-"""What `dcase.doctor` looks at: the `machine`, the `data`; and how it says what it found (`findings`)."""
+"""What `dcase.doctor` looks at: the `machine`, the `data`, its clips' `lengths`; and how it tells it (`findings`)."""

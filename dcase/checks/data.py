@@ -1,17 +1,18 @@
-"""Checks of the data folder, for `dcase.doctor`: its lists, its recordings, and the pack.
+"""Checks of the data folder, for `dcase.doctor`: its lists, its recordings and their lengths, and the pack.
 
 Nothing is fetched, made or changed.
 """
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
 from dcase import synth
+from dcase.checks import lengths
 from dcase.checks.findings import Finding
 from dcase.data import pack
 from dcase.data.pack import Pack, Rates
@@ -27,6 +28,10 @@ class Data:
     pack_dir: str | None
     rates: Rates
     subset: int  # percent
+    target_length: int | None  # frames
+
+    def pack_folder(self, folder: Path) -> Path:
+        return Path(self.pack_dir).expanduser() if self.pack_dir else folder / "pack"
 
 
 def data_folder(data: Data) -> list[Finding]:
@@ -64,7 +69,8 @@ def _contents(folder: Path, data: Data) -> list[Finding]:
     packed = _pack(folder, data, splits)
     # Where a pack serves all of them, recordings may be missing.
     needed = not any(finding.state == "ok" for finding in packed)
-    return [*lists, *_recordings(folder, splits, needed), _checked(folder), *packed]
+    recordings = _recordings(folder, splits, needed)
+    return [*lists, *recordings, *_lengths(folder, data, splits.values(), needed), _checked(folder), *packed]
 
 
 def _asked(data: Data) -> tuple[str, str]:
@@ -113,6 +119,14 @@ def _recordings(folder: Path, splits: dict[str, Clips], needed: bool) -> list[Fi
     return found or [Finding("recordings", "ok", f"all WAV files are there: {shown}")]
 
 
+def _lengths(folder: Path, data: Data, splits: Iterable[Clips], from_files: bool) -> list[Finding]:
+    if data.target_length is not None:
+        return [Finding("lengths", "ok", f"any: --target_length {data.target_length} pads or crops every clip")]
+    if from_files:
+        return lengths.of_files(folder, splits, data.rates, _prepare(folder))
+    return [lengths.of_pack(folder, splits, Pack(data.pack_folder(folder)))]
+
+
 def _checked(folder: Path) -> Finding:
     clean, excluded, meta = (folder / name for name in ("meta_clean.csv", "meta_excluded.csv", "meta.csv"))
     if not clean.is_file():
@@ -128,7 +142,7 @@ def _checked(folder: Path) -> Finding:
 
 
 def _pack(folder: Path, data: Data, splits: dict[str, Clips]) -> list[Finding]:
-    place = Path(data.pack_dir).expanduser() if data.pack_dir else folder / "pack"
+    place = data.pack_folder(folder)
     again = _prepare(
         folder,
         "--pack",

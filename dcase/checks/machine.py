@@ -183,7 +183,9 @@ def scan_backends() -> list[Finding]:
         backend = backends.BACKENDS[name]
         reason = backend.missing()
         own = [device for device in devices if not backend.devices or device in backend.devices]
-        if reason:
+        if reason and not own:
+            found.append(Finding(f"scan: {name}", "-", "for NVIDIA GPUs, and torch sees none here"))
+        elif reason:
             slower = name in [FASTEST[device] for device in devices]
             found.append(Finding(f"scan: {name}", "warn" if slower else "-", reason, _fix_of(name)))
         elif not own:
