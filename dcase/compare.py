@@ -19,8 +19,8 @@ from dcase.cli import parse
 from dcase.errors import UserError, one_line, run
 from dcase.files import replace_file
 from dcase.report import markdown
-from dcase.report.alike import NO_MATTER, configuration, flat
-from dcase.runs import Run, find_run
+from dcase.report.alike import NO_MATTER, configuration, flags_of
+from dcase.runs import Run, find_run, kind_of
 from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 MAX_COLUMNS = 8  # of the table of scenes and devices, which has a column for each line of the first one
@@ -38,8 +38,8 @@ class CompareConfig:
     """folder of the runs"""
     all: bool = False
     """compare every run of the project that has been tested"""
-    sort: Literal["given", "name", "macro_avg_acc", "real", "seen", "unseen", "size", "macs"] | None = None
-    """order of the lines, the best first; without it as given, with --all by macro_avg_acc"""
+    sort: Literal["given", "name", "macro_avg_acc", "real", "seen", "unseen", "size", "macs"] = "given"
+    """order of the lines, the best first; given: as the ids are, with --all the oldest run first"""
     csv: str | None = None
     """file to write all figures to, and the flags that differ, a line per run"""
 
@@ -53,6 +53,7 @@ class Finished:
     """A run that has been tested."""
 
     run: Run
+    kind: str  # `runs.kind_of`
     flags: dict  # the whole configuration, flat
     commit: str  # of the code, short; "-" where it is not known
     results: dict
@@ -76,6 +77,10 @@ class Group:
     @property
     def name(self) -> str:
         return self.runs[0].name
+
+    @property
+    def kind(self) -> str:
+        return self.runs[0].kind
 
     @property
     def ids(self) -> str:
@@ -105,13 +110,16 @@ def _shown(value) -> str:
 def read_finished(project_name: str, run_id: str) -> Finished:
     """Raises `UserError`, in one line, where there is no such run, or it has no results."""
     found = find_run(project_name, run_id, "run")
-    saved = found.read_config()
+    flags, kind = flags_of(found), kind_of(found.read_config())
     path = found.folder / "results.json"
+    if not path.is_file() and kind == "test":
+        again = f"run test_only.py --ckpt_path {flags['ckpt_path']} again; {found.folder}/ can be deleted"
+        raise UserError(f"test {run_id} has no results.json: it is not finished, and cannot go on: {again}")
     if not path.is_file():
         raise UserError(f"run {run_id} has no results.json: it is not finished (--resume it), or only trains a share")
     try:
         results = json.loads(path.read_text())
-        finished = Finished(found, flat(saved), (found.commit() or "-")[:7], results)
+        finished = Finished(found, kind, flags, (found.commit() or "-")[:7], results)
         for place in (*FIGURES.values(), *DETAILS.values()):
             finished.figure(place)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -142,15 +150,20 @@ def grouped(runs: Sequence[Finished], project_name: str) -> list[Group]:
 
 
 def overview(groups: Sequence[Group]) -> str:
-    """Markdown table: a line per group, its accuracies in percent, bytes and MACs."""
-    header = ["Runs", "Ids", *FIGURES]
+    """Markdown table: a line per group, its kind, accuracies in percent, bytes and MACs."""
+    header = ["Runs", "Ids", "Kind", *FIGURES]
     columns = [_cells(groups, place, name in COUNTS) for name, place in FIGURES.items()]
     labels = [f"{i} {_label(group)}" for i, group in enumerate(groups, 1)]
-    return markdown(header, list(zip(labels, [group.ids for group in groups], *columns, strict=True)))
+    named = [labels, [group.ids for group in groups], [group.kind for group in groups]]
+    return markdown(header, list(zip(*named, *columns, strict=True)))
 
 
 def _label(group: Group) -> str:
-    return f"{group.name} ({len(group.runs)} seeds)" if len(group.runs) > 1 else group.name
+    runs, seeds = len(group.runs), len({finished.flags.get("seed") for finished in group.runs})
+    if runs == 1:
+        return group.name
+    kinds = f"{runs} seeds" if seeds == runs else f"{runs} runs of {seeds} seed{'s' if seeds > 1 else ''}"
+    return f"{group.name} ({kinds})"
 
 
 def details(groups: Sequence[Group]) -> str:
@@ -230,12 +243,12 @@ def write_csv(groups: Sequence[Group], path: Path) -> None:
     figures = {**FIGURES, **DETAILS}
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["line", "run_id", "name", *figures, *(f"--{name}" for name in flags), "commit"])
+    writer.writerow(["line", "run_id", "name", "kind", *figures, *(f"--{name}" for name in flags), "commit"])
     for i, group in enumerate(groups, 1):
         for finished in group.runs:
             values = [finished.figure(place) for place in figures.values()]
             given = [_shown(finished.flags.get(name, "-")) for name in flags]
-            writer.writerow([i, finished.run.id, finished.name, *values, *given, finished.commit])
+            writer.writerow([i, finished.run.id, finished.name, finished.kind, *values, *given, finished.commit])
     replace_file(path, lambda beside: beside.write_text(text.getvalue()))
 
 
@@ -258,7 +271,9 @@ def main() -> None:
     config = parse(CompareConfig, "Runs side by side: accuracies, sizes, and the flags that differ.")
     run_ids = config.run_ids
     if config.all:
-        run_ids = sorted(path.parent.name for path in Path(config.project_name).glob("*/config.json"))
+        # Written once, when a run begins; of two at the same time the order is to be the same every time.
+        configs = sorted(Path(config.project_name).glob("*/config.json"))
+        run_ids = [path.parent.name for path in sorted(configs, key=lambda path: path.stat().st_mtime_ns)]
         if not run_ids:
             raise UserError(f"no run in {config.project_name}/: check --project_name")
     finished, said = read_all(config.project_name, run_ids)
@@ -266,9 +281,7 @@ def main() -> None:
         print("\n".join([*said, ""]))
     if not finished:
         raise UserError(f"none of these {len(run_ids)} runs has results to compare")
-    groups = in_order(
-        grouped(finished, config.project_name), config.sort or ("macro_avg_acc" if config.all else "given")
-    )
+    groups = in_order(grouped(finished, config.project_name), config.sort)
     print(report(groups))
     if config.csv:
         write_csv(groups, Path(config.csv))

@@ -102,6 +102,11 @@ class Run:
             ) from error
 
 
+def kind_of(saved: dict) -> Literal["general", "device-specific", "test"]:
+    """Which script made a run of this configuration: train_base.py, train_device_specific.py or test_only.py."""
+    return "device-specific" if "ckpt_id" in saved else "test" if "ckpt_path" in saved else "general"
+
+
 def new_run(project_name: str, run_id: str | None = None) -> Run:
     """A run of that id, or of one that is not taken, and its folder.
 

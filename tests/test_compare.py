@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import statistics
 import sys
 from dataclasses import replace
@@ -13,7 +14,9 @@ from conftest import read_results, refusal
 
 from dcase import compare, errors, metrics
 from dcase.compare import CompareConfig, grouped, read_all, read_finished
-from dcase.config import BaseConfig, DeviceConfig, to_plain
+from dcase.config import BaseConfig, DeviceConfig, MachineConfig, StorageConfig, to_plain
+from dcase.config import TestConfig as ConfigOfTest
+from dcase.report import run_files
 from dcase.tau22 import DEVICES, SCENES
 
 P = "P"
@@ -34,7 +37,8 @@ def results_of(right: dict[str, int], n: int = 20, **more) -> dict:
 def make_run(run_id: str, results: dict | None, config=None, seed: int = 0, commit: str = "c" * 40, **fit) -> Path:
     """A run's folder in P, trained with these flags of FitConfig."""
     config = config or BaseConfig()
-    config = replace(config, fit=replace(config.fit, seed=seed, **fit))
+    if not isinstance(config, ConfigOfTest):
+        config = replace(config, fit=replace(config.fit, seed=seed, **fit))
     folder = Path(P) / run_id
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"config": to_plain(config), "commit": commit}))
@@ -70,8 +74,9 @@ def test_two_runs_with_differences_and_the_best_marked(capsys, monkeypatch):
     make_run("two", results_of({"all": 12, "bus": 8}, complexity={"total_param_bytes": 900, "macs": 6000}), lr=0.25)
     code, out, _ = run_compare(capsys, monkeypatch, "one", "two")
     assert code == 0
-    assert cells(out, "1 aum_small") == ["1 aum_small", "one", *["51.00"] * 4, "1,000", "5,000 *"]
-    assert cells(out, "2 aum_small") == ["2 aum_small", "two", *["58.00 (+7.00) *"] * 4, "900 *", "6,000"]
+    assert cells(out, "1 aum_small") == ["1 aum_small", "one", "general", *["51.00"] * 4, "1,000", "5,000 *"]
+    second = ["2 aum_small", "two", "general", *["58.00 (+7.00) *"] * 4, "900 *", "6,000"]
+    assert cells(out, "2 aum_small") == second
     assert cells(out, "bus") == ["bus", "60.00 *", "40.00 (-20.00)"]
     assert cells(out, "s1") == ["s1", "51.00", "58.00 (+7.00) *"]
     assert "\n| b  " not in out  # no clip of that device
@@ -85,8 +90,15 @@ def test_seeds_stand_together(capsys, monkeypatch):
     code, out, _ = run_compare(capsys, monkeypatch, "s0", "other", "s1", "s2")
     assert code == 0
     first = cells(out, "1 aum_small (3 seeds)")
-    assert first[1] == "s0 s1 s2" and first[2] == f"60.00 ± {statistics.stdev((50, 60, 70)):.2f}"
+    assert first[1] == "s0 s1 s2" and first[3] == f"60.00 ± {statistics.stdev((50, 60, 70)):.2f}"
     assert cells(out, "--seed")[1:] == ["0, 1, 2", "0"] and "Mean ± deviation over seeds" in out
+
+
+def test_a_run_that_was_repeated_is_no_other_seed(capsys, monkeypatch):
+    for run_id, seed in (("one", 0), ("again", 0), ("other", 1)):
+        make_run(run_id, results_of({"all": 10}), seed=seed)
+    _, out, _ = run_compare(capsys, monkeypatch, "one", "again", "other")
+    assert cells(out, "1")[0] == "1 aum_small (3 runs of 2 seeds)"
 
 
 def test_stage_2_of_several_seeds_stands_together_through_its_stage_1():
@@ -145,15 +157,68 @@ def test_runs_that_cannot_be_compared_get_a_line(capsys, monkeypatch):
     assert code == 2 and "none of these 1 runs has results" in err
 
 
-def test_all_runs_are_sorted_and_the_many_are_shown_short(capsys, monkeypatch):
-    for i in range(9):
-        make_run(f"r{i}", results_of({"all": i}), lr=0.1 + i)
+def test_all_runs_are_shown_from_the_oldest_on_and_the_many_are_shown_short(capsys, monkeypatch):
+    ages = (3, 8, 1, 0, 7, 5, 2, 6, 4)  # hours
+    for i, age in enumerate(ages):
+        folder = make_run(f"r{i}", results_of({"all": i}), lr=0.1 + i)
+        os.utime(folder / "config.json", (1.7e9 - 3600 * age,) * 2)
     code, out, _ = run_compare(capsys, monkeypatch, "--all")
     rows = [line.split("|")[2].strip() for line in out.splitlines() if line.startswith("| ") and "aum_small" in line]
-    assert code == 0 and rows == [f"r{i}" for i in reversed(range(9))] and "up to 8 lines" in out
+    assert code == 0 and rows == [f"r{ages.index(age)}" for age in reversed(range(9))] and "up to 8 lines" in out
+    assert cells(run_compare(capsys, monkeypatch, "--all", "--sort", "macro_avg_acc")[1], "1 aum_small")[1] == "r8"
     code, out, _ = run_compare(capsys, monkeypatch, "r1", "r0", "r2", "--sort", "macro_avg_acc")
     assert cells(out, "1 aum_small")[1] == "r2"
     assert cells(run_compare(capsys, monkeypatch, "r1", "r0")[1], "1 aum_small")[1] == "r1"
+
+
+def of_test(path: str, **more) -> ConfigOfTest:
+    return replace(ConfigOfTest(ckpt_path=path), **more)
+
+
+def test_stages_and_tests_are_told_apart(capsys, monkeypatch):
+    make_run("base", results_of({"all": 10}))
+    make_run("tuned", results_of({"all": 11}), DeviceConfig(ckpt_id="base"))
+    make_run("again", results_of({"all": 11}), of_test("P/tuned/checkpoints/best.ckpt"))
+    out = run_compare(capsys, monkeypatch, "base", "tuned", "again", "--csv", "table.csv")[1]
+    assert [cells(out, f"{i} aum_small")[2] for i in (1, 2, 3)] == ["general", "device-specific", "test"]
+    with open("table.csv", newline="") as file:
+        assert [row["kind"] for row in csv.DictReader(file)] == ["general", "device-specific", "test"]
+
+
+@pytest.mark.parametrize("path", ["P/base/checkpoints/best.ckpt", "P/base/stored", "P/base/stored/general.safetensors"])
+def test_a_test_has_the_flags_of_the_run_that_it_tested(path, capsys, monkeypatch):
+    machine = MachineConfig(batch_size=32)
+    make_run("base", results_of({"all": 10}), BaseConfig(machine=machine), seed=7, lr=0.25)
+    make_run("again", results_of({"all": 10}), of_test(path, storage=StorageConfig(weight_bits=16)))
+    make_run("other", results_of({"all": 10}))
+    out = run_compare(capsys, monkeypatch, "base", "again", "other")[1]
+    for flag, *values in (
+        ("lr", "0.25", "0.25", "0.0005"), ("seed", "7", "7", "0"), ("batch_size", "32", "32", "64"),
+        ("weight_bits", "32", "16", "32"), ("ckpt_path", "-", path, "-"),
+    ):  # fmt: skip
+        assert cells(out, f"--{flag} ")[1:] == values
+
+
+def test_a_test_of_a_run_that_is_gone_or_of_a_published_model_has_its_own_flags_alone(capsys, monkeypatch):
+    make_run("base", results_of({"all": 10}))
+    make_run("again", results_of({"all": 10}), of_test("gone/checkpoints/best.ckpt"))
+    Path("published").mkdir()
+    Path("published/config.json").write_text('{"model": {}}')
+    make_run("more", results_of({"all": 10}), of_test("published/model.safetensors"))
+    code, out, _ = run_compare(capsys, monkeypatch, "base", "again", "more")
+    assert code == 0 and cells(out, "--lr")[1:] == ["0.0005", "-", "-"]
+
+
+def test_a_test_that_failed_cannot_be_resumed_but_given_again(capsys, monkeypatch):
+    make_run("base", results_of({"all": 10}))
+    make_run("failed", None, of_test("P/base/checkpoints/best.ckpt"))
+    out = run_compare(capsys, monkeypatch, "--all")[1]
+    assert "test failed has no results.json" in out and "--resume" not in out
+    assert "run test_only.py --ckpt_path P/base/checkpoints/best.ckpt again; P/failed/ can be deleted" in out
+    message = refusal(run_files.read_finished, Path("P/failed"))
+    assert "run test_only.py again" in message and "--resume" not in message
+    make_run("stopped", None)
+    assert "--resume" in refusal(run_files.read_finished, Path("P/stopped"))
 
 
 def test_sorting_by_size_puts_the_smallest_first(capsys, monkeypatch):

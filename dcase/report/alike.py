@@ -4,20 +4,39 @@ import json
 
 from dcase.config import FREE_ON_RESUME, BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
 from dcase.errors import UserError
-from dcase.runs import RunConfig, find_run
+from dcase.report.run_files import tested_run
+from dcase.runs import Run, RunConfig, find_run, kind_of
 
 # Flags that change no figure, or nothing but rounding, and what a run is called; how many processes there are counts.
 NO_MATTER = (FREE_ON_RESUME - {"devices", "num_nodes"}) | {"seeds", *RunConfig.__dataclass_fields__}
 _OTHER_RUNS = ("ckpt_id", "init_from")  # flags that name a run, which has a seed of its own
+_SCRIPTS = {"general": BaseConfig, "device-specific": DeviceConfig, "test": TestConfig}
+_OF_TRAINING = {"batch_size", "devices", "num_nodes"}  # flags of a test, too, whose figures they hardly change
 
 
 def flat(saved: dict) -> dict:
     """A run's configuration as flag -> value, with today's defaults for flags that were not there yet."""
-    cls = DeviceConfig if "ckpt_id" in saved else TestConfig if "ckpt_path" in saved else BaseConfig
     flags = {}
-    for name, value in to_plain(from_plain(cls, saved)).items():
+    for name, value in to_plain(from_plain(_SCRIPTS[kind_of(saved)], saved)).items():
         flags |= value if isinstance(value, dict) else {name: value}
     return flags
+
+
+def flags_of(run: Run) -> dict:
+    """`flat`; of a test, with the flags of the run whose model it tested, where that is there.
+
+    Raises `UserError` where config.json is damaged.
+    """
+    saved = run.read_config()
+    own = flat(saved)
+    tested = tested_run(run.folder, saved)
+    if tested is None:
+        return own
+    try:
+        trained = flags_of(Run(tested))
+    except UserError:  # a published model has another config.json
+        return own
+    return trained | {name: value for name, value in own.items() if value is not None and name not in _OF_TRAINING}
 
 
 def configuration(flags: dict, project_name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dcase.errors import UserError, one_line
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
+from dcase.runs import kind_of
 from dcase.tau22 import TEST_CLIPS
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name of a metric -> optimiser steps, values
@@ -63,6 +64,8 @@ def _read(folder: Path, results: dict, with_trained_by: bool) -> Finished:
 def _read_results(folder: Path) -> dict:
     path = folder / "results.json"
     again = "the run has not been tested to its end: --resume it, or test its checkpoint with test_only.py"
+    if kind_of(_read_object(folder / "config.json").get("config") or {}) == "test":
+        again = "the test has not come to its end: run test_only.py again"
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         for name in ("macro_avg_acc", "acc", "loss", "scene_acc", "device_acc", "device_group_acc", "n_clips"):
@@ -115,8 +118,13 @@ def _read_curves(path: Path) -> Curves:
 
 
 def _trained_by(folder: Path, config: dict) -> Finished | None:
+    tested = tested_run(folder, config)
+    return _read(tested, _read_object(tested / "results.json"), with_trained_by=False) if tested else None
+
+
+def tested_run(folder: Path, config: dict) -> Path | None:
     """The run of --ckpt_path, as <run>/checkpoints/best.ckpt, <run>/stored or <run>/stored/general.safetensors."""
     for parent in Path(str(config.get("ckpt_path") or "").split(",")[0]).parents[:2]:
         if (parent / "config.json").is_file() and parent.resolve() != folder.resolve():
-            return _read(parent, _read_object(parent / "results.json"), with_trained_by=False)
+            return parent
     return None
