@@ -124,10 +124,16 @@ def test_stage_2_keeps_what_beats_the_general_model_by_more_than_chance_and_says
             gain = outcome["general_loss"] - outcome["fine_tuned_loss"]
             assert f"by {abs(gain):.3f} with a standard error of {outcome['gain_error']:.3f}" in outcome["reason"]
             no_worse = outcome["fine_tuned"] >= outcome["general"]
-            assert outcome["kept"] == (gain > 2 * outcome["gain_error"] and no_worse)
+            was_clear = gain > 2 * outcome["gain_error"]
+            assert outcome["kept"] == (was_clear and no_worse)
+            assert ("the accuracy falls, although" in outcome["reason"]) == (was_clear and not no_worse)
+            assert ("which may be chance" in outcome["reason"]) == (gain > 0 and not was_clear)
             assert outcome["n_train"] == 16 and outcome["n_val"] == 8
         else:
             assert outcome["reason"] == "no training clip of this device"
+    epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert any(line.endswith("(best epoch so far)") for line in epochs)
+    assert not [line for line in epochs if "kept" in line]  # a word for what is decided at the end alone
     state = weights(run / "checkpoints" / "best.ckpt")
     general = weights(general_run / "checkpoints" / "best.ckpt")
     assert all(torch.equal(state[name], value) for name, value in general.items())  # the general model is as it was

@@ -130,9 +130,15 @@ def _decide(
     after, loss_after = _heard(module, val_set, config, folder)
     # A handful of clips of two or three places hardly moves the accuracy, and is often luck.
     gain, error = mean_and_error(loss_before - loss_after, val_clips.location)
+    is_clear, no_worse = gain > CERTAINTY * error, after[MONITOR] >= before[MONITOR]
+    reason = f"the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.3f} with a standard error of {error:.3f}"
+    if is_clear and not no_worse:
+        reason = f"the accuracy falls, although {reason}"
+    elif gain > 0 and not is_clear:
+        reason += ", which may be chance"
     return Outcome(
-        gain > CERTAINTY * error and after[MONITOR] >= before[MONITOR],
-        f"the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.3f} with a standard error of {error:.3f}",
+        is_clear and no_worse,
+        reason,
         **counts,
         general=before[MONITOR],
         fine_tuned=after[MONITOR],

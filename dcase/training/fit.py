@@ -122,7 +122,7 @@ class KeepCheckpoints(Checkpoint):
                 trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
         trainer.progress_bar_callback.print(
             f"epoch {epoch}: validation macro_avg_acc {100 * score:.2f} %, loss {loss:.4f}"
-            + (" (best so far: kept)" if better else "")
+            + (" (best epoch so far)" if better else "")
         )
         self.validation_due = False
         self._save(trainer)
