@@ -349,11 +349,58 @@ def test_intervals_hold_the_figures_and_agree_with_the_standard_error():
     assert gap.value == pytest.approx(p.correct[p.device == 0].mean() - others)
 
 
-def test_one_location_has_no_interval():
-    p = made_up(n=90)
-    alone = Figures(p.select(p.location == p.location[0]))
-    assert alone("acc").value is not None and alone("acc").low is None and not alone("acc").clear
+def of_locations(p: Predictions, n: int) -> Predictions:
+    return p.select(np.isin(p.location, np.unique(p.location)[:n]))
+
+
+def test_fewer_than_five_locations_have_no_interval():
+    p = made_up()
+    for n in (1, 4):
+        alone = Figures(of_locations(p, n))
+        assert alone("acc").value is not None and alone("acc").low is None and not alone("acc").clear
+        assert alone.minus(alone, "acc") == (0, None, None)
+    assert Figures(of_locations(p, 5))("acc").low is not None
     assert Figures(p.select(p.device == 0))("device", "b") == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "n, percentile, expanded", [(6, 0.853, 0.916), (10, 0.893, 0.929), (30, 0.920, 0.935), (200, 0.942, 0.942)]
+)
+def test_how_often_an_interval_holds_the_truth(n, percentile, expanded):
+    """Tests of n locations, drawn again and again; a location's clips are alike, and it has more or fewer of them."""
+    rng = np.random.default_rng(n)
+    tests, truth = 2000, 0.75
+    clips = rng.integers(10, 40, (n, tests))
+    right = rng.binomial(clips, rng.beta(6 * truth, 6 * (1 - truth), (n, tests)))
+    times = rng.multinomial(n, np.full(n, 1 / n), size=1000).astype(float)
+    drawn = (times @ right) / (times @ clips)  # (draws, tests)
+
+    def coverage(low: np.ndarray, high: np.ndarray) -> float:
+        return ((low <= truth) & (truth <= high)).mean()
+
+    assert coverage(*np.quantile(drawn, [0.025, 0.975], axis=0)) == pytest.approx(percentile, abs=0.01)
+    assert coverage(*bootstrap.expanded(drawn, n)) == pytest.approx(expanded, abs=0.01)
+
+
+def test_quantiles_of_students_t():
+    exact = {4: 2.7764, 5: 2.5706, 9: 2.2622, 29: 2.0452, 199: 1.9720}  # of any table
+    assert {degrees: bootstrap._student(degrees) for degrees in exact} == pytest.approx(exact, rel=3e-3)
+
+
+def test_a_page_says_of_how_many_locations_its_intervals_are(page, project, tmp_path):
+    p = made_up()
+    n = len(set(p.location))
+    assert f"draws of the {n} recording locations" in page.read_text() and "locations only" not in page.read_text()
+    assert Page(page).rows("scenes-a")["Bus"][-1] == f"{len(set(p.location[(p.device == 0) & (p.scene == 1)]))}"
+    assert f"of {n} recording locations, are right" in page.read_text()
+    runs = [write_run(tmp_path / name, of_locations(p, 8), project.parent / "data") for name in ("few", "again")]
+    few = write_page(read_finished(runs[0]))
+    both = write_comparison([read_finished(run) for run in runs], tmp_path / "comparison")
+    warning = "These are clips of 8 recording locations only: the intervals are rough, and rather too narrow."
+    for path in (few, both):
+        Page(path).check()
+        assert warning in path.read_text()
+    assert f"draws of the {n} recording locations" in compared_page(project).read_text()
 
 
 def test_differences_are_drawn_together():
@@ -425,9 +472,13 @@ def test_pictures_and_sound():
 # Several runs
 
 
+def compared_page(project: Path) -> Path:
+    return write_comparison([read_finished(project / name) for name in ("one", "two", "other")], project / "comparison")
+
+
 def test_comparison(project):
     runs = [read_finished(project / name) for name in ("one", "two", "other")]
-    path = write_comparison(runs, project / "comparison")
+    path = compared_page(project)
     assert path == project / "comparison" / "one_two_other.html"
     parsed = Page(path)
     parsed.check()
@@ -456,6 +507,61 @@ def test_comparison(project):
     assert won[1] == f"{(before & ~after).sum():,}" and won[2] == f"{(~before & after).sum():,}"
     counts = np.array(two["confusion"]) - np.array(one["confusion"])
     assert parsed.tables["matrix-two-all"][1][1].split()[1] == (f"{counts[0, 0]:+,}" if counts[0, 0] else "0")
+
+
+def tuned_run(folder: Path, data: Path, curves: dict[str, tuple[float, float]], lr: float) -> Path:
+    """A run of stage 2. ``curves``: the beginning of a model's metrics -> its first and last training loss."""
+    run = write_run(folder, made_up(), data)
+    outcome = {"n_train": 9, "n_val": 9, "general": 0.5, "fine_tuned": 0.5, "kept": False, "reason": "luck", "lr": lr}
+    change(run, "results.json", lambda r: r.update(fine_tuning={device: outcome for device in ("a", "b")}))
+    lines = [f"{step},{name}train/loss,{loss}" for name, losses in curves.items() for step, loss in enumerate(losses)]
+    lines += [f"1,{name}val/macro_avg_acc,{0.9 - losses[1] / 10}" for name, losses in curves.items()]
+    (run / "metrics.csv").write_text("step,name,value\n" + "\n".join(lines) + "\n")
+    return run
+
+
+@pytest.fixture(scope="module")
+def tuned(project, tmp_path_factory) -> list[Path]:
+    """Two runs of stage 2: one with two learning rates, the second of them chosen, one with a single one."""
+    folder, data = tmp_path_factory.mktemp("tuned") / "P", project.parent / "data"
+    tried = {f"{device}/lr_{lr}/": (2.0, 1.0 + lr) for device in ("a", "b") for lr in (0.1, 0.5)}
+    once = {"a/": (3.0, 1.25), "s1/": (3.0, 1.75)}
+    return [tuned_run(folder / "tried", data, tried, 0.5), tuned_run(folder / "once", data, once, 0.2)]
+
+
+def drawn_lines(path: Path, chart: str) -> tuple[str, list[str]]:
+    """What a chart's title says, and the styles of its lines."""
+    (figure,) = re.findall(rf'<figure id="{chart}".*?</figure>', path.read_text())
+    (said,) = re.findall("<title[^>]*>(.*?)</title>", figure)
+    return said, re.findall(r'<path d="M[^"]*L[^"]*" class="(line\d)"', figure)
+
+
+def test_curves_of_stage_2_are_overlaid_device_by_device(project, tuned):
+    runs = [read_finished(run) for run in (*tuned, project / "one")]
+    path = write_comparison(runs, tuned[0].parent / "comparison")
+    Page(path).check()
+    labels = ["aum_small (tried, seed 0)", "aum_small (once, seed 0)"]
+    said, lines = drawn_lines(path, "curve-a-train-loss")
+    assert said == f"Training loss, device A. {labels[0]}: 2 to 1.5, {labels[1]}: 3 to 1.25" and lines == [
+        "line0",
+        "line1",
+    ]
+    assert drawn_lines(path, "curve-b-train-loss")[1] == ["line0"]
+    said, lines = drawn_lines(path, "curve-s1-train-loss")  # the same run has the same style everywhere
+    assert said == f"Training loss, device S1. {labels[1]}: 3 to 1.75" and lines == ["line1"]
+    assert f"{labels[1]}: 77.5 to 77.5" in drawn_lines(path, "curve-a-val-macro_avg_acc")[0]
+    said, lines = drawn_lines(path, "curve-train-loss")  # the general model's is drawn for itself, and named
+    assert said.startswith("Training loss. One &lt;b&gt;") and lines == ["line2"]
+    (legend,) = re.findall('id="curve-train-loss".*?<ul class="legend">(.*?)</ul>', path.read_text())
+    assert legend.count("<li>") == 1 and "One" in legend and "line2" in legend
+
+
+def test_curves_of_stage_2_stand_together(tuned):
+    path = write_page(read_finished(tuned[0]))
+    Page(path).check()
+    said, lines = drawn_lines(path, "curve-b-train-loss")
+    assert said == "Training loss, device B. lr 0.1: 2 to 1.1, lr 0.5: 2 to 1.5" and lines == ["line0", "line1"]
+    assert "curve-s1-train-loss" not in path.read_text()
 
 
 def test_runs_of_other_clips_are_compared_without_intervals(project, tmp_path):
@@ -515,6 +621,7 @@ def test_text_stands_out_in_light_and_dark():
     for theme in themes:
         for ink in ("ink", "soft", "accent", "good", "bad"):
             assert contrast(theme[ink], theme["card"]) >= 4.5, ink
+        assert contrast(theme["ink"], theme["heat"]) >= 4.5  # a confusion's deepest cell
         assert contrast(theme["ink"], theme["note"]) >= 4.5 and contrast(theme["card"], theme["accent"]) >= 4.5
         for line in ("l0", "l1", "l2", "l3", "l4", "l5", "real", "seen", "unseen"):
             assert contrast(theme[line], theme["card"]) >= 3, line  # of what is no text
@@ -547,6 +654,35 @@ def test_a_browser_shows_it_without_a_word(browser, page, project, size, dark):
         assert browser.run("matchMedia('(prefers-color-scheme: dark)').matches") is dark
         broken = "[...document.images].filter(i => i.loading = 'eager').map(i => i.decode())"
         assert browser.run(f"Promise.all({broken}).then(all => all.length)") > 0
+
+
+def test_small_charts_stand_in_rows_and_can_be_read(browser, tuned):
+    path = write_comparison([read_finished(run) for run in tuned], tuned[0].parent / "comparison")
+    for size, columns in ((LAPTOP, 6), (PHONE, 2)):
+        browser.screen(size)
+        browser.open(path.as_uri())
+        grid = "getComputedStyle(document.querySelector('.multiples')).gridTemplateColumns.split(' ').length"
+        assert browser.run(grid) == columns
+        drawn = "document.querySelector('.multiples text')"
+        height = f"parseFloat(getComputedStyle({drawn}).fontSize) * {drawn}.getScreenCTM().a"
+        assert browser.run(height) > 9  # CSS pixels
+        outside = """[...document.querySelectorAll('.multiples svg')].filter(svg => {
+            const box = svg.getBoundingClientRect();
+            const texts = [...svg.querySelectorAll('text')].map(text => text.getBoundingClientRect());
+            return texts.some(text => text.right > box.right + 1 || text.left < box.left - 1); }).length"""
+        assert browser.run(outside) == 0
+
+
+def test_intervals_have_two_ends_and_flags_are_whole(browser, page):
+    browser.screen(PHONE)
+    browser.open(page.as_uri())
+    ends = "(w => ['::before', '::after'].map(e => parseFloat(getComputedStyle(w, e).left)))"
+    left, right = browser.run(f"{ends}(document.querySelector('#device-table .whisker'))")
+    assert left == 0 < right
+    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    lines = """[...document.querySelectorAll('#configuration tbody th, #environment tbody th')].map(th => {
+        const range = document.createRange(); range.selectNodeContents(th); return range.getClientRects().length; })"""
+    assert set(browser.run(lines)) == {1}  # no name of a flag goes over two lines
 
 
 def test_three_clicks_from_a_run_to_why_a_device_fails(browser, page):

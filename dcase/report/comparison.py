@@ -17,8 +17,8 @@ from dcase.report.bootstrap import Estimate, Figures, reliability
 from dcase.report.devices import matrix_table
 from dcase.report.gallery import Gallery
 from dcase.report.html import Html, cell, el, join, link, section, table
-from dcase.report.learning import ACCURACY, LOSS
-from dcase.report.page import Part, document, main, navigation
+from dcase.report.learning import overlaid
+from dcase.report.page import Part, document, how_intervals, main, navigation
 from dcase.report.predictions import Predictions
 from dcase.report.run_files import Finished
 from dcase.report.seeds import Spread, by_configuration
@@ -28,6 +28,7 @@ from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 LOST = 4  # clips shown of each run: right in the first, wrong in it
 MOST_IN_NAME = 8  # ids in the file's name
+DEEPEST = 25  # points of change
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ def body(runs: list[Compared], path: Path, lost: dict[str, Html]) -> Html:
         ("scenes", "Scenes", "Scenes", by_scene(runs)),
         ("changes", "Changes", "What Has Changed", changes(runs, lost)),
         ("calibration", "Calibration", "Calibration", calibration(runs)),
-        ("learning", "Learning", "Learning Curves", learning(runs)),
+        ("learning", "Learning", "Learning Curves", overlaid([(one.label, one.run) for one in runs])),
         ("complexity", "Complexity", "Complexity", complexity(runs)),
         ("configuration", "Configuration", "Configuration: What Differs", configuration(runs)),
         ("environment", "Environment", "Environment", environment(runs)),
@@ -144,7 +145,11 @@ def headline(runs: list[Compared]) -> Html:
         row.append(percent(compared.figures("calibration_error").value) if compared.figures else "-")
         rows.append(row)
     header = ["Run", "Macro-average accuracy", "95 % interval", "Difference", "95 % interval", "Log loss", "Difference"]
-    return table("runs", "Accuracies in percent", [*header, "Calibration error"], rows)
+    shown = table("runs", "Accuracies in percent", [*header, "Calibration error"], rows)
+    if not runs[0].figures:
+        return shown
+    together = el("p", "The interval of a difference draws the same locations for both runs.", class_="hint")
+    return join(shown, how_intervals(runs[0].figures), together)
 
 
 def _difference_cells(estimate: Estimate, i: int) -> list[object]:
@@ -276,11 +281,13 @@ def _difference_matrix(name: str, where: str, before: np.ndarray, after: np.ndar
     more, clips = shares[1] - shares[0], after - before
     text = (
         f"Change of the confusion on {where}: rows are the true scene, columns what is predicted; a cell is the change "
-        "of the row's share in points, and below it that in clips"
+        f"of the row's share in points, and below it that in clips; the deepest colour: {DEEPEST} points and more"
     )
 
     def cell_of(i: int, j: int) -> tuple[str, str, float]:
-        return (f"{more[i, j]:+.1f}", f"{clips[i, j]:+,}", abs(more[i, j])) if clips[i, j] else ("0", "0", 0.0)
+        if not clips[i, j]:
+            return "0", "0", 0.0
+        return f"{more[i, j]:+.1f}", f"{clips[i, j]:+,}", 100 * min(1, abs(more[i, j]) / DEEPEST)
 
     return matrix_table(name, text, [f"{n:,}" for n in after.sum(1)], cell_of, lambda i, j: not clips[i, j])
 
@@ -331,24 +338,6 @@ def calibration(runs: list[Compared]) -> Html:
     shown = table("calibration-table", "Calibration, in percent", header, rows)
     caption = "Reliability: at the broken straight line well calibrated, below it too sure"
     return join(shown, svg.lines("reliability-chart", caption, *axes, series, ideal))
-
-
-def learning(runs: list[Compared]) -> Html:
-    charts = []
-    for metric, text, unit, scale in (
-        (LOSS, "Training loss", "loss, mean of the epoch", 1),
-        (ACCURACY, "Validation macro-average accuracy", "accuracy (%)", 100),
-    ):
-        series = []
-        for compared in runs:
-            if metric in compared.run.training.curves:
-                steps, values = compared.run.training.curves[metric]
-                series.append(svg.Series(compared.label, steps, [scale * value for value in values]))
-        if series:
-            x = svg.axis("optimiser step", [0, *(step for line in series for step in line.x)])
-            y = svg.axis(unit, [value for line in series for value in line.y])
-            charts.append(svg.lines(f"curve-{metric.replace('/', '-')}", text, x, y, series))
-    return el("div", *charts, class_="grid") if charts else Html("")
 
 
 def complexity(runs: list[Compared]) -> Html:

@@ -8,7 +8,7 @@ from dcase.report.content import Content
 from dcase.report.html import Html, bar_cell, cell, el, join, link, section, table
 from dcase.report.mistakes import blame, mixed_up
 from dcase.report.published import BASELINE
-from dcase.report.words import aside, difference, interval, members, percent, title, with_unit
+from dcase.report.words import aside, difference, interval, locations, members, percent, title, with_unit
 from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 MIXED_UP = 6  # rows of what is mixed up most
@@ -111,7 +111,9 @@ def _lead(content: Content, name: str, confusion: np.ndarray) -> Html:
     if name not in DEVICES:
         return el("p", f"{right:,} of {clips:,} clips are right ({percent(right / clips)} %).", class_="lead")
     estimate, gap = figures("device", name), figures("gap", name)
-    said = [f"{right:,} of {clips:,} clips are right: {percent(estimate.value)} % (95 %: {interval(estimate)})"]
+    places = locations(figures.n_locations("device", name))
+    said = [f"{right:,} of {clips:,} clips, of {places}, are right: {percent(estimate.value)} %"]
+    said.append(f" (95 %: {interval(estimate)})")
     if gap.value is not None:
         said.append(f", {aside(gap)} all other devices (95 %: {interval(gap)})")
     said.append(".")
@@ -162,8 +164,9 @@ def _scene_table(content: Content, device: str) -> Html:
             cell(difference(less), sort=less),
             f"{confusion[i].sum():,}",
             f"{confusion[:, i].sum():,}",
+            f"{figures.n_locations('scene', scene, device):,}",
         ])  # fmt: skip
-    header = ["Scene", "Here", "", "95 % interval", "All devices", "Difference", "Clips", "Predicted"]
+    header = ["Scene", "Here", "", "95 % interval", "All devices", "Difference", "Clips", "Predicted", "Locations"]
     caption = f"Scenes on {device.upper()}, in percent; Predicted: clips that are taken for the scene"
     return table(f"scenes-{device}", caption, header, rows, data_sortable=True)
 
@@ -198,7 +201,7 @@ def matrix_table(
         cells = []
         for j in range(len(SCENES)):
             large, small, depth = cell_of(i, j)
-            kinds = ("hit" * (i == j), "none" * is_nothing(i, j), "deep" * bool(depth > 55))
+            kinds = ("hit" * (i == j), "none" * is_nothing(i, j))
             content = (el("b", large), el("small", small))
             cells.append(el("td", *content, class_=" ".join(filter(None, kinds)) or None, style=f"--s:{depth:.0f}%"))
         rows.append(el("tr", el("th", title(scene), el("small", clips[i]), scope="row"), *cells))

@@ -136,7 +136,7 @@ class Gallery:
         x = self._frequency(len(levels))
         y = svg.axis("level against the others (dB)", [every.min(), every.max()])
         left, at = svg.place(x, y, x.low, 0)
-        zero = el("path", d=f"M{left:.1f} {at:.1f}H{svg.WIDTH - svg.RIGHT}", class_="axis")
+        zero = el("path", d=f"M{left:.1f} {at:.1f}H{svg.LARGE.width - svg.LARGE.right}", class_="axis")
         name = DEVICES[device]
         heard = f"mean over {self.n_spectrum} seconds that all devices have recorded"
         text = f"What {name.upper()} does to the sound: {heard}"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dcase.files import replace_file
 from dcase.report import devices, setup
-from dcase.report.bootstrap import BINS, DRAWS, Figures, reliability
+from dcase.report.bootstrap import BINS, DRAWS, FEW, FEWEST, Figures, reliability
 from dcase.report.content import Content, compute
 from dcase.report.html import Html, bar_cell, cell, el, escape, join, link, section, table
 from dcase.report.learning import learning_curves
@@ -12,7 +12,7 @@ from dcase.report.published import BASELINE, BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.run_files import Finished
 from dcase.report.svg import Axis, lines, place
 from dcase.report.tables import complexity_rows, fine_tuning_rows
-from dcase.report.words import aside, interval, members, percent, title, with_unit
+from dcase.report.words import aside, interval, locations, members, percent, title, with_unit
 from dcase.tau22 import DEVICE_GROUPS, SCENES
 
 INDEX_HTML = "index.html"
@@ -105,7 +105,8 @@ def headline(content: Content) -> Html:
         error = figures("calibration_error")
         tiles.append(_tile("Calibration error", with_unit(error.value), _range(figures, "calibration_error")))
     tiles += _limits(results.get("complexity"))
-    return join(el("ul", *tiles, class_="tiles"), _figures_table(run, figures), _how_intervals(figures), worst(content))
+    how = how_intervals(figures) if figures else ""
+    return join(el("ul", *tiles, class_="tiles"), _figures_table(run, figures), how, worst(content))
 
 
 def _tile(name: str, value: str, below: object, kind: str | None = None) -> Html:
@@ -152,16 +153,19 @@ def _figures_table(run: Finished, figures: Figures | None) -> Html:
     return el("details", el("summary", "All figures in a table"), shown)
 
 
-def _how_intervals(figures: Figures | None) -> Html:
-    if not figures:
-        return Html("")
-    few = " With so few they are too narrow." if len(figures.locations) < 20 else ""
-    return el(
-        "p",
-        f"95 % intervals from {DRAWS:,} draws of the {len(figures.locations):,} recording locations with all their "
-        f"clips, not of single clips, which sound alike within a location.{few}",
-        class_="hint",
+def how_intervals(figures: Figures) -> Html:
+    """Of how many locations the intervals are, and what that means for them."""
+    n = len(figures.locations)
+    per_scene = [figures.n_locations("scene", scene) for scene in SCENES if figures("scene", scene).value is not None]
+    low, high = min(per_scene), max(per_scene)
+    text = (
+        f"95 % intervals from {DRAWS:,} draws of the {locations(n)} with all their clips, not of single "
+        "clips, which sound alike within a location. They are widened for the number of locations that a figure is of "
+        f"(a scene's: {low if low == high else f'{low} to {high}'}): expanded percentile intervals, Hesterberg 2015. "
+        f"A figure of fewer than {FEWEST} has none."
     )
+    few = f"These are clips of {locations(n)} only: the intervals are rough, and rather too narrow."
+    return join(el("p", few, class_="note", role="note") if n < FEW else "", el("p", text, class_="hint"))
 
 
 def worst(content: Content) -> Html:
@@ -210,7 +214,8 @@ def scenes(content: Content) -> Html:
     header = ["Scene", "Accuracy", "", *(["95 % interval"] if figures else []), "Clips", "Predicted"]
     header += ["Locations"] if figures else []
     header += [published.name for published in beside]
-    shown = table("scene-table", "Accuracy per scene, in percent", header, [*rows, mean], data_sortable=True)
+    caption = "Accuracy per scene, in percent; Predicted: clips that are taken for the scene"
+    shown = table("scene-table", caption, header, [*rows, mean], data_sortable=True)
     return join(shown, el("p", BASELINE_NOTE, class_="hint") if beside else "")
 
 
@@ -233,8 +238,8 @@ def calibration(content: Content) -> Html:
     word = "too sure" if confidence.value > acc.value else "not sure enough"
     lead = (
         f"The model is {percent(confidence.value)} % sure on average, and right in {percent(acc.value)} %: {word} by "
-        f"{abs(100 * (confidence.value - acc.value)):.2f} points. Expected calibration error over {BINS} bins: "
-        f"{percent(error.value)} % (95 %: {interval(error)})."
+        f"{abs(100 * (confidence.value - acc.value)):.2f} points. Its expected calibration error is the mean distance "
+        f"of the two over {BINS} bins of confidence: {percent(error.value)} % (95 %: {interval(error)})."
     )
     rows = []
     for b in bins:

@@ -6,13 +6,29 @@ from typing import NamedTuple
 
 from dcase.report.html import Html, el, join
 
-WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 64, 18, 14, 42
 MOST_POINTS = 200  # of a series
 STYLES = 6  # of lines, in page.css
 
 
+class Frame(NamedTuple):
+    """A drawing's size and margins, in its own units, and the radius of a mark."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+    radius: float
+
+
+LARGE = Frame(440, 270, left=64, right=18, top=14, bottom=42, radius=3)
+SMALL = Frame(176, 130, left=36, right=14, top=8, bottom=20, radius=2)  # no room for the axes' labels
+
+
 class Series(NamedTuple):
+    """Without a point it is not drawn, and those behind it keep their styles."""
+
     name: str
     x: Sequence[float]
     y: Sequence[float]
@@ -51,58 +67,70 @@ def _thousands(value: float) -> str:
 
 def lines(name: str, title: str, x: Axis, y: Axis, series: Sequence[Series], *behind: Html) -> Html:
     """A chart with its legend below; ``behind``: drawn first, in the places of `place`."""
-    drawn = [_line(i, line, x, y) for i, line in enumerate(series)]
+    chart = _drawing(name, title, x, y, series, LARGE, behind)
+    return el("figure", el("figcaption", title), chart, legend(series), id=name, class_="chart")
+
+
+def small(name: str, title: str, caption: str, x: Axis, y: Axis, series: Sequence[Series]) -> Html:
+    """One of several charts that share their legend; ``title`` says it all, to those who do not see the others."""
+    chart = _drawing(name, title, x, y, series, SMALL)
+    return el("figure", el("figcaption", caption), chart, id=name, class_="chart")
+
+
+def legend(series: Sequence[Series]) -> Html:
+    """Nothing where there is only one series to be drawn."""
+    entries = (_entry(i, line.name) for i, line in enumerate(series) if len(line.y))
+    return Html("") if len(series) < 2 else el("ul", *entries, class_="legend")
+
+
+def _drawing(
+    name: str, title: str, x: Axis, y: Axis, series: Sequence[Series], frame: Frame, behind: Sequence[Html] = ()
+) -> Html:
+    drawn = [_line(i, line, x, y, frame) for i, line in enumerate(series) if len(line.y)]
     parts = ", ".join(f"{line.name}: {y.text(line.y[0])} to {y.text(line.y[-1])}" for line in series if len(line.y))
     text = el("title", f"{title}. {parts}", id=f"{name}-svg")
-    chart = el(
-        "svg",
-        text,
-        _grid(x, y),
-        *behind,
-        *drawn,
-        viewBox=f"0 0 {WIDTH} {HEIGHT}",
-        role="img",
-        aria_labelledby=f"{name}-svg",
-    )
-    legend = "" if len(series) < 2 else el("ul", *(_entry(i, s.name) for i, s in enumerate(series)), class_="legend")
-    return el("figure", el("figcaption", title), chart, legend, id=name, class_="chart")
+    size = {"viewBox": f"0 0 {frame.width} {frame.height}"}
+    return el("svg", text, _grid(x, y, frame), *behind, *drawn, role="img", aria_labelledby=f"{name}-svg", **size)
 
 
-def place(x: Axis, y: Axis, at_x: float, at_y: float) -> tuple[float, float]:
+def place(x: Axis, y: Axis, at_x: float, at_y: float, frame: Frame = LARGE) -> tuple[float, float]:
     """Values -> coordinates in the drawing."""
     across = (at_x - x.low) / (x.high - x.low)
     up = (at_y - y.low) / (y.high - y.low)
-    return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
+    left, right, bottom = frame.left, frame.width - frame.right, frame.height - frame.bottom
+    return left + across * (right - left), bottom - up * (bottom - frame.top)
 
 
-def _grid(x: Axis, y: Axis) -> Html:
+def _grid(x: Axis, y: Axis, frame: Frame) -> Html:
     drawn = []
-    bottom = HEIGHT - BOTTOM
+    left, right, bottom = frame.left, frame.width - frame.right, frame.height - frame.bottom
     for tick in y.ticks:
-        _, at = place(x, y, x.low, tick)
-        drawn.append(el("path", d=f"M{LEFT} {at:.1f}H{WIDTH - RIGHT}", class_="grid"))
-        drawn.append(el("text", y.text(tick), x=LEFT - 6, y=f"{at + 4:.1f}", text_anchor="end"))
+        _, at = place(x, y, x.low, tick, frame)
+        drawn.append(el("path", d=f"M{left} {at:.1f}H{right}", class_="grid"))
+        drawn.append(el("text", y.text(tick), x=left - 6, y=f"{at + 4:.1f}", text_anchor="end"))
     for tick in x.ticks:
-        at, _ = place(x, y, tick, y.low)
+        at, _ = place(x, y, tick, y.low, frame)
         drawn.append(el("path", d=f"M{at:.1f} {bottom}v4", class_="axis"))
         drawn.append(el("text", x.text(tick), x=f"{at:.1f}", y=bottom + 17, text_anchor="middle"))
-    drawn.append(el("path", d=f"M{LEFT} {bottom}H{WIDTH - RIGHT}", class_="axis"))
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    drawn.append(el("text", x.label, x=f"{middle:.0f}", y=HEIGHT - 6, text_anchor="middle", class_="label"))
-    up = (TOP + bottom) / 2
-    turned = {"transform": f"translate(13 {up:.0f}) rotate(-90)"}
-    drawn.append(el("text", y.label, text_anchor="middle", class_="label", **turned))
+    drawn.append(el("path", d=f"M{left} {bottom}H{right}", class_="axis"))
+    if frame is LARGE:
+        across, up = f"{(left + right) / 2:.0f}", f"{(frame.top + bottom) / 2:.0f}"
+        drawn.append(el("text", x.label, x=across, y=frame.height - 6, text_anchor="middle", class_="label"))
+        turned = {"transform": f"translate(13 {up}) rotate(-90)"}
+        drawn.append(el("text", y.label, text_anchor="middle", class_="label", **turned))
     return join(*drawn)
 
 
-def _line(number: int, series: Series, x: Axis, y: Axis) -> Html:
+def _line(number: int, series: Series, x: Axis, y: Axis, frame: Frame) -> Html:
     step = max(1, math.ceil(len(series.x) / MOST_POINTS))
     pairs = list(zip(series.x, series.y, strict=True))
     shown = [*pairs[:-1:step], *pairs[-1:]]
-    points = [place(x, y, *pair) for pair in shown]
+    points = [place(x, y, *pair, frame) for pair in shown]
     style = f"line{number % STYLES}"
     path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py in points)
-    marks = [el("circle", cx=f"{px:.1f}", cy=f"{py:.1f}", r=3, class_=style) for px, py in points if len(points) <= 30]
+    marks = []
+    if len(points) <= 30:
+        marks = [el("circle", cx=f"{px:.1f}", cy=f"{py:.1f}", r=frame.radius, class_=style) for px, py in points]
     return join(el("path", d=path, class_=style) if len(points) > 1 else "", *marks)
 
 

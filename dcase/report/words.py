@@ -32,6 +32,10 @@ def members(group: str) -> str:
     return ", ".join(device.upper() for device in DEVICE_GROUPS[group])
 
 
+def locations(n: int) -> str:
+    return f"{n:,} recording {'location' if n == 1 else 'locations'}"
+
+
 class Interval(Protocol):
     """`bootstrap.Estimate`."""
 
