@@ -2,6 +2,7 @@
 # make test   the whole test suite, as CI runs it
 # make drill  kills, full disks, damaged files: is anything lost? about 5 minutes
 # make lint   ruff
+# make pictures  those of README.md and docs/, from the demo and the notebook
 # make browser  headless Chromium by apt, as root, where there is none: the tests of the report's page skip without one
 # Each makes .venv and installs the pinned requirements first, once.
 
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo_runs
 
-.PHONY: demo test drill lint browser clean
+.PHONY: demo test drill lint pictures browser clean
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +32,9 @@ test: $(VENV)/.test
 
 drill: $(VENV)/.run
 	$(BIN)/python -m drills
+
+pictures: $(VENV)/.test
+	$(BIN)/python docs/pictures.py $(DEMO)
 
 browser:
 	for name in chromium-headless-shell chromium chromium-browser google-chrome chrome; do \
