@@ -1,6 +1,7 @@
 # make demo   both stages and the evaluation on synthetic data, about 3 minutes on 2 cores
 # make test   the whole test suite, as CI runs it
 # make drill  kills, full disks, damaged files: is anything lost? about 5 minutes
+# make gpu    all that needs an NVIDIA GPU: its tests, and the benchmarks that no machine here could run
 # make lint   ruff
 # make pictures  those of README.md and docs/, from the demo and the notebook
 # make browser  headless Chromium by apt, as root, where there is none: the tests of the report's page skip without one
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo_runs
 
-.PHONY: demo test drill lint pictures browser clean
+.PHONY: demo test drill gpu lint pictures browser clean
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,9 @@ browser:
 		if command -v $$name; then exit; fi; done; \
 	apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium-headless-shell
+
+gpu: $(VENV)/.test
+	bash benchmarks/gpu.sh
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

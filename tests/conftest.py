@@ -77,6 +77,9 @@ class Finished:
         line = self.err.replace("\r", "\n").strip().splitlines()[-1]
         return line[line.index("error: ") :] if "error: " in line else line
 
+    def succeeded(self) -> None:
+        assert self.code == 0, self.err
+
     def refused(self, *parts: str) -> None:
         """It ended with exit code 2 and one clear line that has these parts, without a traceback."""
         assert self.code == 2, self.err

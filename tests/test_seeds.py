@@ -137,7 +137,7 @@ def test_a_damaged_list_of_runs(copy, monkeypatch):
         ("--seeds 3 --lr 1", "--lr 1"),
         ("--lr 1 --seeds=3 --seed 4", "--lr 1"),
         ("--run-id x --seedling 3", "--seedling 3"),
-        ("--compile True --seed 0 --run_id=x", "--compile True"),
+        ("--compile --seed 0 --run_id=x", "--compile"),
     ],
 )
 def test_the_command_line_without_some_flags(args, kept):
