@@ -5,8 +5,8 @@
     python train_device_specific.py --ckpt_id RUN_ID --only_devices a,b     # a share of the work, for one of several
 
 RUN_ID of --ckpt_id is the run id that train_base.py printed. Model, front end and split are the general model's; a
-flag that contradicts them stops the script. A device's model is kept only if it beats the general one on that
-device's validation clips; unknown devices always use the general model.
+flag that contradicts them stops the script. A device's model is kept only if it is clearly better than the general one
+on that device's validation clips; unknown devices always use the general model.
 """
 
 import dataclasses

@@ -23,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dcase.errors import UserError, run
 from dcase.files import replace_file
+from dcase.progress import progress
 from dcase.tau22 import DEVICES, SPLITS, read_split
 
 MARK = "SYNTHETIC.md"  # the file by which `dcase.tau22.is_tau22` knows the folder from TAU22
@@ -183,7 +183,7 @@ def write_sound(out: Path, names: list[str], num_workers: int | None, seed: int)
     )
     try:
         written = pool.map(partial(write_clip, out, seed=seed), names, chunksize=CHUNK)
-        for _ in tqdm(written, total=len(names), desc="full size", unit=" files"):
+        for _ in progress(written, total=len(names), desc="full size", unit=" files"):
             pass
     except BrokenProcessPool as error:
         raise UserError("a process was killed (short of memory?): try a lower --num_workers") from error

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.export import Dim
-from tqdm import tqdm
 
 from dcase import cli, errors
 from dcase.checkpoints import load_trained
@@ -34,6 +33,7 @@ from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.labels import SCENES
 from dcase.lit import SceneClassifier
+from dcase.progress import progress
 from dcase.tau22 import DataConfig
 from dcase.training.loading import find_source, open_sound, with_sound
 
@@ -224,7 +224,7 @@ def log_mels(module: SceneClassifier, waveform: Tensor) -> Tensor:
 def clips_of(test: TAU22, samples: int, n: int) -> Tensor:
     """(n, samples): clips evenly spread over a data set, cut or padded to one length."""
     chosen = torch.linspace(0, len(test) - 1, min(n, len(test))).round().long().tolist()
-    read = (test[i].waveform for i in tqdm(chosen, desc="reading", unit="clip", leave=False))
+    read = (test[i].waveform for i in progress(chosen, desc="reading", unit="clip", leave=False))
     return torch.cat([F.pad(x[:, :samples], (0, max(0, samples - x.shape[1]))) for x in read])
 
 
@@ -233,7 +233,7 @@ def compare(model: Model, module: SceneClassifier, kind: str, clips: Tensor) -> 
     """Both on clips (n, samples), in batches of each size of `BATCHES`. Raises `Mismatch` where shapes differ."""
     of_module = reference(module, kind)
     difference, changed, seconds = 0.0, 0, []
-    progress = tqdm(total=len(BATCHES) * len(clips), desc="comparing", unit="clip", leave=False)
+    bar = progress(total=len(BATCHES) * len(clips), desc="comparing", unit="clip", leave=False)
     for size in BATCHES:
         for x in clips.split(size):
             x = x if kind == WAVEFORM else log_mels(module, x)
@@ -247,8 +247,8 @@ def compare(model: Model, module: SceneClassifier, kind: str, clips: Tensor) -> 
             difference = torch.tensor([difference, *(logits - expected).abs().flatten()]).max().item()  # or NaN
             first, second = expected.topk(2).values.T
             changed += int(((first - second > TOLERANCE) & (logits.argmax(1) != expected.argmax(1))).sum())
-            progress.update(len(x))
-    progress.close()
+            bar.update(len(x))
+    bar.close()
     return Parity(len(clips), difference, changed, 1000 * statistics.median(seconds))
 
 

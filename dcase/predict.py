@@ -22,7 +22,6 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from aum.allocator import keep_freed_memory
 from dcase.cli import parse
@@ -30,6 +29,7 @@ from dcase.deployment.prediction import UNKNOWN, Prediction, Recording, Skipped,
 from dcase.errors import UserError, run
 from dcase.files import replace_file
 from dcase.lit import SceneClassifier
+from dcase.progress import progress
 from dcase.report import markdown
 from dcase.tau22 import DEVICES, SCENES, leaves_folder
 
@@ -217,7 +217,7 @@ def hear(
     """All predictions, and what was skipped, which is reported on stderr at once; with a progress bar on a terminal."""
     predictions, skipped = [], []
     no_bar = len(recordings) < MANY or not sys.stderr.isatty()
-    with tqdm(total=len(recordings), desc="predicting", unit=" files", disable=no_bar) as bar:
+    with progress(total=len(recordings), desc="predicting", unit=" files", disable=no_bar) as bar:
         for one in predict(module, recordings, config.batch_size, config.overlap):
             if isinstance(one, Skipped):
                 skipped.append(one)

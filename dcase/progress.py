@@ -1,14 +1,18 @@
 """Progress bars: in a terminal often, in a log file (nohup, SLURM) seldom."""
 
 import sys
-from functools import partial
+from typing import TextIO
 
 from tqdm import tqdm
 
-
-def on_terminal() -> bool:
-    return sys.stderr.isatty()
+IN_A_FILE = 30  # seconds between two drawings of a bar
 
 
-# Seconds between two drawings of a bar. In a file each is a line of its own.
-progress = partial(tqdm, mininterval=0.1 if on_terminal() else 30)
+def on_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def progress(*args, **kwargs) -> tqdm:
+    """tqdm's bar, on stderr."""
+    seldom = {} if on_terminal(sys.stderr) else {"mininterval": IN_A_FILE, "maxinterval": IN_A_FILE}
+    return tqdm(*args, **seldom, **kwargs)

@@ -18,6 +18,9 @@ import pytest
 import torch
 from conftest import FIT, ROOT, SMALL, only_run, read_results
 
+from dcase.progress import on_terminal, progress
+from dcase.training.bars import Bars
+
 DEVICE_FIT = "--n_epochs 2 --batch_size 8 --lr 0.003 --warmup_steps 2 --check_val_every_n_epoch 1".split()
 QUIET = "--num_workers 0 --wandb_mode disabled --accelerator cpu".split()
 
@@ -232,21 +235,13 @@ def test_bf16_and_other_options_train(learnable, script, tmp_path):
 TRAIN_TWO = [str(ROOT / "train_base.py"), *SMALL, *FIT, "--n_epochs", "2", "--report_audio", "False"]
 
 
-def test_a_log_file_has_a_line_per_epoch_and_no_bars(learnable, script, tmp_path):
-    done = script("train_base.py", *TRAIN_TWO[1:], "--dataset_dir", learnable, "--logger", "none")
-    lines = re.findall(r"^epoch (\d) of 2: training loss (\d\.\d{4}), \d+ s$", done.out, re.MULTILINE)
-    assert [epoch for epoch, _ in lines] == ["1", "2"], done.out + done.err
-    logged = (only_run(tmp_path / "DCASE25_Task1") / "metrics.csv").read_text()
-    losses = [float(loss) for loss in re.findall(r",train/loss,(\S+)", logged)]
-    assert [float(loss) for _, loss in lines] == pytest.approx(losses, abs=5e-5)
-    assert "it/s, train" not in done.err
-
-
-def test_a_terminal_has_bars_and_no_line_per_epoch(learnable, tmp_path):
+def shown_by(command: list, cwd: Path, into_files: tuple[str, ...] = ()) -> tuple[str, str]:
+    """What a script shows in a terminal of 100 columns, and what goes to the streams that are redirected into files."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))  # rows, columns
-    command = [sys.executable, *TRAIN_TWO, "--dataset_dir", str(learnable), "--logger", "none"]
-    started = subprocess.Popen(command, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs)
+    with open(cwd / "log", "wb") as log:
+        streams = {name: log if name in into_files else theirs for name in ("stdout", "stderr")}
+        started = subprocess.Popen([sys.executable, *command], cwd=cwd, stdin=theirs, **streams)
     os.close(theirs)
     shown = b""
     while True:
@@ -256,4 +251,40 @@ def test_a_terminal_has_bars_and_no_line_per_epoch(learnable, tmp_path):
             break
     os.close(ours)
     assert started.wait() == 0, shown.decode()
-    assert b"epoch 2 of 2: 100%" in shown and b"train/loss_step" in shown and b"training loss" not in shown
+    return shown.decode(), (cwd / "log").read_text()
+
+
+@pytest.mark.parametrize("into_file", [("stdout",), ("stdout", "stderr")], ids=["stdout", "both"])
+def test_a_log_file_has_a_line_per_epoch_and_no_bars(learnable, tmp_path, into_file):
+    _, log = shown_by([*TRAIN_TWO, "--dataset_dir", str(learnable), "--logger", "none"], tmp_path, into_file)
+    lines = re.findall(r"^epoch (\d) of 2: training loss (\d\.\d{4}), \d+ s$", log, re.MULTILINE)
+    assert [epoch for epoch, _ in lines] == ["1", "2"], log
+    logged = (only_run(tmp_path / "DCASE25_Task1") / "metrics.csv").read_text()
+    losses = [float(loss) for loss in re.findall(r",train/loss,(\S+)", logged)]
+    assert [float(loss) for _, loss in lines] == pytest.approx(losses, abs=5e-5)
+    assert "train/loss_step" not in log
+
+
+def test_a_terminal_has_bars_and_no_line_per_epoch(learnable, tmp_path):
+    command = [*TRAIN_TWO, "--dataset_dir", str(learnable), "--logger", "none"]
+    shown, _ = shown_by(command, tmp_path, ("stderr",))  # Lightning draws to stdout
+    assert "epoch 2 of 2: 100%" in shown and "train/loss_step" in shown and "training loss" not in shown
+
+
+def test_a_long_epoch_says_how_far_it_is(monkeypatch, capsys):
+    bars = Bars()
+    assert not bars.on_terminal
+    bars._still("test", 1, 20)
+    monkeypatch.setattr(bars, "said", time.monotonic() - 61)
+    bars._still("test", 19, 20)
+    bars._still("test", 20, 20)
+    assert capsys.readouterr().out == "test: 19 of 20 batches\n"
+
+
+def test_a_bar_is_drawn_seldom_in_a_file_and_without_stderr_not_at_all(monkeypatch, capsys):
+    for _ in progress(range(10_000), desc="some"):
+        pass
+    drawn = capsys.readouterr().err.count("some:")
+    assert drawn == 2  # its beginning and its end
+    monkeypatch.setattr(sys, "stderr", None)
+    assert not on_terminal(sys.stderr)

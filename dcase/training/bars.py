@@ -1,5 +1,6 @@
-"""How far training is: Lightning's bars in a terminal, lines in a log file."""
+"""How far training and testing are: Lightning's bars in a terminal, lines in a log file."""
 
+import sys
 import time
 
 import pytorch_lightning as pl
@@ -8,15 +9,20 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from dcase.progress import on_terminal
 from dcase.training import processes
 
+EVERY = 60  # seconds between two lines of a long epoch in a log file
+
 
 class Bars(TQDMProgressBar):
-    """Lightning's bars in a terminal; in a log file a line per epoch, in place of a line per step."""
+    """Lightning's bars where stdout is a terminal; else a line per epoch, and one a minute within it."""
 
     def __init__(self):
-        super().__init__(refresh_rate=1 if on_terminal() else 0, leave=False)
+        self.on_terminal = on_terminal(sys.stdout)  # where Lightning draws
+        super().__init__(refresh_rate=1 if self.on_terminal else 0, leave=False)
+        self.said = time.monotonic()
 
     def print(self, *args, **kwargs) -> None:
-        if on_terminal():
+        self.said = time.monotonic()
+        if self.on_terminal:
             super().print(*args, **kwargs)
         elif processes.is_main():
             print(*args, flush=True, **kwargs)
@@ -32,11 +38,29 @@ class Bars(TQDMProgressBar):
     def _begin(self, trainer: pl.Trainer) -> None:
         self.began = time.monotonic()
         # Lightning's counts from 0, and every other line of ours from 1.
-        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}")
+        self.train_progress_bar.set_description(_epoch(trainer), refresh=False)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+        self._still(_epoch(trainer), batch_idx + 1, self.total_train_batches)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx: int, *args) -> None:
+        super().on_validation_batch_end(trainer, module, outputs, batch, batch_idx, *args)
+        self._still("validation", batch_idx + 1, self.total_val_batches_current_dataloader)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, module, outputs, batch, batch_idx: int, *args) -> None:
+        super().on_test_batch_end(trainer, module, outputs, batch, batch_idx, *args)
+        self._still("test", batch_idx + 1, self.total_test_batches_current_dataloader)
+
+    def _still(self, what: str, done: int, total: int | float) -> None:
+        if not self.on_terminal and time.monotonic() > self.said + EVERY:
+            self.print(f"{what}: {done} of {total} batches")
 
     def tell(self, trainer: pl.Trainer, loss: float) -> None:
         """Of an epoch that is over."""
-        if not on_terminal():
-            seconds = time.monotonic() - self.began
-            epoch = f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
-            self.print(f"{epoch}: training loss {loss:.4f}, {seconds:.0f} s")
+        if not self.on_terminal:
+            self.print(f"{_epoch(trainer)}: training loss {loss:.4f}, {time.monotonic() - self.began:.0f} s")
+
+
+def _epoch(trainer: pl.Trainer) -> str:
+    return f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}"
