@@ -88,6 +88,13 @@ def test_a_data_set_is_added_as_the_docs_say(changed, tmp_path):
     assert results["device_acc"]["a"] == pytest.approx(results["acc"])
 
 
+def test_the_readmes_example_of_the_backbone_runs():
+    section = (ROOT / "README.md").read_text().partition("## The backbone alone")[2]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    code += "\nassert logits.shape == (2, 50) and y.shape == (b, d_inner, l)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_in_the_docs_lead_somewhere(path):
     for text, target in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", path.read_text()):

@@ -203,7 +203,7 @@ def test_an_installed_submission_hears_what_the_scripts_hear(made, installed, le
 
 
 def test_a_test_ends_with_the_folder_to_submit(made):
-    assert made.said.strip().splitlines()[-1] == f"Stored models: T/{made.run.name}/stored/"
+    assert made.said.strip().splitlines()[-1] == f"Stored in 8 bit, and tested as stored: T/{made.run.name}/stored/"
 
 
 def test_the_package_needs_nothing_of_training_and_nothing_of_this_repository(made, installed, learnable, tmp_path):

@@ -34,7 +34,7 @@ class Exported(nn.Module):
 
 
 class StoredWeights(nn.Module):
-    """What `quantisation.encode` gives, as buffers of the same names; called, it gives the weights in float32."""
+    """What `compression.quantisation.encode` gives, as buffers of these names; called, it gives weights in float32."""
 
     def __init__(self, stored: dict[str, Tensor]):
         super().__init__()

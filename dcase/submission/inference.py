@@ -100,7 +100,7 @@ class StoredModel(nn.Module):
     """A model whose parameters are what is stored of them: whoever counts their bytes by dtype counts the file's."""
 
     def __init__(self, model: nn.Module, stored: dict[str, Tensor]):
-        """``model``: of the right shape; its weights are replaced by ``stored`` (`quantisation.encode`)."""
+        """``model``: of the right shape; its weights are replaced by ``stored`` (`compression.quantisation.encode`)."""
         super().__init__()
         self.model = model
         codes = {name for name in stored if name + SCALE in stored}

@@ -297,6 +297,7 @@ def quieten() -> None:
         logging.getLogger("aum").setLevel(logging.INFO)  # which scan backend is used, and why
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*lower value for log_every_n_steps.*")
+    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # --val_fraction 0
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP, of (n, 1) weights
     # Lightning cannot know that loading.Batches begins where an interrupted run was.

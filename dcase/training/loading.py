@@ -206,8 +206,8 @@ def evaluation_batches(dataset: TAU22, machine: MachineConfig) -> Batches:
 
 
 def loader(dataset: TAU22, machine: MachineConfig, batches: Batches) -> DataLoader:
-    """Batches of `dataset.Clip`. A pack is read so fast that further processes would only cost time: on a CPU none is
-    used then, beside a GPU one, which reads ahead."""
+    """Batches of `data.dataset.Clip`. A pack is read so fast that further processes would only cost time: on a CPU none
+    is used then, beside a GPU one, which reads ahead."""
     workers = min(machine.num_workers, n_cores())
     on_gpu = torch.cuda.is_available() and machine.accelerator != "cpu"
     if dataset.sound.pack:
