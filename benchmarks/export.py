@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from timing import CPU, WALL, median, progress, race, ratios, spread
-
+from benchmarks.timing import CPU, WALL, median, progress, race, ratios, spread
 from dcase.checkpoints import load_trained
 from dcase.compression.stored import GENERAL
 from dcase.config import StorageConfig, TrainConfig

@@ -1,17 +1,22 @@
 """How often the report's 95 % intervals hold the truth, by the number of recording locations.
 
-    python -m benchmarks.intervals [--tests 1000]
+    python benchmarks/intervals.py [--tests 1000]
 
 Tests are made up: scenes are right in 55 to 90 % of all places, a place has its own share around its scene's
 (deviation 0.2), and 10 to 39 clips. Beside the page's interval stands the percentile interval of the same draws.
 """
 
 import argparse
+import sys
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from dcase.report import bootstrap, markdown
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dcase.report import markdown
+from dcase.report.bootstrap import Figures
 from dcase.report.predictions import Predictions
 from dcase.tau22 import DEVICES, SCENES
 
@@ -44,12 +49,10 @@ def coverage(n: int, tests: int) -> dict[str, tuple[float, float]]:
     rng = np.random.default_rng(n)
     holds = {figure: [] for figure in FIGURES}
     for seed in tqdm(range(tests), desc=f"{n} locations", leave=False):
-        bootstrap.SEED, bootstrap.DRAWS = seed, DRAWS
         predictions, truth = made_up_test(n, rng)
-        figures = bootstrap.Figures(predictions)
+        figures = Figures(predictions, DRAWS, seed)
         for figure, name in FIGURES.items():
-            drawn = figures._drawn[name if len(name) > 1 else name[0]][1:]
-            ends = np.nanquantile(drawn, [0.025, 0.975]), figures(*name)[1:]
+            ends = np.nanquantile(figures.drawn(*name), [0.025, 0.975]), figures(*name)[1:]
             holds[figure].append([low - 1e-9 <= truth <= high + 1e-9 for low, high in ends])
     return {figure: tuple(100 * np.mean(held, 0)) for figure, held in holds.items()}
 

@@ -1,6 +1,6 @@
 """What the report's page costs for a test of TAU22's size: seconds to make, bytes, and seconds to open.
 
-    python -m benchmarks.report [--folder FOLDER]
+    python benchmarks/report.py [--folder FOLDER]
 
 Predictions are made up, of 29,680 clips under names and with places and devices like TAU22's, and so are recordings of
 those clips that are shown. With Chromium on the PATH the page is opened, too.
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import LAPTOP, Browser, find_browser  # noqa: E402
 from made_up_run import made_up, write_run  # noqa: E402

@@ -1,14 +1,14 @@
 """Runs side by side on the terminal: ``python -m dcase.compare RUN_ID RUN_ID ... --project_name P``.
 
-Runs that differ in nothing but their seed stand together, as a mean and the deviation over them. The best value of each
-figure is marked, and differences are to the first line.
+Runs that differ in nothing but their seed stand together, as a mean and the deviation over seeds. The best value of
+each figure is marked, and differences are to the first line; neither between runs that were tested on different clips.
 """
 
 import csv
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,7 +19,8 @@ from dcase.cli import parse
 from dcase.errors import UserError, one_line, run
 from dcase.files import replace_file
 from dcase.report import markdown
-from dcase.report.alike import NO_MATTER, configuration, flags_of
+from dcase.report.alike import NO_MATTER, configuration, flags_of, seeds
+from dcase.report.seeds import per_seed
 from dcase.runs import Run, find_run, kind_of
 from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
@@ -57,10 +58,16 @@ class Finished:
     flags: dict  # the whole configuration, flat
     commit: str  # of the code, short; "-" where it is not known
     results: dict
+    seeds: Hashable  # `alike.seeds`
 
     @property
     def name(self) -> str:
         return self.flags["experiment_name"] or self.flags["model"]
+
+    @property
+    def tested_on(self) -> tuple[str | None, int | None]:
+        """The data, and how many clips. Runs where it is not the same cannot be compared."""
+        return self.results.get("data"), self.results.get("n_clips")
 
     def figure(self, place: str) -> float | None:
         """One of results.json's: "macro_avg_acc", "scene_acc/bus", ..."""
@@ -86,13 +93,26 @@ class Group:
     def ids(self) -> str:
         return " ".join(finished.run.id for finished in self.runs)
 
+    @property
+    def tested_on(self) -> tuple[str | None, int | None]:
+        return self.runs[0].tested_on
+
+    @property
+    def n_seeds(self) -> int:
+        return len({finished.seeds for finished in self.runs})
+
+    def values(self, place: str) -> list[float | None]:
+        """One per seed."""
+        found = [finished.figure(place) for finished in self.runs]
+        return per_seed(found, [finished.seeds for finished in self.runs])
+
     def mean(self, place: str) -> float | None:
-        values = [finished.figure(place) for finished in self.runs]
+        values = self.values(place)
         return None if None in values else round(statistics.fmean(values), 9)  # else ties would be decided by roundings
 
     def deviation(self, place: str) -> float:
-        """Of the sample. For more than one run."""
-        return statistics.stdev(finished.figure(place) for finished in self.runs)
+        """Of the sample. For more than one seed."""
+        return statistics.stdev(self.values(place))
 
     def flag(self, name: str) -> str:
         """Its value, or the values of all runs."""
@@ -119,7 +139,7 @@ def read_finished(project_name: str, run_id: str) -> Finished:
         raise UserError(f"run {run_id} has no results.json: it is not finished (--resume it), or only trains a share")
     try:
         results = json.loads(path.read_text())
-        finished = Finished(found, kind, flags, (found.commit() or "-")[:7], results)
+        finished = Finished(found, kind, flags, (found.commit() or "-")[:7], results, seeds(flags, project_name))
         for place in (*FIGURES.values(), *DETAILS.values()):
             finished.figure(place)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -140,9 +160,10 @@ def read_all(project_name: str, run_ids: Sequence[str]) -> tuple[list[Finished],
 
 def grouped(runs: Sequence[Finished], project_name: str) -> list[Group]:
     """Runs by what they differ in beside their seed, in the order of their first ones."""
-    groups: dict[str, list[Finished]] = {}
+    groups: dict[tuple, list[Finished]] = {}
     for finished in runs:
-        groups.setdefault(configuration(finished.flags, project_name), []).append(finished)
+        key = finished.tested_on, configuration(finished.flags, project_name)
+        groups.setdefault(key, []).append(finished)
     return [Group(together) for together in groups.values()]
 
 
@@ -159,10 +180,10 @@ def overview(groups: Sequence[Group]) -> str:
 
 
 def _label(group: Group) -> str:
-    runs, seeds = len(group.runs), len({finished.flags.get("seed") for finished in group.runs})
+    runs, n = len(group.runs), group.n_seeds
     if runs == 1:
         return group.name
-    kinds = f"{runs} seeds" if seeds == runs else f"{runs} runs of {seeds} seed{'s' if seeds > 1 else ''}"
+    kinds = f"{runs} seeds" if n == runs else f"{runs} runs of {n} seed{'s' if n > 1 else ''}"
     return f"{group.name} ({kinds})"
 
 
@@ -177,8 +198,12 @@ def _cells(groups: Sequence[Group], place: str, count: bool = False) -> list[str
     """One figure of every group: 82.53 ± 0.93 (+2.18) *; * is the best one."""
     means = [group.mean(place) for group in groups]
     known = [mean for mean in means if mean is not None]
-    best = (min if count else max)(known) if len(set(known)) > 1 else None
-    return [_cell(group, place, means[0] if group is not groups[0] else None, best, count) for group in groups]
+    best = (min if count else max)(known) if len(set(known)) > 1 and not different_clips(groups) else None
+    others = [group is not groups[0] and group.tested_on == groups[0].tested_on for group in groups]
+    return [
+        _cell(group, place, means[0] if other else None, best, count)
+        for group, other in zip(groups, others, strict=True)
+    ]
 
 
 def _cell(group: Group, place: str, first: float | None, best: float | None, count: bool) -> str:
@@ -188,7 +213,7 @@ def _cell(group: Group, place: str, first: float | None, best: float | None, cou
     mark = " *" if mean == best else "  " if best is not None else ""
     if count:
         return f"{mean:,.0f}{mark}"
-    deviation = f" ± {100 * group.deviation(place):.2f}" if len(group.runs) > 1 else ""
+    deviation = f" ± {100 * group.deviation(place):.2f}" if group.n_seeds > 1 else ""
     difference = f" ({100 * (mean - first):+.2f})" if first is not None else ""
     return f"{100 * mean:.2f}{deviation}{difference}{mark}"
 
@@ -209,21 +234,26 @@ def flags_table(groups: Sequence[Group]) -> str:
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
-    """What must be known before figures are compared."""
+    """What the runs say of their own figures."""
     runs = [finished for group in groups for finished in group.runs]
     said = [f"{finished.run.id}: {finished.results['note']}" for finished in runs if finished.results.get("note")]
     if len({note.partition(": ")[2] for note in said}) == 1 and len(said) == len(runs) > 1:
         said = [f"all: {said[0].partition(': ')[2]}"]
-    tested_on = dict.fromkeys((finished.results.get("data"), finished.results.get("n_clips")) for finished in runs)
-    if len(tested_on) > 1:
-        listed = ", ".join(f"{data} ({n} clips)" for data, n in tested_on)
-        said.append(f"WARNING: tested on different clips, so their figures cannot be compared: {listed}")
     return said
+
+
+def different_clips(groups: Sequence[Group]) -> str:
+    """A warning where the groups were not all tested on the same clips; else ""."""
+    tested_on = dict.fromkeys(group.tested_on for group in groups)
+    listed = ", ".join(f"{data} ({n} clips)" for data, n in tested_on)
+    warning = f"WARNING: tested on different clips, so their figures cannot be compared: {listed}"
+    return warning if len(tested_on) > 1 else ""
 
 
 def report(groups: Sequence[Group]) -> str:
     """All tables of these groups."""
-    parts = [overview(groups)]
+    warning = different_clips(groups)
+    parts = [warning, overview(groups)] if warning else [overview(groups)]
     if len(groups) <= MAX_COLUMNS:
         parts.append(details(groups))
         if len(groups) > 1:
@@ -232,7 +262,9 @@ def report(groups: Sequence[Group]) -> str:
         parts.append(f"Scenes, devices and flags are shown of up to {MAX_COLUMNS} lines; --csv has those of all.")
     said = notes(groups)
     legend = "Accuracies in percent; * is the best, (+1.00) the difference to the first line."
-    if any(len(group.runs) > 1 for group in groups):
+    if warning:
+        legend = "Accuracies in percent; (+1.00) is the difference to the first line, where the clips are the same."
+    if any(group.n_seeds > 1 for group in groups):
         legend += " Mean ± deviation over seeds."
     return "\n\n".join([*parts, "\n".join([legend, *said])])
 

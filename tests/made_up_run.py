@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dcase import metrics
-from dcase.config import BaseConfig, to_plain
+from dcase.config import BaseConfig, TrainConfig, to_plain
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, write_predictions
 from dcase.tau22 import DEVICES, SCENES
 
@@ -43,15 +43,23 @@ def made_up(seed: int = 0, n: int = 1800) -> Predictions:
     return Predictions(np.array(names), scene, device, location, np.round(logits, 4))
 
 
-def write_run(folder: Path, predictions: Predictions, dataset_dir: Path, seed: int = 0, **run: object) -> Path:
-    """results.json, config.json, metrics.csv and predictions.csv as a training run leaves them."""
+def write_run(
+    folder: Path,
+    predictions: Predictions,
+    dataset_dir: Path,
+    seed: int = 0,
+    of: TrainConfig | None = None,
+    **run: object,
+) -> Path:
+    """results.json, config.json, metrics.csv and predictions.csv as a training run leaves them; ``of``: what it was
+    begun with, None: stage 1's defaults."""
     p = predictions
     folder.mkdir(parents=True, exist_ok=True)
     write_predictions(p, folder / PREDICTIONS_CSV)
     results = {"data": "made up", "note": "Made-up data.", **metrics.results(torch.tensor(p.confusion), p.loss.sum())}
     results |= {"complexity": COMPLEXITY, "tested_on": {"accelerator": "cpu", "scan_backend": "cpu"}}
     (folder / "results.json").write_text(json.dumps(results))
-    config = to_plain(BaseConfig())
+    config = to_plain(of or BaseConfig())
     config["data"] |= {"dataset_dir": str(dataset_dir), "orig_sample_rate": 8000}
     config["logmel"] |= {"sample_rate": 8000, "n_fft": 512, "window_length": 512, "hop_length": 128, "n_mels": 64}
     config["fit"] |= {"seed": seed, "lr": 0.005}

@@ -101,6 +101,23 @@ def test_a_run_that_was_repeated_is_no_other_seed(capsys, monkeypatch):
     assert cells(out, "1")[0] == "1 aum_small (3 runs of 2 seeds)"
 
 
+def test_a_deviation_is_over_seeds_alone(capsys, monkeypatch):
+    for run_id, seed, hits in (("one", 0, 10), ("again", 0, 12), ("other", 1, 14)):
+        make_run(run_id, results_of({"all": hits}), seed=seed)
+    _, out, _ = run_compare(capsys, monkeypatch, "one", "again")
+    assert cells(out, "1 aum_small (2 runs of 1 seed)")[3] == "55.00" and "±" not in out
+    _, out, _ = run_compare(capsys, monkeypatch, "one", "again", "other")
+    assert cells(out, "1")[3] == f"62.50 ± {statistics.stdev((55, 70)):.2f}"
+
+
+def test_stage_2_of_two_general_models_is_of_two_seeds(capsys, monkeypatch):
+    for seed in (0, 1):
+        make_run(f"base{seed}", results_of({"all": 10}), seed=seed)
+        make_run(f"tuned{seed}", results_of({"all": 10 + seed}), DeviceConfig(ckpt_id=f"base{seed}"))
+    _, out, _ = run_compare(capsys, monkeypatch, "tuned0", "tuned1")
+    assert cells(out, "1 aum_small (2 seeds)")[3] == f"52.50 ± {statistics.stdev((50, 55)):.2f}"
+
+
 def test_stage_2_of_several_seeds_stands_together_through_its_stage_1():
     for seed in (0, 1):
         make_run(f"base{seed}", results_of({"all": 10}), seed=seed)
@@ -234,7 +251,20 @@ def test_notes_and_other_test_clips_are_told(capsys, monkeypatch):
     make_run("two", results_of({"all": 10}, n=21), lr=0.1)
     out = run_compare(capsys, monkeypatch, "one", "two")[1]
     assert f"one: {note}" in out
-    assert "WARNING: tested on different clips" in out and "TAU22 (600 clips), TAU22 (630 clips)" in out
+    assert out.startswith("WARNING: tested on different clips") and "TAU22 (600 clips), TAU22 (630 clips)" in out
+
+
+def test_runs_of_other_clips_have_neither_stars_nor_differences(capsys, monkeypatch):
+    make_run("one", results_of({"all": 10}))
+    make_run("own", results_of({"all": 14}, data="own"), lr=0.1)
+    make_run("two", results_of({"all": 12}), lr=0.2)
+    make_run("again", results_of({"all": 16}, data="own"), seed=1)  # of one's configuration, and other clips
+    _, out, _ = run_compare(capsys, monkeypatch, "one", "own", "two", "again")
+    assert out.splitlines()[0].startswith("WARNING: tested on different clips, so their figures cannot be compared: ")
+    assert [cells(out, f"{i} aum_small")[3] for i in (1, 2, 3, 4)] == ["50.00", "70.00", "60.00 (+10.00)", "80.00"]
+    assert cells(out, "bus") == ["bus", "50.00", "70.00", "60.00 (+10.00)", "80.00"] and "*" not in out
+    _, out, _ = run_compare(capsys, monkeypatch, "one", "two")
+    assert "WARNING" not in out and cells(out, "2 aum_small")[3] == "60.00 (+10.00) *"
 
 
 def test_other_code_is_a_difference(capsys, monkeypatch):

@@ -207,6 +207,20 @@ def test_bars_take_their_groups_colour_and_absent_groups_have_none(results, tmp_
     assert not has_colour(ink(tmp_path / "d.png"), "#CC79A7")
 
 
+@pytest.mark.parametrize("heard", [("a", "s1"), ("s4",), ()])
+def test_devices_without_a_clip_have_no_bar(results, tmp_path, monkeypatch, heard):
+    figures = []
+    monkeypatch.setattr(charts, "_save", lambda figure, path: figures.append(figure))
+    for device in set(DEVICES) - set(heard):
+        results["device_acc"][device] = None
+    device_png(results, tmp_path / "d.png", "title")
+    (axes,) = figures[0].axes
+    labels = [label.get_text().partition("\n") for label in axes.get_xticklabels()]
+    expected = [(device.upper(), f"{100 * results['device_acc'][device]:.1f}") for device in heard]
+    assert [(name, value) for name, _, value in labels] == (expected or [(d.upper(), "no clips") for d in DEVICES])
+    assert len(axes.patches) == len(labels)
+
+
 def test_a_note_is_drawn_and_odd_titles_are_no_formula(partial, tmp_path):
     for draw in (confusion_png, device_png):
         draw(partial, tmp_path / "plain.png", "title")
@@ -285,3 +299,7 @@ def test_fine_tuning_table(results, tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
     assert ["a", "1,840", "210", "50.00", "51.25", "yes: the loss falls"] in rows
     assert ["c", "0", "0", "-", "-", "no: no training clip of this device"] in rows
+    assert "1 of 2 fine-tuned devices has a model of its own: A." in text
+    results["fine_tuning"]["a"]["kept"] = False
+    text = report.write_report(results, tmp_path, "ours")
+    assert "No device has a model of its own: none was clearly better than the general one." in text

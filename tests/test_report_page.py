@@ -3,7 +3,10 @@
 import base64
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +21,7 @@ from made_up_run import COMPLEXITY, made_up, write_run
 from matplotlib.image import imread
 
 from dcase import evaluation
+from dcase.config import DeviceConfig
 from dcase.metrics import mean_and_error
 from dcase.report import bootstrap, mistakes, sounds
 from dcase.report.__main__ import main
@@ -27,6 +31,7 @@ from dcase.report.page import write_page
 from dcase.report.predictions import Predictions, read_predictions, write_predictions
 from dcase.report.run_files import read_finished
 from dcase.report.seeds import Spread, by_configuration
+from dcase.report.tables import own_models
 from dcase.report.words import percent, title
 from dcase.runs import Run
 from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
@@ -205,7 +210,7 @@ def test_a_script_makes_page_and_predictions(general_run, learnable):
     parsed.check()
     assert parsed.rows("scene-table")["Macro average"][0] == percent(results["macro_avg_acc"])
     assert parsed.rows("device-table")["B"][1] == percent(results["device_acc"]["b"])
-    assert parsed.rows("device-table")["S6"][1] == "-"
+    assert set(parsed.rows("device-table")) == {"A", "B", "S1", "S4"}  # what has no clip has no row
     assert {"curve-train-loss", "curve-val-macro_avg_acc", "curve-lr"} <= set(parsed.ids)
     tested_on = results["tested_on"]
     assert tested_on["accelerator"] == "cpu" and tested_on["scan_backend"] in ("cpu", "torch") and tested_on["name"]
@@ -234,6 +239,9 @@ def test_a_test_shows_how_its_checkpoint_was_trained(project, tmp_path):
     parsed = Page(write_page(read_finished(run)))
     parsed.check()
     assert "curve-train-loss" in parsed.ids and "Of run trained" in parsed.text and "seed 3" in parsed.text
+    assert "test of run trained (general model) · run tested" in parsed.text
+    assert "<title>aum_small (test): run tested</title>" in parsed.text
+    assert "1 of 1 fine-tuned devices has a model of its own: A. " in parsed.text
     accuracies = ["50.00", "51.25", "yes: it beats the general one"]
     assert parsed.rows("fine-tuning-table")["A"] == ["1,840", "210", *accuracies]
     assert "changed-trained" in parsed.tables and "--ckpt_path" in parsed.rows("changed-tested")
@@ -276,10 +284,32 @@ def test_runs_without_clips_of_a_scene_or_with_one_device(project, tmp_path):
     parsed = Page(write_page(read_finished(run)))
     parsed.check()
     assert parsed.rows("scene-table")[title(SCENES[3])][:3] == ["-", "", "-"]
-    assert parsed.rows("device-table")["A"][1] == "-" and "matrix-c" in parsed.tables
-    right = p.select(p.correct)
-    run = write_run(tmp_path / "right", right, project.parent / "data")
-    assert "There is no mistake." in write_page(read_finished(run)).read_text()
+    assert list(parsed.rows("device-table")) == ["C"] and "matrix-c" in parsed.tables
+    assert list(parsed.rows("group-table")) == ["Real (A, B, C)"] and "Weakest scene" in parsed.text
+    assert "Weakest device" not in parsed.text and "Seen devices" not in parsed.text and "simulated," not in parsed.text
+    both = [write_run(tmp_path / "P" / name, p.select(p.device < 2), project.parent / "data") for name in ("x", "y")]
+    parsed = Page(write_comparison([read_finished(run) for run in both], tmp_path / "comparison"))
+    assert list(parsed.rows("device-table")) == ["A", "B"] and list(parsed.rows("group-table")) == ["Real (A, B, C)"]
+
+
+def test_nothing_is_the_weakest_where_all_is_right_or_equally_wrong(project, tmp_path):
+    p = made_up()
+    run = write_run(tmp_path / "right", p.select(p.correct), project.parent / "data")
+    text = write_page(read_finished(run)).read_text()
+    assert "There is no mistake." in text and "Every clip is right." in text and "Weakest" not in text
+    wrong = replace(p, logits=np.eye(len(SCENES))[(p.scene + 1) % len(SCENES)])
+    text = write_page(read_finished(write_run(tmp_path / "wrong", wrong, tmp_path / "nowhere"))).read_text()
+    assert "Weakest" not in text and "Every clip" not in text
+
+
+def test_clips_of_one_name_are_told_apart_by_their_folders(page, project, tmp_path):
+    names = re.findall("<code>(.*?)</code>", page.read_text())
+    assert names and not any("/" in name for name in names)
+    p = made_up(n=90)
+    named = replace(p, filenames=np.array([f"audio/{i % 45}/clip{i // 45}.wav" for i in range(90)]))
+    run = write_run(tmp_path / "named", named, tmp_path / "nowhere")
+    names = re.findall("<code>(.*?)</code>", write_page(read_finished(run)).read_text())
+    assert names and all(re.fullmatch(r"\d+/clip[01]\.wav", name) for name in names)
 
 
 # Predictions
@@ -387,6 +417,34 @@ def test_quantiles_of_students_t():
     assert {degrees: bootstrap._student(degrees) for degrees in exact} == pytest.approx(exact, rel=3e-3)
 
 
+def test_the_draws_of_a_figure():
+    p = made_up()
+    figures = Figures(p, draws=50, seed=1)
+    drawn = figures.drawn("scene", "bus")
+    assert drawn.shape == (50,) and drawn.std() > 0 and figures.draws == 50
+    assert np.array_equal(drawn, Figures(p, 50, 1).drawn("scene", "bus"))
+    assert not np.array_equal(drawn, Figures(p, 50, 2).drawn("scene", "bus"))
+    ends = bootstrap.expanded(figures.drawn("acc"), figures.n_locations("acc"))
+    assert figures("acc")[1:] == pytest.approx(ends)
+    assert len(Figures(p).drawn("acc")) == bootstrap.DRAWS
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (["benchmarks/intervals.py", "--tests", "2"], "\n| macro-average accuracy "),
+        (["benchmarks/report.py", "--help"], "--folder"),
+        (["benchmarks/export.py", "--help"], "--checkpoints"),
+        (["-m", "benchmarks.export", "--help"], "--checkpoints"),
+    ],
+)
+def test_benchmarks_start_as_files_and_as_modules(command, said):
+    root = Path(__file__).resolve().parent.parent
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, *command], cwd=root, env=alone, capture_output=True, text=True)
+    assert done.returncode == 0 and said in done.stdout, done.stderr
+
+
 def test_a_page_says_of_how_many_locations_its_intervals_are(page, project, tmp_path):
     p = made_up()
     n = len(set(p.location))
@@ -399,8 +457,24 @@ def test_a_page_says_of_how_many_locations_its_intervals_are(page, project, tmp_
     warning = "These are clips of 8 recording locations only: the intervals are rough, and rather too narrow."
     for path in (few, both):
         Page(path).check()
-        assert warning in path.read_text()
+        assert warning in path.read_text() and "(95 %: -)" not in path.read_text()
+        assert "clips come from fewer than 5 locations, it is shown without an interval" in path.read_text()
     assert f"draws of the {n} recording locations" in compared_page(project).read_text()
+
+
+def test_a_page_of_fewer_than_five_locations_says_that_there_is_no_interval_and_no_more(project, tmp_path):
+    runs = [
+        write_run(tmp_path / name, of_locations(made_up(seed), 3), project.parent / "data")
+        for name, seed in (("few", 0), ("again", 0))
+    ]
+    alone = write_page(read_finished(runs[0]))
+    both = write_comparison([read_finished(run) for run in runs], tmp_path / "comparison")
+    for path in (alone, both):
+        Page(path).check()
+        text = path.read_text()
+        assert "The test has clips of 3 recording locations: of fewer than 5 no interval can be told." in text
+        for word in ("draws", "rough", "95 %: ", "Hesterberg"):
+            assert word not in text.partition("<script>")[0], word
 
 
 def test_differences_are_drawn_together():
@@ -511,7 +585,7 @@ def test_comparison(project):
 
 def tuned_run(folder: Path, data: Path, curves: dict[str, tuple[float, float]], lr: float) -> Path:
     """A run of stage 2. ``curves``: the beginning of a model's metrics -> its first and last training loss."""
-    run = write_run(folder, made_up(), data)
+    run = write_run(folder, made_up(), data, of=DeviceConfig(ckpt_id="one"))
     outcome = {"n_train": 9, "n_val": 9, "general": 0.5, "fine_tuned": 0.5, "kept": False, "reason": "luck", "lr": lr}
     change(run, "results.json", lambda r: r.update(fine_tuning={device: outcome for device in ("a", "b")}))
     lines = [f"{step},{name}train/loss,{loss}" for name, losses in curves.items() for step, loss in enumerate(losses)]
@@ -540,7 +614,7 @@ def test_curves_of_stage_2_are_overlaid_device_by_device(project, tuned):
     runs = [read_finished(run) for run in (*tuned, project / "one")]
     path = write_comparison(runs, tuned[0].parent / "comparison")
     Page(path).check()
-    labels = ["aum_small (tried, seed 0)", "aum_small (once, seed 0)"]
+    labels = ["aum_small (device-specific, tried, seed 0)", "aum_small (device-specific, once, seed 0)"]
     said, lines = drawn_lines(path, "curve-a-train-loss")
     assert said == f"Training loss, device A. {labels[0]}: 2 to 1.5, {labels[1]}: 3 to 1.25" and lines == [
         "line0",
@@ -564,13 +638,46 @@ def test_curves_of_stage_2_stand_together(tuned):
     assert "curve-s1-train-loss" not in path.read_text()
 
 
+def test_a_chart_says_to_those_who_do_not_see_it_where_its_line_begins_and_ends(page, tuned):
+    assert drawn_lines(page, "curve-train-loss")[0] == "Training loss. 1.852 to 0.1548"  # of 1.851851..., 0.154798...
+    said, _ = drawn_lines(write_page(read_finished(tuned[1])), "curve-a-train-loss")
+    assert said == "Training loss, device A. 3 to 1.25"  # one learning rate has no name
+
+
+def test_a_page_tells_the_stages_apart(page, tuned):
+    text, device_specific = page.read_text(), write_page(read_finished(tuned[0])).read_text()
+    assert '<p class="facts">general model · run one ·' in text and "(general): run one</title>" in text
+    assert "of its own" not in text
+    assert '<p class="facts">device-specific models · run tried ·' in device_specific
+    assert "<title>aum_small (device-specific): run tried</title>" in device_specific
+    header = device_specific.partition("</header>")[0]
+    assert "No device has a model of its own: none was clearly better than the general one. " in header
+    assert 'href="#fine-tuning"' in header
+    own = {"a": {"kept": True}, "b": {"kept": False}, "s1": {"kept": True}}
+    assert own_models(own) == "2 of 3 fine-tuned devices have a model of their own: A, S1."
+
+
+def test_runs_whose_predictions_are_all_equal_are_said_to_be(project, tuned):
+    runs = [read_finished(run) for run in (project / "one", *tuned, project / "two")]  # one, tried and once are equal
+    path = write_comparison(runs, tuned[0].parent / "comparison")
+    parsed = Page(path)
+    parsed.check()
+    for name in ("tried", "once"):
+        said = f"aum_small (device-specific, {name}, seed 0): every prediction is equal to the first run&#x27;s, so no "
+        assert f"{said}figure differs. No device has a model of its own" in parsed.text
+        assert "Nothing: every prediction is equal to that of one." in parsed.text
+        assert f"won-{name}" not in parsed.tables
+    assert "won-two" in parsed.tables and parsed.text.count("every prediction is equal to the first") == 2
+
+
 def test_runs_of_other_clips_are_compared_without_intervals(project, tmp_path):
     p = made_up()
     run = write_run(tmp_path / "P" / "half", p.select(np.arange(len(p)) % 2 == 0), project.parent / "data")
     parsed = Page(write_comparison([read_finished(project / "one"), read_finished(run)], tmp_path / "P" / "comparison"))
     parsed.check()
     assert "No intervals for half" in parsed.text and "different data" in parsed.text
-    assert parsed.tables["runs"][2][4] == "-" and parsed.tables["runs"][2][3] != "-"
+    assert parsed.tables["runs"][2][3:5] == ["-", "-"] and parsed.rows("device-table")["A"][2:] == ["-", "-"]
+    assert "It was tested on other data than one." in parsed.text and "matrix-half-all" not in parsed.tables
 
 
 def test_seeds_stand_together(project):
@@ -683,6 +790,22 @@ def test_intervals_have_two_ends_and_flags_are_whole(browser, page):
     lines = """[...document.querySelectorAll('#configuration tbody th, #environment tbody th')].map(th => {
         const range = document.createRange(); range.selectNodeContents(th); return range.getClientRects().length; })"""
     assert set(browser.run(lines)) == {1}  # no name of a flag goes over two lines
+
+
+@pytest.mark.parametrize("size", [PHONE, (360, 640), (320, 640), LAPTOP])
+def test_no_figure_breaks(browser, project, tmp_path, size):
+    run = write_run(tmp_path / "large", made_up(), project.parent / "data")
+    large = {"macs": 1_751_572_736, "total_param_bytes": 101_369_384}
+    change(run, "results.json", lambda r: r["complexity"].update(large))
+    browser.screen(size)
+    browser.open(write_page(read_finished(run)).as_uri())
+    tiles = """[...document.querySelectorAll('.tiles b')].map(b => {
+        const range = document.createRange(); range.selectNodeContents(b);
+        const box = range.getBoundingClientRect(), tile = b.parentElement.getBoundingClientRect();
+        return [b.textContent, range.getClientRects().length, box.right <= tile.right - 1]; })"""
+    found = browser.run(tiles)
+    assert {"1,751,572,736", "101,369,384 B"} <= {text for text, *_ in found}
+    assert all(lines == 1 and inside for _, lines, inside in found), found
 
 
 def test_three_clicks_from_a_run_to_why_a_device_fails(browser, page):

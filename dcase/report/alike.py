@@ -42,11 +42,23 @@ def flags_of(run: Run) -> dict:
 def configuration(flags: dict, project_name: str) -> str:
     """The same text for runs of one configuration, whatever their seed and that of the runs they start from."""
     counted = {name: value for name, value in flags.items() if name not in NO_MATTER | {"seed"}}
-    for name in _OTHER_RUNS:
-        if counted.get(name):
-            try:
-                other = find_run(project_name, counted[name], f"--{name}")
-                counted[name] = configuration(flat(other.read_config()), project_name)
-            except UserError:  # it is gone: its id must do
-                pass
+    counted |= {name: configuration(other, project_name) for name, other in _other_runs(flags, project_name).items()}
     return json.dumps(counted, sort_keys=True)
+
+
+def seeds(flags: dict, project_name: str) -> tuple:
+    """The run's seed, and those of the runs it starts from."""
+    others = _other_runs(flags, project_name).values()
+    return (flags.get("seed"), *(seeds(other, project_name) for other in others))
+
+
+def _other_runs(flags: dict, project_name: str) -> dict[str, dict]:
+    """Of each flag that names a run, the flags of that run. One that is gone is left out: its id must do."""
+    found = {}
+    for name in _OTHER_RUNS:
+        if flags.get(name):
+            try:
+                found[name] = flat(find_run(project_name, flags[name], f"--{name}").read_config())
+            except UserError:
+                continue
+    return found

@@ -6,7 +6,7 @@ product. Source: Field and Welsh, J. R. Statist. Soc. B 69(3), 2007 (of clusters
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -41,12 +41,12 @@ class Figures:
     ("scene", s, d): of scene s on device d; ("calibration_error", d), ("confidence", d).
     """
 
-    def __init__(self, predictions: Predictions):
-        p = predictions
+    def __init__(self, predictions: Predictions, draws: int = DRAWS, seed: int = SEED):
+        p, self.draws = predictions, draws
         self.locations, location = np.unique(p.location, return_inverse=True)
         n, scenes, devices = len(self.locations), len(SCENES), len(DEVICES)
-        drawn = np.random.default_rng(SEED).multinomial(n, np.full(n, 1 / n), size=DRAWS)
-        times = np.vstack([np.ones((1, n)), drawn])  # the first row: the test as it is
+        anew = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+        times = np.vstack([np.ones((1, n)), anew])  # the first row: the test as it is
 
         def sums(cell: np.ndarray, shape: tuple[int, ...], values: np.ndarray | None = None) -> np.ndarray:
             """(1 + draws, *shape): over clips, by cell, of 1 or of their values."""
@@ -63,7 +63,7 @@ class Figures:
         cell, shape = p.device * BINS + bins, (devices, BINS)
         clips, sure, right = (sums(cell, shape, v) for v in (None, p.confidence, p.correct.astype(float)))
 
-        self._drawn: dict[Hashable, np.ndarray] = {
+        self._values: dict[Hashable, np.ndarray] = {
             "macro_avg_acc": _mean(by_scene),
             "acc": _ratio(every_correct, every),
             "device_avg_acc": _mean(by_device),
@@ -72,18 +72,18 @@ class Figures:
             "confidence": _ratio(sure.sum((1, 2)), every),
         }
         for i, scene in enumerate(SCENES):
-            self._drawn["scene", scene] = by_scene[:, i]
+            self._values["scene", scene] = by_scene[:, i]
         for i, device in enumerate(DEVICES):
-            self._drawn["device", device] = by_device[:, i]
+            self._values["device", device] = by_device[:, i]
             others = _ratio(every_correct - correct[:, i].sum(1), every - total[:, i].sum(1))
-            self._drawn["gap", device] = by_device[:, i] - others
-            self._drawn["calibration_error", device] = _calibration_error(clips[:, i], sure[:, i], right[:, i])
-            self._drawn["confidence", device] = _ratio(sure[:, i].sum(1), total[:, i].sum(1))
+            self._values["gap", device] = by_device[:, i] - others
+            self._values["calibration_error", device] = _calibration_error(clips[:, i], sure[:, i], right[:, i])
+            self._values["confidence", device] = _ratio(sure[:, i].sum(1), total[:, i].sum(1))
             for j, scene in enumerate(SCENES):
-                self._drawn["scene", scene, device] = _ratio(correct[:, i, j], total[:, i, j])
+                self._values["scene", scene, device] = _ratio(correct[:, i, j], total[:, i, j])
         for group, members in DEVICE_GROUPS.items():
             rows = [DEVICES.index(device) for device in members]
-            self._drawn["group", group] = _ratio(correct[:, rows].sum((1, 2)), total[:, rows].sum((1, 2)))
+            self._values["group", group] = _ratio(correct[:, rows].sum((1, 2)), total[:, rows].sum((1, 2)))
         self._places = self._count_places(location, p)
 
     def _count_places(self, location: np.ndarray, p: Predictions) -> dict[Hashable, int]:
@@ -103,19 +103,21 @@ class Figures:
         return places
 
     def n_locations(self, *name: str) -> int:
-        return self._places.get(name if len(name) > 1 else name[0], len(self.locations))
+        return self._places.get(_key(name), len(self.locations))
+
+    def drawn(self, *name: str) -> np.ndarray:
+        """A figure in each draw (draws,); NaN where a draw has no clip of it."""
+        return self._values[_key(name)][1:]
 
     def __call__(self, *name: str) -> Estimate:
         """The estimate of ``name``: figures("macro_avg_acc"), figures("scene", "bus")."""
-        return self._estimate(lambda drawn: drawn, name)
+        return self._estimate(self._values[_key(name)], name)
 
     def minus(self, other: "Figures", *name: str) -> Estimate:
         """The difference to the same figure of another test of the same clips: both are drawn together."""
-        key = name if len(name) > 1 else name[0]
-        return self._estimate(lambda drawn: drawn - other._drawn[key], name)
+        return self._estimate(self._values[_key(name)] - other._values[_key(name)], name)
 
-    def _estimate(self, of: Callable[[np.ndarray], np.ndarray], name: tuple[str, ...]) -> Estimate:
-        values = of(self._drawn[name if len(name) > 1 else name[0]])
+    def _estimate(self, values: np.ndarray, name: tuple[str, ...]) -> Estimate:
         if not np.isfinite(values[0]):
             return Estimate(None)
         drawn = values[1:][np.isfinite(values[1:])]  # a draw can lack a scene
@@ -123,6 +125,10 @@ class Figures:
             return Estimate(float(values[0]))
         low, high = expanded(drawn, self.n_locations(*name))
         return Estimate(float(values[0]), float(low), float(high))
+
+
+def _key(name: tuple[str, ...]) -> Hashable:
+    return name if len(name) > 1 else name[0]
 
 
 def expanded(drawn: np.ndarray, n: int) -> np.ndarray:

@@ -72,16 +72,18 @@ def device_png(results: dict, path: Path, title: str, note: str | None = None) -
     accuracy = results["device_acc"]
     top = min(100, max(30, 118 * max((value for value in accuracy.values() if value is not None), default=0)))
     figure, axes = _figure(8.6, 5.4, title, _below("accuracy over all devices", results["acc"], results, note))
+    shown = [device for device in DEVICES if accuracy[device] is not None] or DEVICES
     for group, devices in DEVICE_GROUPS.items():
-        _group(axes, group, [DEVICES.index(device) for device in devices], results)
+        if places := {shown.index(device): device for device in devices if device in shown}:
+            _group(axes, group, places, results)
 
     chance = 100 / len(SCENES)
     axes.axhline(chance, color=INK, linestyle=(0, (4, 3)), linewidth=1, zorder=3)
-    axes.text(len(DEVICES) - 0.36, chance, f"chance\n{chance:.0f} %", va="center", color=INK, fontsize=9)
-    values = ["no clips" if accuracy[device] is None else f"{100 * accuracy[device]:.1f}" for device in DEVICES]
-    labels = [f"{device.upper()}\n{value}" for device, value in zip(DEVICES, values, strict=True)]
-    axes.set_xticks(range(len(DEVICES)), labels, linespacing=1.4)
-    axes.set_xlim(-0.6, len(DEVICES) - 0.4)
+    axes.text(len(shown) - 0.36, chance, f"chance\n{chance:.0f} %", va="center", color=INK, fontsize=9)
+    values = ["no clips" if accuracy[device] is None else f"{100 * accuracy[device]:.1f}" for device in shown]
+    labels = [f"{device.upper()}\n{value}" for device, value in zip(shown, values, strict=True)]
+    axes.set_xticks(range(len(shown)), labels, linespacing=1.4)
+    axes.set_xlim(-0.6, len(shown) - 0.4)
     axes.set_ylim(0, 1.12 * top)  # room for the groups' names
     axes.set_yticks(range(0, int(top) + 1, 10))
     axes.set_xlabel("recording device, and its accuracy (%); line: all clips of the group", labelpad=8)
@@ -92,9 +94,10 @@ def device_png(results: dict, path: Path, title: str, note: str | None = None) -
     _save(figure, path)
 
 
-def _group(axes: Axes, group: str, places: list[int], results: dict) -> None:
-    """The bars of one group of devices, its name above them, and a line at the accuracy of all its clips."""
-    heights = [100 * (results["device_acc"][DEVICES[place]] or 0) for place in places]
+def _group(axes: Axes, group: str, devices: dict[int, str], results: dict) -> None:
+    """The bars of one group of devices, its name above them, and a line at the accuracy of all its clips. ``devices``:
+    place of the bar -> device."""
+    places, heights = list(devices), [100 * (results["device_acc"][device] or 0) for device in devices.values()]
     axes.bar(places, heights, width=0.72, color=GROUP_COLOURS[group], zorder=2)
     accuracy = results["device_group_acc"][group]
     if accuracy is not None:

@@ -4,16 +4,17 @@ Runs that have been tested on the same clips are drawn together (see `bootstrap`
 narrower than those of its two figures, as a hard location is hard for both.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from dcase.config import EvalConfig, from_plain
 from dcase.files import replace_file
 from dcase.report import setup, svg
-from dcase.report.bootstrap import Estimate, Figures, reliability
+from dcase.report.bootstrap import FEWEST, Estimate, Figures, reliability
 from dcase.report.devices import matrix_table
 from dcase.report.gallery import Gallery
 from dcase.report.html import Html, cell, el, join, link, section, table
@@ -21,8 +22,9 @@ from dcase.report.learning import overlaid
 from dcase.report.page import Part, document, how_intervals, main, navigation
 from dcase.report.predictions import Predictions
 from dcase.report.run_files import Finished
-from dcase.report.seeds import Spread, by_configuration
+from dcase.report.seeds import Spread, by_configuration, per_seed, seeds_of
 from dcase.report.sounds import data_folder
+from dcase.report.tables import own_models
 from dcase.report.words import difference, interval, members, percent, title
 from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
@@ -41,8 +43,15 @@ class Compared:
 
     @property
     def label(self) -> str:
+        kind = f"{self.run.kind}, " if self.run.kind else ""
         seed = "" if self.run.seed is None else f", seed {self.run.seed}"
-        return f"{self.run.name} ({self.run.id}{seed})"
+        return f"{self.run.name} ({kind}{self.run.id}{seed})"
+
+    def same_as(self, other: "Compared") -> bool:
+        """Every clip has the same prediction, to the last digit that is written."""
+        if self.predictions is None or other.predictions is None:
+            return False
+        return np.array_equal(self.predictions.logits, other.predictions.logits)
 
 
 def write_comparison(runs: Sequence[Finished], folder: Path, data: Path | None = None, with_audio: bool = True) -> Path:
@@ -103,8 +112,12 @@ def _header(runs: list[Compared], path: Path) -> Html:
             f"No intervals for {', '.join(others)}: without predictions.csv (test_only.py writes it), or tested on "
             f"other clips than {runs[0].run.id}."
         ] = None
-    if len({(c.run.results["data"], c.run.results["n_clips"]) for c in runs}) > 1:
+    if len({compared.run.tested_on for compared in runs}) > 1:
         notes["These runs were tested on different data: their figures cannot be compared."] = None
+    for compared in runs[1:]:
+        if compared.same_as(runs[0]):
+            why = f" {own_models(compared.run.fine_tuning)}" if compared.run.fine_tuning else ""
+            notes[f"{compared.label}: every prediction is equal to the first run's, so no figure differs.{why}"] = None
     return join(
         el("a", "Skip to the results", href="#main", class_="skip"),
         el(
@@ -121,7 +134,10 @@ def _header(runs: list[Compared], path: Path) -> Html:
 
 
 def against_first(runs: list[Compared], i: int, value: float | None, first: float | None, *name: str) -> Estimate:
-    """The difference of a figure to the first run's, with its interval where both were tested on the same clips."""
+    """The difference of a figure to the first run's, with its interval where both have predictions of the same clips;
+    nothing where they were tested on different data."""
+    if runs[i].run.tested_on != runs[0].run.tested_on:
+        return Estimate(None)
     if runs[i].figures and runs[0].figures:
         drawn = runs[i].figures.minus(runs[0].figures, *name)
         if value is not None and first is not None:
@@ -149,7 +165,8 @@ def headline(runs: list[Compared]) -> Html:
     if not runs[0].figures:
         return shown
     together = el("p", "The interval of a difference draws the same locations for both runs.", class_="hint")
-    return join(shown, how_intervals(runs[0].figures), together)
+    there = len(runs[0].figures.locations) >= FEWEST
+    return join(shown, how_intervals(runs[0].figures), together if there else "")
 
 
 def _difference_cells(estimate: Estimate, i: int) -> list[object]:
@@ -166,20 +183,22 @@ def seeds(runs: list[Compared]) -> Html:
     names = ["macro_avg_acc", *DEVICE_GROUPS]
     rows, first = [], None
     for group in groups:
-        found = [Spread.of([_figure(run, name) for run in group]) for name in names]
+        of = [seeds_of(run) for run in group]
+        found = [Spread.of(per_seed([_figure(run, name) for run in group], of)) for name in names]
         first = first or found[0]
         shown = [_spread(spread) for spread in found]
-        losses = Spread.of([run.results["loss"] for run in group])
+        losses = Spread.of(per_seed([run.results["loss"] for run in group], of))
         loss = "-" if losses is None else f"{losses.mean:.4f}"
         loss += "" if losses is None or losses.deviation is None else f" ± {losses.deviation:.4f}"
-        less = "-" if group is groups[0] or not first or not found[0] else difference(found[0].mean - first.mean)
-        seeds_of = ", ".join("?" if run.seed is None else str(run.seed) for run in group)
-        rows.append([f"{group[0].name} ({', '.join(run.id for run in group)})", seeds_of, *shown, loss, less])
+        other = group is not groups[0] and group[0].tested_on == groups[0][0].tested_on
+        less = difference(found[0].mean - first.mean) if other and first and found[0] else "-"
+        given = ", ".join("?" if run.seed is None else str(run.seed) for run in group)
+        rows.append([f"{group[0].name} ({', '.join(run.id for run in group)})", given, *shown, loss, less])
     groups_of = [f"{title(group)} ({members(group)})" for group in DEVICE_GROUPS]
     header = ["Configuration", "Seeds", "Macro-average accuracy", *groups_of]
     caption = (
         "Runs whose configuration is the same but for the seed (of stage 2 also for the general model): mean ± "
-        "standard deviation, in percent; Difference: of the means, to the first"
+        "standard deviation over seeds, in percent; Difference: of the means, to the first"
     )
     return table("seed-table", caption, [*header, "Log loss", "Difference"], rows)
 
@@ -197,11 +216,17 @@ def _spread(spread: Spread | None) -> str:
 def by_device(runs: list[Compared]) -> Html:
     groups = _side_by_side(
         runs, "group-table", "Accuracy per group of devices, in percent", "Group", "device_group_acc", "group",
-        {group: f"{title(group)} ({members(group)})" for group in DEVICE_GROUPS},
+        {group: f"{title(group)} ({members(group)})" for group in _heard(runs, "groups", DEVICE_GROUPS)},
     )  # fmt: skip
-    names = {device: device.upper() for device in DEVICES}
+    names = {device: device.upper() for device in _heard(runs, "devices", DEVICES)}
     caption = "Accuracy per device, in percent"
     return join(groups, _side_by_side(runs, "device-table", caption, "Device", "device_acc", "device", names))
+
+
+def _heard(runs: list[Compared], what: Literal["devices", "groups"], names: Iterable[str]) -> list[str]:
+    """Those that a run has clips of, in their order."""
+    there = {name for compared in runs for name in getattr(compared.run, what)}
+    return [name for name in names if name in there]
 
 
 def by_scene(runs: list[Compared]) -> Html:
@@ -238,8 +263,13 @@ def changes(runs: list[Compared], lost: dict[str, Html]) -> Html:
     for compared in runs[1:]:
         name = f"run-{compared.run.id}"
         tabs.append(el("li", link(name, compared.label)))
-        parts = [_won_and_lost(runs[0], compared), _confusions(runs[0], compared)]
-        parts.append(lost.get(compared.run.id, Html("")))
+        if compared.run.tested_on != runs[0].run.tested_on:
+            parts = [el("p", f"It was tested on other data than {runs[0].run.id}.")]
+        elif compared.same_as(runs[0]):
+            parts = [el("p", f"Nothing: every prediction is equal to that of {runs[0].run.id}.")]
+        else:
+            parts = [_won_and_lost(runs[0], compared), _confusions(runs[0], compared)]
+            parts.append(lost.get(compared.run.id, Html("")))
         panels.append(section(name, compared.label, *parts, level=3, class_="panel"))
     return join(el("nav", el("ul", *tabs), class_="tabs", aria_label="Runs"), *panels)
 
@@ -336,7 +366,7 @@ def calibration(runs: list[Compared]) -> Html:
     ideal = el("path", d=f"M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}", class_="ideal")
     header = ["Run", "Calibration error", "95 % interval", "Mean confidence", "Accuracy"]
     shown = table("calibration-table", "Calibration, in percent", header, rows)
-    caption = "Reliability: at the broken straight line well calibrated, below it too sure"
+    caption = "Reliability: on the broken line a model is as often right as it is sure; below it, it is too sure"
     return join(shown, svg.lines("reliability-chart", caption, *axes, series, ideal))
 
 

@@ -8,7 +8,7 @@ from dcase.report.content import Content
 from dcase.report.html import Html, bar_cell, cell, el, join, link, section, table
 from dcase.report.mistakes import blame, mixed_up
 from dcase.report.published import BASELINE
-from dcase.report.words import aside, difference, interval, locations, members, percent, title, with_unit
+from dcase.report.words import aside, brackets, difference, interval, locations, members, percent, title, with_unit
 from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 MIXED_UP = 6  # rows of what is mixed up most
@@ -21,17 +21,17 @@ def overview(content: Content) -> Html:
     run, figures = content.run, content.figures
     beside = BASELINE if run.comparable else ()
     rows = []
-    for i, device in enumerate(DEVICES):
+    for device in run.devices:
         accuracy = run.results["device_acc"][device]
         estimate = figures("device", device) if figures else None
-        name = link(f"device-{device}", device.upper()) if figures and accuracy is not None else device.upper()
+        name = link(f"device-{device}", device.upper()) if figures else device.upper()
         row = [name, KINDS[device], cell(percent(accuracy), class_="strong")]
         row.append(bar_cell(accuracy, estimate, KINDS[device]))
         if figures:
             gap = figures("gap", device)
             row += [interval(estimate), cell(difference(gap.value), sort=gap.value), f"{interval(gap)}{_mark(gap)}"]
             row += [percent(figures(name, device).value) for name in ("confidence", "calibration_error")]
-        row += [f"{published.device_acc[i]:.2f}" for published in beside]
+        row += [f"{published.device_acc[DEVICES.index(device)]:.2f}" for published in beside]
         rows.append(row)
     header, caption = ["Device", "Group", "Accuracy", ""], "Accuracy per device, in percent"
     if figures:
@@ -39,7 +39,7 @@ def overview(content: Content) -> Html:
         caption += "; *: more than chance; a device's name leads to what goes wrong on it"
     header += [published.name for published in beside]
     shown = table("device-table", caption, header, rows, data_sortable=True)
-    entries = (el("li", el("i", class_=f"fill {kind}"), f" {text}") for kind, text in LEGEND.items())
+    entries = (el("li", el("i", class_=f"fill {kind}"), f" {LEGEND[kind]}") for kind in run.groups)
     return join(shown, el("ul", *entries, class_="legend"), _groups(content))
 
 
@@ -51,12 +51,13 @@ def _groups(content: Content) -> Html:
     run, figures = content.run, content.figures
     beside = BASELINE if run.comparable else ()
     rows = []
-    for i, group in enumerate(DEVICE_GROUPS):
+    for group in run.groups:
         accuracy = run.results["device_group_acc"][group]
         estimate = figures("group", group) if figures else None
         row = [f"{title(group)} ({members(group)})", cell(percent(accuracy), class_="strong")]
         row.append(bar_cell(accuracy, estimate, group))
         row += [interval(estimate)] if figures else []
+        i = list(DEVICE_GROUPS).index(group)
         rows.append([*row, *(f"{published.group_acc[i]:.2f}" for published in beside)])
     header = ["Group", "Accuracy", "", *(["95 % interval"] if figures else []), *(row.name for row in beside)]
     return table("group-table", "Accuracy per group of devices, in percent", header, rows)
@@ -112,10 +113,9 @@ def _lead(content: Content, name: str, confusion: np.ndarray) -> Html:
         return el("p", f"{right:,} of {clips:,} clips are right ({percent(right / clips)} %).", class_="lead")
     estimate, gap = figures("device", name), figures("gap", name)
     places = locations(figures.n_locations("device", name))
-    said = [f"{right:,} of {clips:,} clips, of {places}, are right: {percent(estimate.value)} %"]
-    said.append(f" (95 %: {interval(estimate)})")
+    said = [f"{right:,} of {clips:,} clips, of {places}, are right: {percent(estimate.value)} %{brackets(estimate)}"]
     if gap.value is not None:
-        said.append(f", {aside(gap)} all other devices (95 %: {interval(gap)})")
+        said.append(f", {aside(gap)} all other devices{brackets(gap)}")
     said.append(".")
     found = blame(content.run.predictions, content.gallery.others, DEVICES.index(name))
     known = found.device + found.sound

@@ -1,6 +1,7 @@
 """Mistakes to look at and listen to, and what a device does to the sound."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ class Gallery:
     ):
         self.predictions = predictions
         self.others = same_sound(predictions)
+        self._named = Counter(map(_last, predictions.filenames.tolist()))
         self.why_not = ""  # there is neither picture nor sound
         self.with_audio = with_audio
         self._log_mels: dict[int, np.ndarray] = {}
@@ -111,7 +113,7 @@ class Gallery:
                 el("span", f"{percent(chances.max())} % sure ({title(true)}: {percent(chances[p.scene[row]])} %)"),
                 el("span", f"device {device}, {p.location[row]}"),
                 self._elsewhere(row),
-                el("code", name.rpartition("/")[2]),
+                el("code", _last(name) if self._named[_last(name)] == 1 else name.removeprefix("audio/")),
             ),
         )
 
@@ -150,6 +152,11 @@ class Gallery:
         places = {(_mel(1000 * khz) - low) / (high - low) * (n_mels - 1): khz for khz in KILOHERTZ}
         ticks = [at for at in places if 0 <= at <= n_mels - 1]
         return svg.Axis("frequency (kHz, on the mel scale)", 0, n_mels - 1, ticks, lambda at: f"{places[at]:g}")
+
+
+def _last(name: str) -> str:
+    """Of a path, without its folders."""
+    return name.rpartition("/")[2]
 
 
 def _mel(hertz: float) -> float:

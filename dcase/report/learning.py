@@ -65,9 +65,9 @@ def _chosen(run: Finished, model: str, prefixes: list[str]) -> str:
 
 def _general(run: Finished) -> Html:
     charts = [
-        _chart(metric, title, unit, [_series(title, (run, ""), metric, scale)]) for metric, title, unit, scale in SHOWN
+        _chart(metric, title, unit, [_series("", (run, ""), metric, scale)]) for metric, title, unit, scale in SHOWN
     ]
-    charts.append(_chart(LR, "Learning rate", "rate", [_series("Learning rate", (run, ""), LR)]))
+    charts.append(_chart(LR, "Learning rate", "rate", [_series("", (run, ""), LR)]))
     best = run.curves[ACCURACY][1] if ACCURACY in run.curves else []
     said = el("p", f"Best validation accuracy: {percent(max(best))} %.", class_="hint") if best else ""
     return join(said, el("div", *charts, class_="grid"))

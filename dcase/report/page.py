@@ -4,20 +4,21 @@ from pathlib import Path
 
 from dcase.files import replace_file
 from dcase.report import devices, setup
-from dcase.report.bootstrap import BINS, DRAWS, FEW, FEWEST, Figures, reliability
+from dcase.report.bootstrap import BINS, FEW, FEWEST, Figures, reliability
 from dcase.report.content import Content, compute
 from dcase.report.html import Html, bar_cell, cell, el, escape, join, link, section, table
 from dcase.report.learning import learning_curves
 from dcase.report.published import BASELINE, BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.run_files import Finished
 from dcase.report.svg import Axis, lines, place
-from dcase.report.tables import complexity_rows, fine_tuning_rows
-from dcase.report.words import aside, interval, locations, members, percent, title, with_unit
-from dcase.tau22 import DEVICE_GROUPS, SCENES
+from dcase.report.tables import complexity_rows, fine_tuning_rows, own_models
+from dcase.report.words import aside, brackets, interval, locations, members, percent, title, with_unit
+from dcase.tau22 import SCENES
 
 INDEX_HTML = "index.html"
 Part = tuple[str, str, str, Html]  # name, in the navigation, heading, content
 HERE = Path(__file__).parent
+KINDS = {"general": "general model", "device-specific": "device-specific models", "test": "test"}  # of `runs.kind_of`
 HOW_TO_GET = (
     "Intervals, calibration, confusions per device and mistakes need it: test the run's checkpoint again with "
     "test_only.py, and its page has them."
@@ -31,7 +32,8 @@ def write_page(run: Finished, folder: Path | None = None, with_audio: bool = Tru
     """
     content = compute(run, folder, with_audio)
     path = run.folder / "report" / INDEX_HTML
-    text = document(f"{run.name}: run {run.id}", body(content))
+    kind = f" ({run.kind})" if run.kind else ""
+    text = document(f"{run.name}{kind}: run {run.id}", body(content))
     replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
     return path
 
@@ -78,14 +80,24 @@ def main(parts: list[Part]) -> Html:
 
 def header(run: Finished) -> Html:
     facts = [f"run {run.id}", f"{run.results['n_clips']:,} test clips", run.results["data"] or "data not named"]
+    if run.kind:
+        facts.insert(0, KINDS[run.kind])
+    if run.trained_by and run.trained_by.kind:
+        facts[0] += f" of run {run.trained_by.id} ({KINDS[run.trained_by.kind]})"
     if run.seed is not None:
         facts.append(f"seed {run.seed}")
     missing = f"{run.missing} {HOW_TO_GET}" if run.missing else ""
     notes = [el("p", note, class_="note", role="note") for note in (run.results["note"], missing) if note]
     return join(
         el("a", "Skip to the results", href="#main", class_="skip"),
-        el("header", el("h1", run.name), el("p", " · ".join(facts), class_="facts"), *notes),
+        el("header", el("h1", run.name), el("p", " · ".join(facts), class_="facts"), *notes, _own_models(run)),
     )
+
+
+def _own_models(run: Finished) -> Html:
+    if not run.fine_tuning:
+        return Html("")
+    return el("p", f"{own_models(run.fine_tuning)} ", link("fine-tuning", "Fine-tuning per device"), class_="lead")
 
 
 # Results
@@ -96,7 +108,7 @@ def headline(content: Content) -> Html:
     results = run.results
     macro = with_unit(results["macro_avg_acc"])
     tiles = [_tile("Macro-average accuracy", macro, _range(figures, "macro_avg_acc"), "big")]
-    for group in DEVICE_GROUPS:
+    for group in run.groups:
         name = f"{title(group)} devices ({members(group)})"
         tiles.append(_tile(name, with_unit(results["device_group_acc"][group]), _range(figures, "group", group)))
     loss = "-" if results["loss"] is None else f"{results['loss']:.4f}"
@@ -114,7 +126,8 @@ def _tile(name: str, value: str, below: object, kind: str | None = None) -> Html
 
 
 def _range(figures: Figures | None, *name: str, plain: bool = False) -> str:
-    return f"95 %: {interval(figures(*name), plain)}" if figures else ""
+    estimate = figures(*name) if figures else None
+    return f"95 %: {interval(estimate, plain)}" if estimate and estimate.low is not None else ""
 
 
 def _limits(complexity: dict | None) -> list[Html]:
@@ -137,7 +150,7 @@ def _figures_table(run: Finished, figures: Figures | None) -> Html:
     lines += [("Accuracy over all clips", results["acc"], ("acc",), False)]
     if "device_avg_acc" in results:
         lines += [("Mean over devices", results["device_avg_acc"], ("device_avg_acc",), False)]
-    for group in DEVICE_GROUPS:
+    for group in run.groups:
         name = f"{title(group)} devices ({members(group)})"
         lines.append((name, results["device_group_acc"][group], ("group", group), False))
     lines.append(("Log loss", results["loss"], ("loss",), True))
@@ -156,22 +169,37 @@ def _figures_table(run: Finished, figures: Figures | None) -> Html:
 def how_intervals(figures: Figures) -> Html:
     """Of how many locations the intervals are, and what that means for them."""
     n = len(figures.locations)
+    if n < FEWEST:
+        text = f"The test has clips of {locations(n)}: of fewer than {FEWEST} no interval can be told."
+        return el("p", text, class_="note", role="note")
     per_scene = [figures.n_locations("scene", scene) for scene in SCENES if figures("scene", scene).value is not None]
     low, high = min(per_scene), max(per_scene)
     text = (
-        f"95 % intervals from {DRAWS:,} draws of the {locations(n)} with all their clips, not of single "
+        f"95 % intervals from {figures.draws:,} draws of the {locations(n)} with all their clips, not of single "
         "clips, which sound alike within a location. They are widened for the number of locations that a figure is of "
         f"(a scene's: {low if low == high else f'{low} to {high}'}): expanded percentile intervals, Hesterberg 2015. "
-        f"A figure of fewer than {FEWEST} has none."
+        f"Where a figure's clips come from fewer than {FEWEST} locations, it is shown without an interval."
     )
     few = f"These are clips of {locations(n)} only: the intervals are rough, and rather too narrow."
     return join(el("p", few, class_="note", role="note") if n < FEW else "", el("p", text, class_="hint"))
 
 
 def worst(content: Content) -> Html:
-    """Where to look first, in a sentence."""
+    """Where to look first: the weakest device and scene, where they differ."""
+    results = content.run.results
+    if results["acc"] == 1:
+        return el("p", "Every clip is right.", class_="lead")
+    said: list[object] = [_weakest_device(content)]
+    accuracy = {s: a for s, a in results["scene_acc"].items() if a is not None}
+    if len(set(accuracy.values())) > 1:
+        scene = min(accuracy, key=accuracy.get)
+        said.append(f"Weakest scene: {title(scene)} with {percent(accuracy[scene])} %.")
+    return el("p", *said, class_="lead") if any(said) else Html("")
+
+
+def _weakest_device(content: Content) -> Html:
     accuracy = {d: a for d, a in content.run.results["device_acc"].items() if a is not None}
-    if len(accuracy) < 2:
+    if len(set(accuracy.values())) < 2:
         return Html("")
     device = min(accuracy, key=accuracy.get)
     name = link(f"device-{device}", device.upper()) if content.figures else device.upper()
@@ -180,10 +208,7 @@ def worst(content: Content) -> Html:
         gap = content.figures("gap", device)
         chance = ", which can be chance" if gap.low is not None and not gap.clear else ""
         said.append(f", {aside(gap)} all others together{chance}")
-    by_scene = {s: a for s, a in content.run.results["scene_acc"].items() if a is not None}
-    scene = min(by_scene, key=by_scene.get)
-    said.append(f". Weakest scene: {title(scene)} with {percent(by_scene[scene])} %.")
-    return el("p", *said, class_="lead")
+    return join(*said, ". ")
 
 
 # Scenes
@@ -239,7 +264,7 @@ def calibration(content: Content) -> Html:
     lead = (
         f"The model is {percent(confidence.value)} % sure on average, and right in {percent(acc.value)} %: {word} by "
         f"{abs(100 * (confidence.value - acc.value)):.2f} points. Its expected calibration error is the mean distance "
-        f"of the two over {BINS} bins of confidence: {percent(error.value)} % (95 %: {interval(error)})."
+        f"of the two over {BINS} bins of confidence: {percent(error.value)} %{brackets(error)}."
     )
     rows = []
     for b in bins:
@@ -264,7 +289,10 @@ def _reliability_chart(bins: list) -> Html:
         text = el("title", f"{percent(b.acc)} % right at {percent(b.confidence)} %, {b.n_clips:,} clips")
         drawn.append(el("rect", text, **box, class_="right", fill_opacity=f"{0.35 + 0.65 * b.n_clips / most:.2f}"))
     drawn.append(el("path", d=f"M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}", class_="ideal"))
-    caption = "Reliability: bars at the broken line are well calibrated, below it too sure; the fuller, the more clips"
+    caption = (
+        "Reliability: where a bar ends at the broken line, the model is as often right as it is sure; where it ends "
+        "below the line, it is too sure. The stronger a bar's colour, the more clips it stands for."
+    )
     return lines("reliability-chart", caption, x, y, [], *drawn)
 
 
@@ -272,10 +300,9 @@ def _reliability_chart(bins: list) -> Html:
 
 
 def fine_tuning(run: Finished) -> Html:
-    outcomes = run.results.get("fine_tuning") or run.training.results.get("fine_tuning")
-    if not outcomes:
+    if not run.fine_tuning:
         return Html("")
-    header, rows = fine_tuning_rows(outcomes)
+    header, rows = fine_tuning_rows(run.fine_tuning)
     rows = [[device.upper(), *others] for device, *others in rows]
     caption = "Macro-average accuracy on the device's validation clips, in percent"
     return table("fine-tuning-table", caption, header, rows)

@@ -33,6 +33,31 @@ class Finished:
         return run.get("experiment_name") or model.get("model") or self.id
 
     @property
+    def kind(self) -> str:
+        """`runs.kind_of`; "" where there is no config.json."""
+        return kind_of(self.config) if self.config else ""
+
+    @property
+    def tested_on(self) -> tuple[str, int]:
+        """Runs where it is not the same cannot be compared."""
+        return self.results["data"], self.results["n_clips"]
+
+    @property
+    def devices(self) -> list[str]:
+        """Those that the test has clips of."""
+        return [device for device, acc in self.results["device_acc"].items() if acc is not None]
+
+    @property
+    def groups(self) -> list[str]:
+        """Of devices: those that the test has clips of."""
+        return [group for group, acc in self.results["device_group_acc"].items() if acc is not None]
+
+    @property
+    def fine_tuning(self) -> dict[str, dict]:
+        """What stage 2 came to, of each device (see `tables.fine_tuning_rows`); empty of a general model."""
+        return self.results.get("fine_tuning") or self.training.results.get("fine_tuning") or {}
+
+    @property
     def comparable(self) -> bool:
         """With the published figures: TAU22, the whole test split."""
         return self.results["data"] == "TAU22" and self.results["n_clips"] == TEST_CLIPS

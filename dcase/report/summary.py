@@ -5,7 +5,7 @@ from pathlib import Path
 from dcase.files import replace_file
 from dcase.report.charts import CONFUSION_PNG, DEVICES_PNG, confusion_png, device_png
 from dcase.report.published import BASELINE_NOTE, CHECKER_NOTE
-from dcase.report.tables import class_table, complexity_comparison, device_table, fine_tuning_rows, markdown
+from dcase.report.tables import class_table, complexity_comparison, device_table, fine_tuning_rows, markdown, own_models
 from dcase.report.words import with_unit
 
 REPORT_MD = "report.md"
@@ -52,7 +52,8 @@ def _text(results: dict, name: str, note: str | None, beside_baseline: bool, com
         device_table(results, name, beside_baseline),
     ]
     if "fine_tuning" in results:
-        parts += ["## Fine-Tuning per Device", markdown(*fine_tuning_rows(results["fine_tuning"]))]
+        outcomes = results["fine_tuning"]
+        parts += ["## Fine-Tuning per Device", own_models(outcomes), markdown(*fine_tuning_rows(outcomes))]
     if complexity is not None:
         title = "Comparison with the DCASE2025 Baseline and Limits" if beside_baseline else "Complexity"
         table = complexity_comparison(complexity, name, beside_baseline, results["macro_avg_acc"])

@@ -87,10 +87,16 @@ def _drawing(
     name: str, title: str, x: Axis, y: Axis, series: Sequence[Series], frame: Frame, behind: Sequence[Html] = ()
 ) -> Html:
     drawn = [_line(i, line, x, y, frame) for i, line in enumerate(series) if len(line.y)]
-    parts = ", ".join(f"{line.name}: {y.text(line.y[0])} to {y.text(line.y[-1])}" for line in series if len(line.y))
+    parts = ", ".join(_spoken(line, y) for line in series if len(line.y))
     text = el("title", f"{title}. {parts}", id=f"{name}-svg")
     size = {"viewBox": f"0 0 {frame.width} {frame.height}"}
     return el("svg", text, _grid(x, y, frame), *behind, *drawn, role="img", aria_labelledby=f"{name}-svg", **size)
+
+
+def _spoken(series: Series, y: Axis) -> str:
+    """What is said of a line in place of its picture: where it begins and ends, with four digits."""
+    first, last = (y.text(float(f"{value:.4g}")) for value in (series.y[0], series.y[-1]))
+    return f"{series.name}: {first} to {last}" if series.name else f"{first} to {last}"
 
 
 def place(x: Axis, y: Axis, at_x: float, at_y: float, frame: Frame = LARGE) -> tuple[float, float]:

@@ -32,6 +32,15 @@ def fine_tuning_rows(outcomes: dict[str, dict]) -> Table:
     return header, rows
 
 
+def own_models(outcomes: dict[str, dict]) -> str:
+    """How many devices stage 2 gave a model of their own, in a sentence; ``outcomes`` as in `fine_tuning_rows`."""
+    kept = [device_id.upper() for device_id, outcome in outcomes.items() if outcome["kept"]]
+    if not kept:
+        return "No device has a model of its own: none was clearly better than the general one."
+    have = "has a model of its own" if len(kept) == 1 else "have a model of their own"
+    return f"{len(kept)} of {len(outcomes)} fine-tuned devices {have}: {', '.join(kept)}."
+
+
 def device_table(results: dict, name: str, beside_baseline: bool) -> str:
     """Two Markdown tables, in percent: the accuracy per device, and per group of devices.
 

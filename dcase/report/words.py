@@ -51,6 +51,11 @@ def interval(estimate: Interval | None, plain: bool = False) -> str:
     return " to ".join(f"{end:.4f}" if plain else percent(end) for end in (estimate.low, estimate.high))
 
 
+def brackets(estimate: Interval) -> str:
+    """ " (95 %: 78.10 to 84.90)" behind a figure; nothing where it has no interval."""
+    return "" if estimate.low is None else f" (95 %: {interval(estimate)})"
+
+
 def aside(estimate: Interval) -> str:
     """ "3.20 points above" what a difference is to."""
     return f"{abs(100 * estimate.value):.2f} points {'above' if estimate.value >= 0 else 'below'}"
