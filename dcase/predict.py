@@ -6,8 +6,9 @@
 
 WAV, FLAC and OGG files of any rate, length and number of channels. A recording that is longer than the model's training
 clips is heard in windows of their length, and the windows' probabilities are averaged; the last window ends with the
-recording. A shorter one is repeated until it fills a window, since zeros sound like no scene at all. A file that cannot
-be read is reported and skipped, and the exit code is then 2.
+recording. A shorter one is repeated until it fills a window, since zeros sound like no scene at all; a model trained
+with --target_length hears it padded, as it heard its training clips. A file that cannot be read is reported and
+skipped, and the exit code is then 2.
 """
 
 import csv
@@ -237,7 +238,8 @@ def main() -> None:
     module = load_module(config.ckpt_path).to(where)
     if where.type == "cpu":
         keep_freed_memory()
-    seconds = span_of_module(module).window / module.logmel.orig_sample_rate
+    span, rate = span_of_module(module), module.logmel.orig_sample_rate
+    seconds = span.window / rate
     own = ", ".join(module.device_models) or "none"
     print(f"{module.config.model.model}: windows of {seconds:.2f} s; devices with a model of their own: {own}")
     predictions, skipped = hear(module, recordings, config)
@@ -252,10 +254,12 @@ def main() -> None:
     if repeated := [one for one in predictions if one.is_repeated]:
         names = ", ".join(_shown(one.recording.path) for one in repeated[:3]) + (", ..." if len(repeated) > 3 else "")
         print(
-            f"WARNING: shorter than the {seconds:.2f} s that the model knows, and repeated to fill them: {names} "
-            f"(recordings: {len(repeated):,})",
+            f"WARNING: shorter than the {span.least / rate:.2f} s that the model needs, and repeated to fill them: "
+            f"{names} (recordings: {len(repeated):,})",
             file=sys.stderr,
         )
+    if padded := sum(not one.is_repeated and one.seconds < seconds for one in predictions):
+        print(f"\nshorter than {seconds:.2f} s, and padded, as by --target_length in training: {padded:,} recordings")
     if skipped:
         raise UserError(f"{len(skipped):,} of {len(recordings):,} files were skipped; the lines above say why")
 

@@ -159,6 +159,16 @@ def load_splits(folder: Path, *splits: str) -> list[Clips]:
     return loaded
 
 
+def untrained_scenes(training: Clips, test: Clips) -> str:
+    """What to say where test clips are of scenes that no training clip is of; "" where all are trained on."""
+    scenes = np.setdiff1d(test.scene, training.scene)
+    if not len(scenes):
+        return ""
+    n_clips = int(np.isin(test.scene, scenes).sum())
+    named = ", ".join(SCENES[i] for i in scenes)
+    return f"no training clip of the scene(s) {named}: all {n_clips:,} test clips of them will be wrong"
+
+
 def check_files(clips: Clips) -> None:
     """Raise `UserError` where a clip's file is not in the data folder."""
     missing = missing_files(clips.folder, [name.decode() for name in clips.filenames.tolist()])
@@ -187,7 +197,8 @@ def check_folder(folder: Path) -> None:
         if (folder / _ZIP / "meta.csv").is_file():
             raise UserError(f"{folder} has no meta.csv, but the folder in it has: --dataset_dir {folder / _ZIP}")
         raise UserError(
-            f"{folder / 'meta.csv'} is missing: check --dataset_dir, or unpack {_ZIP}.meta.zip into that folder"
+            f"{folder / 'meta.csv'} is missing: check --dataset_dir, or unpack {_ZIP}.meta.zip into that folder; "
+            'docs/extending.md, "A data set", writes it for data of your own'
         )
 
 
@@ -394,7 +405,8 @@ def _hold_out_scene(
         nearest = min(free, key=away, default=None)
         if not taken and nearest is None:
             raise UserError(
-                f"{SCENES[scene]} has too few recording locations to hold one out: use --val_fraction 0 or more clips"
+                f"{SCENES[scene]} has too few recording locations to hold one out: it needs clips of one more "
+                "(meta.csv's identifier), or use --val_fraction 0"
             )
         if nearest is not None and (not taken or away(nearest) < abs(taken - target)):
             held_out[nearest] = True

@@ -43,7 +43,7 @@ def run(title: str, copy, folder, *args) -> dict:
     """Run a section's command in its copy, cut short; results.json of its run."""
     (command,) = blocks(title, "bash")
     script, *given = command.split()[1:]
-    given = [str(folder) if value == "." else value for value in given]
+    given = [str(folder) if value == "DIR" else value for value in given]
     done = subprocess.run(
         [sys.executable, script, *given, *map(str, args), "--project_name", "P"],
         cwd=copy, env={**os.environ, "PYTHONPATH": str(copy)}, capture_output=True, text=True,
@@ -76,13 +76,17 @@ def test_a_backbone_is_added_as_the_docs_say(changed, learnable):
 def test_a_data_set_is_added_as_the_docs_say(changed, tmp_path):
     copy, folder = changed("A data set"), tmp_path / "data"
     rng = np.random.default_rng(0)
-    for scene in ("kitchen", "office", "street"):
-        for place in ("p1", "p2", "p3"):
+    places = {"kitchen": 3, "office": 4, "street": 4}  # of all scenes together, every third one is not p2 of each
+    for scene, n_places in places.items():
+        for place in (f"p{i}" for i in range(n_places)):
             (folder / "audio" / scene / place).mkdir(parents=True)
             for clip in range(4):
                 soundfile.write(folder / "audio" / scene / place / f"{clip}.wav", rng.normal(0, 0.1, RATE // 2), RATE)
     (code,) = blocks("A data set", "python")
+    (folder / "audio" / ".DS_Store").write_text("of a Mac")
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    tested = (folder / "split_setup" / "test.csv").read_text().splitlines()[1:]
+    assert {row.rpartition("/")[0] for row in tested} == {f"audio/{scene}/p2" for scene in places}
     results = run("A data set", copy, folder, *LIGHT)
     assert list(results["scene_acc"]) == ["kitchen", "office", "street"] and results["n_clips"] == 12
     assert results["device_acc"]["a"] == pytest.approx(results["acc"])

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import namedtuple
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from data_folder import SAMPLE_RATE, noise, write_data_folder
 
 import aum
 from aum.scan import BACKENDS, backends, build
-from dcase import doctor, errors
+from dcase import doctor, errors, tau22
 from dcase.checks import findings, lengths, machine
+from dcase.checks.data import OWN_DATA
 from dcase.checks.findings import Finding
 from dcase.data.dataset import TAU22, Sound
 from dcase.data.pack import Pack
@@ -382,12 +384,26 @@ def test_tau22_dir_is_looked_at(data, monkeypatch):
     assert doctor.places(doctor.DoctorConfig())[0].found.startswith(str(data))
 
 
-def test_a_missing_split_list_is_not_fetched(data, diagnose):
-    path = data / "split_setup" / "test.csv"
+def taken_for_tau22(data: Path, monkeypatch) -> None:
+    test_list = (data / "split_setup" / "test.csv").read_bytes()
+    monkeypatch.setattr(tau22, "_TEST_SHA256", sha256(test_list).hexdigest())
+
+
+@pytest.mark.parametrize("what", ["TAU22", "no lists", "own lists"])
+def test_a_missing_split_list_is_not_fetched(what, data, diagnose, monkeypatch):
+    """TAU22's list is offered only where there are none of one's own."""
+    path = data / "split_setup" / "split25.csv"
     path.unlink()
-    found = diagnose("split lists")
-    assert found.state == "warn" and "is missing: training fetches it" in found.found
-    assert found.fix.startswith(f"curl -L --create-dirs -o {path} https://github.com/CPJKU/")
+    if what == "TAU22":
+        taken_for_tau22(data, monkeypatch)
+    if what == "no lists":
+        shutil.rmtree(data / "split_setup")
+    found = [one for one in doctor.places(doctor.DoctorConfig(str(data))) if one.name == "split lists"]
+    missing = next(one for one in found if path.name in one.found)
+    assert missing.state == "warn" and "is missing: training fetches TAU22's" in missing.found
+    assert ("data of your own need lists of their own" in missing.found) is (what != "TAU22")
+    curl = f"curl -L --create-dirs -o {path} https://github.com/CPJKU/"
+    assert missing.fix == OWN_DATA if what == "own lists" else missing.fix.startswith(curl)
     assert not path.exists()
 
 
@@ -396,6 +412,32 @@ def test_a_damaged_split_list(data, diagnose):
     path.write_text(path.read_text().replace("\ttram", "\ttramm"))
     found = diagnose("split lists")
     assert found.state == "FAIL" and "'tramm'" in found.found
+    assert found.fix == OWN_DATA and "docs/extending.md" in found.fix  # a user's own list is never to be overwritten
+
+
+def test_a_damaged_list_of_tau22_is_put_aside(data, diagnose, monkeypatch):
+    taken_for_tau22(data, monkeypatch)
+    path = data / "split_setup" / "split25.csv"
+    path.write_text("<html>Not Found</html>")
+    found = diagnose("split lists")
+    assert found.state == "FAIL" and found.fix.startswith(f"mv {path} {path}.old && curl -L --create-dirs -o {path} ")
+
+
+def test_a_folder_without_meta(data, diagnose):
+    for path in data.glob("meta*.csv"):
+        path.unlink()
+    found = diagnose("data")
+    assert found.state == "FAIL" and "meta.csv is missing" in found.found and not found.fix
+    assert 'docs/extending.md, "A data set"' in found.found
+
+
+def test_a_scene_that_is_tested_alone(data, diagnose):
+    path = data / "split_setup" / "split25.csv"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(row for row in rows if not row.endswith("\ttram")))
+    found = diagnose("scenes")
+    assert found.state == "warn" and "no training clip of the scene(s) tram: all 1 test clips" in found.found
+    assert found.fix == OWN_DATA
 
 
 def test_clips_that_meta_does_not_know(data, diagnose):
@@ -403,7 +445,7 @@ def test_clips_that_meta_does_not_know(data, diagnose):
     path = data / "meta.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     found = diagnose("clips")
-    assert found.state == "FAIL" and "is not in meta.csv" in found.found
+    assert found.state == "FAIL" and "is not in meta.csv" in found.found and found.fix == OWN_DATA
 
 
 def test_missing_recordings(data, diagnose):
@@ -439,6 +481,7 @@ def test_clips_of_several_lengths_are_refused_as_training_refuses_them(split, da
     found = diagnose("lengths")
     assert found.state == "FAIL" and "in all 18 clips: 1 have not the most frequent one, 4,410 samples" in found.found
     assert f"{path.name} has 8,820" in found.found and "cut them" in found.found and "--target_length" in found.found
+    assert "leave the others out with `python -m dcase.prepare`" in found.found
     assert found.fix == f"python train_base.py --dataset_dir {data} --target_length 7"
     with pytest.raises(errors.UserError, match=rf"{path.name} has 8820 samples .* --target_length"):
         read_all(data, Sound(SAMPLE_RATE))
@@ -457,6 +500,33 @@ def test_several_lengths_in_a_pack(data, diagnose):
     assert found.state == "FAIL" and "3,200 samples at 32000 Hz" in found.found and "has 6,400" in found.found
     with pytest.raises(errors.UserError, match="has 6400 samples"):
         read_all(data, Sound(32000, pack=Pack(data / "pack")))
+
+
+def test_the_commands_have_the_flags_that_were_given(data):
+    """At the default rates, so many frames would be another length of sound."""
+    with_another_length(data, "test", 0.2)
+    given = {"orig_sample_rate": 22050, "sample_rate": 8000, "subset": 25, "pack_dir": str(data / "other pack")}
+    found = {one.name: one.fix for one in doctor.places(doctor.DoctorConfig(str(data), **given))}
+    flags = f"--pack_dir '{data}/other pack' --sample_rate 8000 --orig_sample_rate 22050"
+    assert found["lengths"] == f"python train_base.py --dataset_dir {data} {flags} --target_length 2"
+    assert found["pack"] == f"python -m dcase.prepare --dataset_dir {data} --pack {flags}"
+    assert found["checked"] == f"python -m dcase.prepare --dataset_dir {data} --orig_sample_rate 22050"
+    config = doctor.DoctorConfig(str(data), orig_sample_rate=22050, target_length=2)
+    (checked,) = [one.fix for one in doctor.places(config) if one.name == "checked"]
+    assert checked.endswith(f"{data} --orig_sample_rate 22050 --any_length")
+    shutil.rmtree(data / "audio")
+    found = {one.name: one.fix for one in doctor.places(doctor.DoctorConfig(str(data), **given))}
+    assert found["recordings"] == found["checked"] and "--orig_sample_rate 22050" in found["recordings"]
+
+
+def test_most_clips_cannot_be_left_out(data, diagnose):
+    with_another_length(data, "test", 0.2)
+    for i, path in enumerate(sorted((data / "audio").iterdir())[:10]):
+        soundfile.write(path, noise(0, 5000 + i), SAMPLE_RATE)
+    found = diagnose("lengths")
+    assert "have not the most frequent one" in found.found and "dcase.prepare" not in found.found
+    with pytest.raises(errors.UserError, match="more than half of the clips are at fault"):
+        prepare(data, PrepareConfig(num_workers=1))
 
 
 def test_another_rate_is_no_other_length(data, diagnose):

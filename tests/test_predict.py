@@ -56,6 +56,16 @@ def by_device(ckpt, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def of_any_length(ckpt, tmp_path_factory) -> Path:
+    """The same model, with --target_length."""
+    checkpoint = load_checkpoint(ckpt)
+    checkpoint["config"]["logmel"]["target_length"] = checkpoint["frames"]
+    path = tmp_path_factory.mktemp("of_any_length") / "best.ckpt"
+    save_checkpoint(checkpoint, path)
+    return path
+
+
 def clip(learnable: Path, device: str = "a") -> Path:
     return sorted((learnable / "audio").glob(f"tram-paris-*-{device}.wav"))[0]
 
@@ -183,6 +193,17 @@ def test_a_short_file_is_repeated(module, tmp_path):
     torch.testing.assert_close(heard(module, path), asked(module, repeated))
 
 
+@pytest.mark.parametrize("samples", [200, 1600, 3900, 4000, 4090])
+def test_with_a_target_length_a_test_clip_is_what_a_test_hears(samples, of_any_length, tmp_path):
+    """A test hears it in a batch with longer ones, its log-mel padded."""
+    module, path = load_module(of_any_length), write(tmp_path / "x.wav", scene(samples / RATE), subtype="FLOAT")
+    waveform = torch.zeros(2, 1, 4500)
+    waveform[0, :, :samples] = read_wav(path, RATE)
+    with torch.no_grad():
+        tested = module(waveform, torch.tensor([-1, -1]), torch.tensor([samples, 4500])).double().softmax(1)[0]
+    torch.testing.assert_close(heard(module, path), tested, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("ending, rate, channels", [("flac", 16000, 1), ("wav", 44100, 2), ("ogg", 22050, 2)])
 def test_other_formats_and_rates_are_heard_alike(ending, rate, channels, module, tmp_path):
     sound = scene(1.3)
@@ -278,6 +299,20 @@ def test_a_folder_as_table_csv_and_json(call, ckpt, folder, module):
         assert (float(row["seconds"]), row["device_id"], int(row["windows"])) == (
             one["seconds"], one["device_id"], one["windows"],
         )  # fmt: skip
+
+
+def test_with_a_target_length_short_files_are_said_to_be_padded(call, ckpt, of_any_length, tmp_path):
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    for name, seconds in (("tiny", 0.01), ("short", 0.3), ("whole", 0.5), ("long", 1.3)):
+        write(sounds / f"{name}.wav", scene(seconds))
+    done = call(sounds, "--ckpt_path", of_any_length)
+    assert "windows of 0.50 s" in done.out
+    assert done.out.endswith("shorter than 0.50 s, and padded, as by --target_length in training: 1 recordings\n")
+    assert "shorter than the 0.02 s that the model needs, and repeated to fill them" in done.err
+    assert "tiny.wav (recordings: 1)" in done.err and "short.wav" not in done.err
+    done = call(sounds, "--ckpt_path", ckpt)
+    assert "padded" not in done.out and "short.wav, " in done.err and "tiny.wav (recordings: 2)" in done.err
 
 
 def test_bad_files_are_reported_and_skipped(call, ckpt, learnable, tmp_path):

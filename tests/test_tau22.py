@@ -23,6 +23,7 @@ from dcase.tau22 import (
     load_clips,
     split_by_location,
 )
+from dcase.training.loading import find_source
 
 
 @pytest.fixture
@@ -222,6 +223,18 @@ def test_list_that_is_no_text(folder, file, content):
     assert str(folder / file) in message and "no tab-separated text" in message
 
 
+def test_a_scene_that_no_training_clip_is_of(folder, capsys):
+    find_source(DataConfig(dataset_dir=str(folder)), 25)
+    assert "no training clip" not in capsys.readouterr().out
+    path = folder / "split_setup" / "split25.csv"
+    path.write_text("".join(row for row in path.read_text().splitlines(keepends=True) if "\ttram" not in row))
+    find_source(DataConfig(dataset_dir=str(folder)), 25)
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["WARNING: no training clip of the scene(s) tram: all 1 test clips of them will be wrong"]
+    find_source(DataConfig(dataset_dir=str(folder)))  # a test alone does not know what was trained on
+    assert capsys.readouterr().out == ""
+
+
 def test_split_of_another_data_set(folder):
     rows = [("audio/bus-lyon-1-1-0-a.wav", "bus"), ("audio/bus-lyon-1-1-1-a.wav", "bus")]
     write_list(folder / "split_setup" / "split5.csv", META_COLUMNS[:2], rows)
@@ -260,7 +273,7 @@ def test_folder_that_is_a_file(folder):
 def test_folder_without_meta(folder):
     (folder / "meta.csv").unlink()
     message = refusal(load_clips, folder, "test")
-    assert f"{folder / 'meta.csv'} is missing" in message and "meta.zip" in message
+    assert f"{folder / 'meta.csv'} is missing" in message and "meta.zip" in message and "docs/extending.md" in message
 
 
 def test_folder_one_level_too_high(tmp_path):
@@ -456,7 +469,8 @@ def test_split_fraction_out_of_range(clips, fraction):
 
 def test_split_of_a_scene_with_one_place(clips):
     message = refusal(split_by_location, clips.select(clips.location != b"lisbon-201"), 0.1)
-    assert "tram" in message and "--val_fraction 0" in message
+    assert "tram has too few recording locations" in message and "clips of one more (meta.csv's identifier)" in message
+    assert "--val_fraction 0" in message
 
 
 def test_split_that_no_choice_of_places_allows():

@@ -17,7 +17,22 @@ from dcase.checks.findings import Finding
 from dcase.data import pack
 from dcase.data.pack import Pack, Rates
 from dcase.errors import UserError
-from dcase.tau22 import RELEASE, SPLITS, Clips, check_folder, is_tau22, load_splits, missing_files, read_split
+from dcase.logmel import LogMelConfig
+from dcase.tau22 import (
+    RELEASE,
+    SPLITS,
+    Clips,
+    DataConfig,
+    SplitConfig,
+    check_folder,
+    is_tau22,
+    load_splits,
+    missing_files,
+    read_split,
+    untrained_scenes,
+)
+
+OWN_DATA = 'docs/extending.md, "A data set", has the lists of data of your own'
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,32 @@ class Data:
 
     def pack_folder(self, folder: Path) -> Path:
         return Path(self.pack_dir).expanduser() if self.pack_dir else folder / "pack"
+
+    # Commands, with the flags that are not the defaults
+
+    def check(self, folder: Path) -> str:
+        rate = [flag for flag in self._read() if flag.startswith("--orig_sample_rate")]
+        any_length = [] if self.target_length is None else ["--any_length"]
+        return _command("python -m dcase.prepare", folder, *rate, *any_length)
+
+    def make_pack(self, folder: Path) -> str:
+        return _command("python -m dcase.prepare", folder, "--pack", *self._read())
+
+    def train(self, folder: Path) -> str:
+        return _command("python train_base.py", folder, *self._read())
+
+    def _read(self) -> list[str]:
+        flags = {
+            "pack_dir": (self.pack_dir and Path(self.pack_dir).expanduser(), DataConfig.pack_dir),
+            "subset": (self.subset, SplitConfig.subset),
+            "sample_rate": (self.rates.sample_rate, LogMelConfig.sample_rate),
+            "orig_sample_rate": (self.rates.orig_sample_rate, DataConfig.orig_sample_rate),
+        }
+        return [f"--{name} {shlex.quote(str(value))}" for name, (value, default) in flags.items() if value != default]
+
+
+def _command(program: str, folder: Path, *flags: str) -> str:
+    return " ".join([program, "--dataset_dir", shlex.quote(str(folder)), *flags])
 
 
 def data_folder(data: Data) -> list[Finding]:
@@ -51,7 +92,8 @@ def data_folder(data: Data) -> list[Finding]:
     try:
         check_folder(folder)
     except UserError as error:
-        return [Finding("data", "FAIL", str(error), f"ls {folder}; ls {folder.absolute().parent}")]
+        fix = "" if folder.is_dir() else f"ls {folder}; ls {folder.absolute().parent}"
+        return [Finding("data", "FAIL", str(error), fix)]
     kind = "TAU22" if is_tau22(folder) else "not TAU22 itself, or another test split"
     return [Finding("data", "ok", f"{folder} ({kind})"), *_contents(folder, data)]
 
@@ -65,12 +107,19 @@ def _contents(folder: Path, data: Data) -> list[Finding]:
     try:
         splits = _quietly(lambda: dict(zip(_asked(data), load_splits(folder, *_asked(data)), strict=True)))
     except UserError as error:
-        return [*lists, Finding("clips", "FAIL", str(error), _prepare(folder))]
+        fix = data.check(folder) if is_tau22(folder) else OWN_DATA
+        return [*lists, Finding("clips", "FAIL", str(error), fix)]
     packed = _pack(folder, data, splits)
     # Where a pack serves all of them, recordings may be missing.
     needed = not any(finding.state == "ok" for finding in packed)
-    recordings = _recordings(folder, splits, needed)
-    return [*lists, *recordings, *_lengths(folder, data, splits.values(), needed), _checked(folder), *packed]
+    return [
+        *lists,
+        *_scenes(*splits.values()),
+        *_recordings(folder, splits, needed, data.check(folder)),
+        *_lengths(folder, data, splits.values(), needed),
+        _checked(folder, data.check(folder)),
+        *packed,
+    ]
 
 
 def _asked(data: Data) -> tuple[str, str]:
@@ -81,22 +130,21 @@ def _list_path(folder: Path, split: str) -> Path:
     return folder / "split_setup" / f"{split}.csv"
 
 
-def _prepare(folder: Path, *flags: str) -> str:
-    return " ".join(["python -m dcase.prepare --dataset_dir", shlex.quote(str(folder)), *flags])
-
-
 def _lists(folder: Path, subset: int) -> list[Finding]:
     there, found = {}, []
-    for split in SPLITS:
-        path = _list_path(folder, split)
+    paths = {split: _list_path(folder, split) for split in SPLITS}
+    tau22 = is_tau22(folder)
+    own = not tau22 and any(path.is_file() for path in paths.values())  # lists that TAU22's must not replace
+    for split, path in paths.items():
         if path.is_file():
             try:
                 there[split] = len(read_split(path))
             except UserError as error:
-                found.append(Finding("split lists", "FAIL", str(error), _fetch(path)))
+                found.append(Finding("split lists", "FAIL", str(error), _fetch_anew(path) if tau22 else OWN_DATA))
         elif split in (f"split{subset}", "test"):
-            what = f"{path} is missing: training fetches it, where there is a network"
-            found.append(Finding("split lists", "warn", what, _fetch(path)))
+            what = f"{path} is missing: training fetches TAU22's, where there is a network"
+            what += "" if tau22 else "; data of your own need lists of their own"
+            found.append(Finding("split lists", "warn", what, OWN_DATA if own else _fetch(path)))
     shown = ", ".join(f"{split} ({n:,} clips)" for split, n in there.items())
     return [*([Finding("split lists", "ok", shown)] if shown else []), *found]
 
@@ -105,14 +153,23 @@ def _fetch(path: Path) -> str:
     return f"curl -L --create-dirs -o {shlex.quote(str(path))} {RELEASE}/{path.name}"
 
 
-def _recordings(folder: Path, splits: dict[str, Clips], needed: bool) -> list[Finding]:
+def _fetch_anew(path: Path) -> str:
+    return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')} && {_fetch(path)}"
+
+
+def _scenes(training: Clips, test: Clips) -> list[Finding]:
+    untrained = untrained_scenes(training, test)
+    return [Finding("scenes", "warn", untrained, OWN_DATA)] if untrained else []
+
+
+def _recordings(folder: Path, splits: dict[str, Clips], needed: bool, check: str) -> list[Finding]:
     found = []
     for split, clips in splits.items():
         missing = missing_files(folder, [name.decode() for name in clips.filenames.tolist()])
         if missing:
             what = f"{len(missing):,} of the {len(clips):,} WAV files of {split} are missing ({missing[0]}, ...)"
             if needed:
-                found.append(Finding("recordings", "FAIL", f"{what}: unpack them, or leave them out", _prepare(folder)))
+                found.append(Finding("recordings", "FAIL", f"{what}: unpack them, or leave them out", check))
             else:
                 found.append(Finding("recordings", "-", f"{what}; the pack has them"))
     shown = " and ".join(f"{len(clips):,} of {split}" for split, clips in splits.items())
@@ -123,34 +180,27 @@ def _lengths(folder: Path, data: Data, splits: Iterable[Clips], from_files: bool
     if data.target_length is not None:
         return [Finding("lengths", "ok", f"any: --target_length {data.target_length} pads or crops every clip")]
     if from_files:
-        return lengths.of_files(folder, splits, data.rates, _prepare(folder))
-    return [lengths.of_pack(folder, splits, Pack(data.pack_folder(folder)))]
+        return lengths.of_files(folder, splits, data.rates, data.check(folder), data.train(folder))
+    return [lengths.of_pack(splits, Pack(data.pack_folder(folder)), data.train(folder))]
 
 
-def _checked(folder: Path) -> Finding:
+def _checked(folder: Path, check: str) -> Finding:
     clean, excluded, meta = (folder / name for name in ("meta_clean.csv", "meta_excluded.csv", "meta.csv"))
     if not clean.is_file():
         if (folder / synth.MARK).is_file():
             return Finding("checked", "-", "not yet; synthetic recordings are not damaged")
-        return Finding("checked", "warn", "nobody has looked for damaged recordings yet", _prepare(folder))
+        return Finding("checked", "warn", "nobody has looked for damaged recordings yet", check)
     n_out = len(excluded.read_text().splitlines()) - 1 if excluded.is_file() else None
     if meta.is_file() and meta.stat().st_mtime > clean.stat().st_mtime:
-        return Finding("checked", "warn", f"{meta} has changed since {clean.name} was made", _prepare(folder))
+        return Finding("checked", "warn", f"{meta} has changed since {clean.name} was made", check)
     if n_out is None:
-        return Finding("checked", "warn", f"{clean.name} is there without {excluded.name}", _prepare(folder))
+        return Finding("checked", "warn", f"{clean.name} is there without {excluded.name}", check)
     return Finding("checked", "ok", f"{clean.name} leaves out {n_out:,} recordings ({excluded.name} says why)")
 
 
 def _pack(folder: Path, data: Data, splits: dict[str, Clips]) -> list[Finding]:
     place = data.pack_folder(folder)
-    again = _prepare(
-        folder,
-        "--pack",
-        *([f"--pack_dir {shlex.quote(str(place))}"] if data.pack_dir else []),
-        *([f"--subset {data.subset}"] if data.subset != 25 else []),
-        *([f"--sample_rate {data.rates.sample_rate}"] if data.rates.sample_rate != 32000 else []),
-        *([f"--orig_sample_rate {data.rates.orig_sample_rate}"] if data.rates.orig_sample_rate != 44100 else []),
-    )
+    again = data.make_pack(folder)
     if not pack.exists(place):
         return [Finding("pack", "warn", f"none in {place}: WAV files are read, many times slower", again)]
     try:

@@ -18,7 +18,7 @@ class Finding:
     """-: not there, and nothing lacks it; warn: training goes without it; FAIL: training does not."""
     found: str
     fix: str = ""
-    """Command that puts it right."""
+    """Command that puts it right, or the page that tells how."""
 
 
 def looked(name: str, check: Callable[[], Finding | list[Finding]]) -> list[Finding]:

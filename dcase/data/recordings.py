@@ -31,7 +31,9 @@ def span_of(config: LogMelConfig, frames: int, orig_sample_rate: int) -> Span:
 
     A clip's frames are 1 + resampled samples // hop_length, so that clips between ``window`` and ``most`` made just
     these: 1 s where the model has 65 frames at the default settings, or up to 16 ms more. With --target_length a
-    shorter clip is padded by the log-mel, as in training, and only has to fill one FFT.
+    shorter clip is padded by the log-mel, as in training, and only has to fill one FFT. Of a longer clip training and
+    test hear the beginning alone, a window and what the last frames reach of what follows (`logmel.samples_for`); in
+    windows all of it is heard, each as a clip that ends there.
     """
 
     def first(resampled: int) -> int:  # of the numbers of samples that make at least so many resampled ones

@@ -32,7 +32,7 @@ class Prediction:
     probabilities: tuple[float, ...]  # in the order of SCENES; the mean over the windows
     seconds: float
     n_windows: int
-    is_repeated: bool  # as it is shorter than a window
+    is_repeated: bool  # as it is shorter than the least that the model needs
 
     def best(self, n: int) -> list[tuple[str, float]]:
         """The n most probable scenes with their probabilities."""

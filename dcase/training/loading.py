@@ -29,6 +29,7 @@ from dcase.tau22 import (
     is_tau22,
     load_splits,
     split_by_location,
+    untrained_scenes,
 )
 from dcase.training import processes, stopping
 
@@ -60,6 +61,8 @@ def find_source(config: DataConfig, subset: int | None = None) -> Source:
         # The test list before training: a mistake in it is found now, and it is TAU22's mark.
         *training, test = load_splits(folder, *([f"split{subset}"] if subset else []), "test")
     training = training[0] if training else None
+    if training and (untrained := untrained_scenes(training, test)):
+        print(f"WARNING: {untrained}")
     if not is_tau22(folder):
         synthetic = (folder / synth.MARK).exists()
         note = f"{'Synthetic data' if synthetic else 'Not TAU22'}: not comparable with figures from TAU22."
