@@ -7,7 +7,7 @@ Model and front end come from the checkpoint; an architecture flag that contradi
 """
 
 from dcase import errors, evaluation
-from dcase.config import parse_test, start_run
+from dcase.config import parse_test, start_run, with_data_of
 from dcase.lit import SceneClassifier
 from dcase.runs import save_checkpoint
 from dcase.training import fit, processes
@@ -17,6 +17,7 @@ from dcase.training.loading import find_source, open_sound, with_sound
 def main() -> None:
     config, checkpoint = parse_test(__doc__)
     fit.check_machine(config.machine)
+    config = with_data_of(checkpoint, config)
     source = find_source(config.data)
     config, sound = open_sound(config, source.folder)
     test = with_sound(source.test, sound)

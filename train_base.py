@@ -15,7 +15,7 @@ import dataclasses
 import pytorch_lightning as pl
 
 from dcase import errors, evaluation, models
-from dcase.config import parse_base, start_run
+from dcase.config import parse_base, same_place, start_run
 from dcase.lit import SceneClassifier
 from dcase.logmel import frames_of
 from dcase.runs import find_checkpoint, load_checkpoint
@@ -61,7 +61,7 @@ def main() -> None:
         module = SceneClassifier.from_checkpoint(best, config)
         optimistic = config.split.val_split == "test"
         evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
-    print(f"next: python train_device_specific.py --ckpt_id {run.id} --project_name {config.run.project_name}")
+    print(f"next: python train_device_specific.py --ckpt_id {run.id} {same_place(config)}")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ on that device's validation clips; unknown devices always use the general model.
 """
 
 import dataclasses
+import shlex
 
 from dcase import errors, evaluation
-from dcase.config import parse_device_specific, start_run
+from dcase.config import parse_device_specific, same_place, start_run, with_data_of
 from dcase.errors import UserError
 from dcase.lit import SceneClassifier
 from dcase.runs import save_checkpoint
@@ -26,6 +27,7 @@ def main() -> None:
     if checkpoint["device_ids"]:
         raise UserError(f"--ckpt_id {config.ckpt_id} is a device-specific run: give the id of a run of train_base.py")
     fit.check_machine(config.machine)
+    config = with_data_of(checkpoint, config)
     source = find_source(config.data, config.split.subset)
     clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
@@ -58,7 +60,7 @@ def main() -> None:
             more = {"fine_tuning": outcomes}
             evaluation.evaluate(module, source, test, config, run, loggers, more, optimistic)
     others = ",..." if config.only_devices else ""
-    print(f"next: python test_only.py --ckpt_path {run.best}{others} --project_name {config.run.project_name}")
+    print(f"next: python test_only.py --ckpt_path {shlex.quote(str(run.best))}{others} {same_place(config)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from dcase.compression.stored import load_stored
 from dcase.deployment.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.devices import merged_checkpoint
 from dcase.errors import UserError
-from dcase.runs import Run, RunConfig, load_checkpoint, trained_checkpoint
+from dcase.runs import Run, RunConfig, load_checkpoint, refuse_other_scenes, trained_checkpoint
 
 STORED = "stored"  # folder of a run
 
@@ -15,11 +15,12 @@ def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
     """What ``--ckpt_path`` names, as a checkpoint that `lit.SceneClassifier.from_checkpoint` takes.
 
     ``path``: a checkpoint file of either stage, or several of stage 2 with commas between them, which are merged; or
-    a stored model, or the folder that holds those of all devices (`stored.load_stored`); or the folder of a published
-    model, or of those of all devices (`published.load_published`).
+    a stored model, or the folder that holds those of all devices (`compression.stored.load_stored`); or the folder of a
+    published model, or of those of all devices (`deployment.published.load_published`).
 
-    Raises `UserError`, naming the file, where one is missing, damaged or another's, or where several do not fit; where
-    it is a run that is named, in ``project_name`` or by its folder, with the files of it to give.
+    Raises `UserError`, naming the file, where one is missing, damaged or another's, where several do not fit, or where
+    it was trained on other scenes than `labels.SCENES`; where it is a run that is named, in ``project_name`` or by its
+    folder, with the files of it to give.
     """
     parts = path.split(",")
     if len(set(parts)) < len(parts):
@@ -34,7 +35,11 @@ def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
         place = place.parent
     if place.is_dir() and is_published(place):
         return load_published(place)
-    return load_stored(path) if stored else merged_checkpoint({part: load_checkpoint(part) for part in parts})
+    if not stored:
+        return merged_checkpoint({part: load_checkpoint(part) for part in parts})
+    checkpoint = load_stored(path)
+    refuse_other_scenes(checkpoint.get("scenes"), f"stored model {path}")
+    return checkpoint
 
 
 def _refuse_run(given: str, project_name: str) -> None:

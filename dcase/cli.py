@@ -68,6 +68,12 @@ def flowing(text: str, width: int) -> str:
     return "\n\n".join(part if part.startswith(" ") else fill(part) for part in paragraphs)
 
 
+def _module() -> str | None:
+    """How the usage names a module that `python -m` runs; None: a script, whose path it shows."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec and f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def parse(
     config: type[Config], description: str, default: Config | None = None, args: list[str] | None = None
 ) -> Config:
@@ -84,6 +90,7 @@ def parse(
     with _registry:
         return tyro.cli(
             config,
+            prog=_module(),
             description="",
             args=args,
             config=(tyro.conf.OmitArgPrefixes,),

@@ -5,7 +5,9 @@ one takes its defaults from there, so that a flag that differs can only have bee
 """
 
 import dataclasses
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -13,13 +15,26 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import aum
-from dcase import cli, models
+from dcase import cli, errors, models
 from dcase.augment import AugmentConfig
 from dcase.checkpoints import load_trained
 from dcase.errors import UserError
+from dcase.labels import SCENES
 from dcase.logmel import LogMelConfig
 from dcase.models import ModelConfig
-from dcase.runs import Run, RunConfig, find_checkpoint, find_run, load_checkpoint, new_run, write_json
+from dcase.runs import (
+    SCRIPTS,
+    Run,
+    RunConfig,
+    find_checkpoint,
+    find_run,
+    kind_of,
+    load_checkpoint,
+    new_run,
+    refuse_other_scenes,
+    resume_command,
+    write_json,
+)
 from dcase.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
 from dcase.tracking import artifacts
 from dcase.training import processes
@@ -118,6 +133,11 @@ class EvalConfig:
     storage: StorageConfig = field(default_factory=StorageConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
 
+    def __post_init__(self):
+        if self.data.dataset_dir:  # another script, in another folder, may be the next to read it
+            folder = Path(self.data.dataset_dir).expanduser().absolute()
+            object.__setattr__(self, "data", dataclasses.replace(self.data, dataset_dir=str(folder)))
+
 
 @dataclass(frozen=True)
 class TestConfig(EvalConfig):
@@ -136,6 +156,7 @@ class TrainConfig(EvalConfig):
     fit: FitConfig = field(default_factory=FitConfig)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.fit.layer_decay != 1 and self.model.model in models.FIXED:
             raise UserError(f"--layer_decay does not apply to {self.model.model}: leave it out")
 
@@ -273,8 +294,40 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
     return config, checkpoint
 
 
+def find_dataset_dir(given: str | None, checkpoint: dict) -> str | None:
+    """--dataset_dir; without it and without TAU22_DIR the folder that a checkpoint's run was given, which is then said.
+
+    Raises `UserError` where that one is not there any more.
+    """
+    of_run = checkpoint["config"]["data"].get("dataset_dir")
+    if given or os.environ.get("TAU22_DIR") or not of_run:
+        return given
+    if not Path(of_run).expanduser().is_dir():
+        raise UserError(f"the data folder of the checkpoint's run, {of_run}, is not there any more: give --dataset_dir")
+    print(f"neither --dataset_dir nor TAU22_DIR is given: using the data of the checkpoint's run, {of_run}")
+    return of_run
+
+
+def with_data_of(checkpoint: dict, config: Config) -> Config:
+    """The configuration with `find_dataset_dir`'s folder."""
+    dataset_dir = find_dataset_dir(config.data.dataset_dir, checkpoint)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset_dir=dataset_dir))
+
+
+def same_place(config: EvalConfig) -> str:
+    """The flags that lead the next script to this one's runs and data, for a shell."""
+    data = ["--dataset_dir", config.data.dataset_dir] if config.data.dataset_dir else []
+    return shlex.join(["--project_name", config.run.project_name, *data])
+
+
 def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
-    """The run to write to: the resumed one, or a new one with its config.json written."""
+    """The run to write to: the resumed one, or a new one with its config.json written.
+
+    From now on `errors.run` says how a training run that is interrupted goes on.
+    """
+    kind = kind_of(to_plain(config))
+    if run is not None and (run.folder / "results.json").is_file():
+        print(f"run {run.id} is trained to its end: it is only tested again")
     if run is None:
         run = new_run(config.run.project_name, config.run.run_id) if processes.is_main() else None
         run = processes.from_main(run)
@@ -286,11 +339,14 @@ def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
             run.folder / "config.json",
             {
                 "config": to_plain(config),
+                "scenes": list(SCENES),
                 "command": sys.argv,
                 "commit": _commit(),
                 "versions": {"python": platform.python_version(), **versions},
             },
         )
+    if kind != "test":
+        errors.to_go_on = resume_command(SCRIPTS[kind], run.id, config.run.project_name)
     print(f"run {run.id}: everything goes to {run.folder}/")
     return run
 
@@ -337,8 +393,15 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     artifacts.fetch(project_name, run_id, peek("wandb_mode", args), peek("logger", args))
     run = find_run(project_name, run_id, "--resume")
     saved = run.read_config()
-    if ("ckpt_id" in saved) != (cls is DeviceConfig) or "split" not in saved:  # a test's run has no split
-        raise UserError(f"--resume {run_id}: that run was made by another script")
+    kind = kind_of(saved)
+    if kind == "test":
+        raise UserError(
+            f"--resume {run_id}: that run was made by {SCRIPTS[kind]}: a test is not resumed, but run again"
+        )
+    if (kind == "device-specific") != (cls is DeviceConfig):
+        how = resume_command(SCRIPTS[kind], run_id, project_name)
+        raise UserError(f"--resume {run_id}: that run was made by {SCRIPTS[kind]}; go on with: {how}")
+    refuse_other_scenes(run.scenes(), f"the run --resume {run_id}")
     default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
     config = cli.parse(cls, description, default, args)
     parts = tuple(f.name for f in dataclasses.fields(cls))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import wraps
 
+to_go_on = ""  # command that goes on with the training run under way, where there is one
 DOCTOR = " (`python -m dcase.doctor` tells more)"
 
 
@@ -66,10 +67,11 @@ def run(main: Callable[[], None]) -> None:
     except (Stopped, KeyboardInterrupt) as end:
         with suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses Ctrl-C again has been heard
-        said = "stopped by the keyboard; a training run goes on with --resume and its run id"
+        said = str(end) or "stopped by the keyboard"
+        said += f"; go on with: {to_go_on}" if to_go_on else ""
         # Lightning kills the main process, which may still be busy, where another one ends with anything but 0.
         main_process = os.environ.get("LOCAL_RANK", "0") == "0"
-        _end(128 + getattr(end, "number", signal.SIGINT) if main_process else 0, str(end) or said)
+        _end(128 + getattr(end, "number", signal.SIGINT) if main_process else 0, said)
     except BrokenPipeError:  # the reader of a pipe, as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:

@@ -26,12 +26,13 @@ from dcase import cli, errors
 from dcase.checkpoints import load_trained
 from dcase.compression.quantisation import decode, encode
 from dcase.compression.stored import GENERAL, load_stored, save_one
+from dcase.config import find_dataset_dir
 from dcase.data.dataset import TAU22
 from dcase.deployment import onnx_format
 from dcase.deployment.exported import Exported, FrontEnd
 from dcase.errors import UserError
 from dcase.files import replace_file
-from dcase.labels import SCENES
+from dcase.labels import DEVICES, SCENES
 from dcase.lit import SceneClassifier
 from dcase.progress import progress
 from dcase.tau22 import DataConfig
@@ -62,7 +63,8 @@ class ExportConfig:
     out: str = ""
     """File to write; "": in export/ of the run's folder, named after --device_id."""
     dataset_dir: str | None = None
-    """Data folder whose test clips are compared on, WAV files; None: TAU22_DIR, else SynthTAU."""
+    """Data folder whose test clips are compared on, WAV files; None: TAU22_DIR, else the folder that the checkpoint's
+    run was given, else SynthTAU."""
     check_clips: int = 64
     """Clips of the test split to compare on, evenly spread over it."""
 
@@ -98,8 +100,9 @@ class Parity:
 
 def main() -> None:
     config = cli.parse(ExportConfig, __doc__)
-    module = SceneClassifier.from_checkpoint(load_trained(config.ckpt_path)).eval()
-    source = find_source(DataConfig(dataset_dir=config.dataset_dir))
+    checkpoint = load_trained(config.ckpt_path)
+    module = SceneClassifier.from_checkpoint(checkpoint).eval()
+    source = find_source(DataConfig(dataset_dir=find_dataset_dir(config.dataset_dir, checkpoint)))
     data = replace(module.config.data, read_from="wav")
     _, sound = open_sound(replace(module.config, data=data), source.folder)
     test = with_sound(source.test, sound)
@@ -121,7 +124,10 @@ def choose(module: SceneClassifier, device_id: str, weight_bits: int | None) -> 
     if device_id != GENERAL:
         if device_id not in module.device_models:
             there = ", ".join([GENERAL, *module.device_models])
-            raise UserError(f"--device_id {device_id}: there is no model of that name in the checkpoint, only {there}")
+            instead = "; the general model serves that device: leave --device_id out" if device_id in DEVICES else ""
+            raise UserError(
+                f"--device_id {device_id}: there is no model of that name in the checkpoint, only {there}{instead}"
+            )
         module.model = module.device_models[device_id]
     bits = weight_bits or module.config.storage.weight_bits
     state = module.model.state_dict()

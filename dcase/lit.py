@@ -20,6 +20,7 @@ from dcase.config import EvalConfig, TrainConfig, from_plain, to_plain
 from dcase.data.dataset import TAU22, Clip
 from dcase.devices import forward_by_device
 from dcase.errors import UserError
+from dcase.labels import SCENES
 from dcase.logmel import LogMel, frames_of
 from dcase.metrics import SceneMetrics
 from dcase.models import build
@@ -36,7 +37,7 @@ WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach th
 
 
 class Teacher(Protocol):
-    """What `SceneClassifier` learns from beside the labels: `teachers.Teachers`."""
+    """What `SceneClassifier` learns from beside the labels: `training.teachers.Teachers`."""
 
     def logits(self, batch: Clip, waveform: Tensor, length: Tensor) -> Tensor:
         """(b, n_classes), of clips that are heard as ``waveform`` (b, 1, samples) at the model's rate."""
@@ -271,6 +272,7 @@ class SceneClassifier(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["dcase_format"] = FORMAT
         checkpoint["config"] = self.origin | to_plain(self.config)
+        checkpoint["scenes"] = list(SCENES)
         checkpoint["frames"] = self.frames
         checkpoint["device_ids"] = list(self.device_models)
         checkpoint["clips_id"] = self.clips_id
@@ -349,7 +351,7 @@ class SceneClassifier(pl.LightningModule):
             raise UserError(f"--pretrained: {error}") from error
 
     def load_stored(self, checkpoint: dict) -> None:
-        """Take the weights of stored models (`stored.load_stored`)."""
+        """Take the weights of stored models (`compression.stored.load_stored`)."""
         self.load_state_dict(self._counters() | checkpoint["state_dict"])
 
     def _counters(self) -> dict[str, Tensor]:

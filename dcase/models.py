@@ -91,7 +91,9 @@ def fill(config: ModelConfig, n_mels: int, frames: int) -> ModelConfig:
         of_shape = {field.name for field in dataclasses.fields(config)} - {"model"}
         filled = dataclasses.replace(config, **{name: getattr(shape, name) for name in of_shape})
     if filled.n_classes != len(SCENES):
-        raise UserError(f"--n_classes is {len(SCENES)}, the number of scenes; got {filled.n_classes}")
+        raise UserError(
+            f"--n_classes is {len(SCENES)}, the number of scenes in dcase/labels.py; got {filled.n_classes}"
+        )
     return filled
 
 

@@ -16,6 +16,7 @@ import json
 import pickle
 import re
 import secrets
+import shlex
 import string
 import zipfile
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from lightning_fabric.plugins import CheckpointIO
 
 from dcase.errors import UserError, one_line
 from dcase.files import keep_copy, replace_file
+from dcase.labels import SCENES
 
 FORMAT = 1  # of our checkpoints
 
@@ -90,6 +92,10 @@ class Run:
         """The git commit of the code that began the run, where that was a checkout."""
         return json.loads((self.folder / "config.json").read_text()).get("commit")
 
+    def scenes(self) -> list[str] | None:
+        """Those that the run was begun with; None before that was written down."""
+        return json.loads((self.folder / "config.json").read_text()).get("scenes")
+
     def read_config(self) -> dict:
         """Raises `UserError` where config.json is damaged."""
         path = self.folder / "config.json"
@@ -102,9 +108,18 @@ class Run:
             ) from error
 
 
+SCRIPTS = {"general": "train_base.py", "device-specific": "train_device_specific.py", "test": "test_only.py"}
+
+
 def kind_of(saved: dict) -> Literal["general", "device-specific", "test"]:
-    """Which script made a run of this configuration: train_base.py, train_device_specific.py or test_only.py."""
+    """Which script of `SCRIPTS` made a run of this configuration."""
     return "device-specific" if "ckpt_id" in saved else "test" if "ckpt_path" in saved else "general"
+
+
+def resume_command(script: str, run_id: str, project_name: str) -> str:
+    """What goes on with a run, for a shell."""
+    project = [] if project_name == RunConfig.project_name else ["--project_name", project_name]
+    return shlex.join(["python", script, "--resume", run_id, *project])
 
 
 def new_run(project_name: str, run_id: str | None = None) -> Run:
@@ -187,7 +202,19 @@ def load_checkpoint(path: Path | str) -> dict:
         raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
+    refuse_other_scenes(checkpoint.get("scenes"), f"checkpoint {path}")
     return checkpoint
+
+
+def refuse_other_scenes(scenes: list[str] | None, what: str) -> None:
+    """Raise `UserError` where ``what`` was trained on other scenes than SCENES, or in another order: it would name
+    wrong ones. None: from before that was written down."""
+    if scenes is not None and scenes != list(SCENES):
+        listed = ", ".join(map(str, scenes)) if isinstance(scenes, list) else scenes
+        raise UserError(
+            f"{what} was trained on the scenes {listed}; this copy's dcase/labels.py has {', '.join(SCENES)}: give "
+            "SCENES there those names in that order, or train again"
+        )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ import torch
 from dcase import complexity, evaluation
 from dcase.checkpoints import load_trained
 from dcase.cli import parse
-from dcase.config import EvalConfig, from_plain
+from dcase.config import EvalConfig, find_dataset_dir, from_plain
 from dcase.errors import UserError, run
 from dcase.labels import DEVICES
 from dcase.lit import SceneClassifier
@@ -41,8 +41,8 @@ class SubmitConfig:
     out: str = "submissions"
     """Folder that the submission's own folder is made in."""
     dataset_dir: str | None = None
-    """TAU22 folder, for the test list in the package and a trial output; without it TAU22_DIR, and without that
-    SynthTAU."""
+    """TAU22 folder, for the test list in the package and a trial output; without it TAU22_DIR, else the folder
+    that the checkpoint's run was given, else SynthTAU."""
     eval_dir: str | None = None
     """The challenge's evaluation set: evaluation_setup/fold1_test.csv and audio/. Without it an output of the
     development set's test split is made as a trial, output_development.csv."""
@@ -61,7 +61,7 @@ def main() -> None:
     checkpoint, cost = trained(config.ckpt_path)
     if checkpoint["config"]["split"]["subset"] != CHALLENGE_SUBSET:
         print(f"WARNING: trained on --subset {checkpoint['config']['split']['subset']}: the challenge allows 25 alone")
-    source = find_source(DataConfig(dataset_dir=config.dataset_dir))
+    source = find_source(DataConfig(dataset_dir=find_dataset_dir(config.dataset_dir, checkpoint)))
     output, recordings = to_predict(config, submission, source)
 
     write_package(submission, checkpoint, source.folder / "split_setup" / "test.csv")

@@ -1,6 +1,7 @@
 """Bad input ends a script with one clear line, exit code 2 and no traceback, and loses nothing that was written."""
 
 import hashlib
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -8,12 +9,16 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
-from conftest import FIT, SMALL
+from conftest import FIT, SMALL, refusal
 
 import test_only
 import train_base
 import train_device_specific
 from dcase import compare, export, predict, publish, submit
+from dcase.checkpoints import load_trained
+from dcase.compression.stored import file_sizes, save_stored
+from dcase.labels import SCENES
+from dcase.runs import load_checkpoint
 
 MAINS = {script.__name__: script.main for script in (train_base, train_device_specific, test_only)}
 
@@ -87,7 +92,17 @@ def test_wrong_ckpt_id_lists_the_runs_there_are(call, learnable, project):
     done.refused("--ckpt_id nonsense", "general")
     call("train_device_specific", "--dataset_dir", learnable).refused("--ckpt_id")
     call("train_base", "--resume", "nonsense", "--project_name", "P").refused("--resume nonsense", "general")
-    call("train_device_specific", "--resume", "general", "--project_name", "P").refused("another script")
+    call("train_device_specific", "--resume", "general", "--project_name", "P").refused(
+        "made by train_base.py; go on with: python train_base.py --resume general --project_name P"
+    )
+
+
+def test_a_test_is_not_resumed(call, project):
+    saved = json.loads((project / "general" / "config.json").read_text())
+    saved["config"] = {name: saved["config"][name] for name in ("data", "model")} | {"ckpt_path": "x.ckpt"}
+    (project / "general" / "config.json").write_text(json.dumps(saved))
+    for name in ("train_base", "train_device_specific"):
+        call(name, "--resume", "general", "--project_name", "P").refused("made by test_only.py: a test is not resumed")
 
 
 def test_checkpoint_that_is_not_there(call):
@@ -199,6 +214,71 @@ def test_flags_that_contradict_the_checkpoint_show_both_values(call, learnable, 
     args = ["--dataset_dir", learnable, "--project_name", "P", f"--{flag}", given]
     call("test_only", "--ckpt_path", BEST, *args).refused(f"--{flag} {given}", has, BEST)
     call("train_device_specific", "--ckpt_id", "general", *args).refused(f"--{flag} {given}", has)
+
+
+FOREIGN = ["forest", "kitchen", "office", "street"]
+NAMED = "was trained on the scenes forest, kitchen, office, street; this copy's dcase/labels.py has airport, bus, metro"
+
+
+@pytest.fixture
+def of_other_scenes(project) -> Path:
+    """The project of a run that was trained on four scenes of another copy's labels.py."""
+    for path in (project / "general" / "checkpoints").glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["scenes"] == list(SCENES)
+        checkpoint["scenes"], checkpoint["config"]["model"]["n_classes"] = FOREIGN, 4
+        torch.save(checkpoint, path)
+    path = project / "general" / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["scenes"] == list(SCENES)
+    saved["scenes"], saved["config"]["model"]["n_classes"] = FOREIGN, 4
+    path.write_text(json.dumps(saved))
+    return project
+
+
+def test_a_model_of_other_scenes_is_refused_wherever_it_is_given(call, call_main, learnable, of_other_scenes):
+    data = ["--dataset_dir", learnable, "--project_name", "P"]
+    call("train_base", *data, "--resume", "general").refused(f"the run --resume general {NAMED}")
+    for args in (["--teacher", "general"], ["--init_from", "general"]):
+        call("train_base", *TRAIN, *data, *args).refused(NAMED)
+    call("train_device_specific", *data, "--ckpt_id", "general").refused(f"checkpoint {BEST} {NAMED}")
+    call("test_only", *data, "--ckpt_path", BEST).refused(f"checkpoint {BEST} {NAMED}")
+    for main, more in TAKE_CHECKPOINTS.values():
+        more = [arg for arg in more if arg not in ("--project_name", "DCASE25_Task1")]
+        call_main(main, *more, "--ckpt_path", BEST).refused(f"checkpoint {BEST} {NAMED}")
+    assert [path.name for path in of_other_scenes.iterdir()] == ["general"]
+
+
+def test_the_same_scenes_in_another_order_are_other_scenes(project):
+    path = project / "general" / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save(checkpoint | {"scenes": [*reversed(SCENES)]}, path)
+    assert "was trained on the scenes tram, street_traffic," in refusal(load_checkpoint, path)
+    torch.save(checkpoint | {"scenes": 3}, path)
+    assert "was trained on the scenes 3; this" in refusal(load_checkpoint, path)
+
+
+def test_stored_models_of_other_scenes_are_refused_and_those_from_before_are_taken(project, tmp_path):
+    checkpoint = load_checkpoint(project / "general" / "checkpoints" / "best.ckpt")
+    for model in ("", "/general.safetensors"):
+        given = f"{tmp_path}/stored{model}"
+        save_stored(checkpoint, tmp_path / "stored", 16)
+        tensors = file_sizes(tmp_path / "stored" / "general.safetensors")[1]
+        assert load_trained(given)["scenes"] == list(SCENES)
+        save_stored(checkpoint | {"scenes": FOREIGN}, tmp_path / "stored", 16)
+        assert f"stored model {given} {NAMED}" in refusal(load_trained, given)
+        before = {name: value for name, value in checkpoint.items() if name != "scenes"}
+        save_stored(before, tmp_path / "stored", 16)
+        assert "scenes" not in load_trained(given)
+        assert file_sizes(tmp_path / "stored" / "general.safetensors")[1] == tensors  # what is counted
+
+
+def test_a_checkpoint_from_before_scenes_were_written_is_taken(project):
+    path = project / "general" / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["scenes"]
+    torch.save(checkpoint, path)
+    assert load_checkpoint(path).keys() == checkpoint.keys()
 
 
 def test_stage_2_may_not_move_the_validation_part(call, learnable, project):

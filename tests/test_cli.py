@@ -196,6 +196,12 @@ def test_a_description_is_as_wide_as_the_terminal_and_commands_stay(columns, cap
     assert description.startswith("Name the scenes of recordings: files, folders, or a list")
 
 
+@pytest.mark.parametrize("name", ["dcase.predict", "dcase.report"])
+def test_the_usage_of_a_module_is_how_it_is_run(name):
+    done = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert f"usage: python -m {name} [-h]" in done.stdout, done.stderr
+
+
 def test_help_of_a_script_that_needs_a_checkpoint():
     command = [sys.executable, "train_device_specific.py", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -262,10 +262,13 @@ def test_safetensors_are_what_a_run_stores(with_device, learnable, script, tmp_p
 
 def test_what_cannot_be_exported_is_refused(general_run, with_device, script, learnable):
     ckpt = ("--ckpt_path", general_run / "checkpoints/best.ckpt", "--dataset_dir", learnable)
-    script("dcase.export", *ckpt, "--device_id", "s6").refused("--device_id s6", "only general")
+    script("dcase.export", *ckpt, "--device_id", "s6").refused(
+        "--device_id s6", "only general; the general model serves that device: leave --device_id out"
+    )
     assert not (general_run / "export").exists()
     module = SceneClassifier.from_checkpoint(load_checkpoint(with_device))
-    assert "only general, a" in refusal(export.choose, module, "b", None)
+    assert "only general, a; the general model serves" in refusal(export.choose, module, "b", None)
+    assert refusal(export.choose, module, "z", None).endswith("only general, a")  # which is no device
     assert "--ckpt_path is missing" in refusal(ExportConfig)
     message = refusal(lambda: ExportConfig(ckpt_path="x", check_clips=0))
     assert "--check_clips is at least 1; got 0" in message

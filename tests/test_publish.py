@@ -336,7 +336,7 @@ EDITS = {
     "mean": (lambda f: f.update(mean="x"), "could not convert"),
     "rate": (lambda f: f.update(sample_rate=-1), "--sample_rate is at least 1"),
     "n_mels": (lambda f: f.update(n_mels=64), "64 mel bins, and the model has 32"),
-    "scenes": (lambda f: f["scenes"].reverse(), "its scenes are not TAU22's"),
+    "scenes": (lambda f: f.update(scenes=[1, 2]), "scenes are no list of names"),
     "run": (lambda f: f.update(run=3), "config.json was not written by dcase.publish"),
 }
 
@@ -348,6 +348,14 @@ def test_a_front_end_that_cannot_be_is_refused(name, call, general_run, tmp_path
     edit(tmp_path / "pub" / "config.json", change)
     message = refusal(load_trained, "pub")
     assert part in message and "pub/config.json" in message
+
+
+def test_a_published_model_of_other_scenes_is_refused(call, general_run, tmp_path):
+    call("--ckpt_path", general_run / "checkpoints" / "best.ckpt", "--out", "pub")
+    edit(tmp_path / "pub" / "config.json", lambda f: f.update(scenes=["forest", "kitchen"]))
+    message = refusal(load_trained, "pub")
+    assert message.startswith("published model pub was trained on the scenes forest, kitchen; this copy's dcase/labels")
+    assert "not written by" not in message
 
 
 def test_damaged_and_foreign_folders(call, general_run, tmp_path):

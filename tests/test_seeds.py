@@ -50,7 +50,10 @@ def test_mean_and_deviation_are_told_and_written(series):
     assert found["deviation"] == pytest.approx(statistics.stdev(accuracies))
     said = (series.parent / "said").read_text()
     assert f"{100 * statistics.fmean(accuracies):.2f} ± {100 * statistics.stdev(accuracies):.2f}" in said
-    assert "(2 seeds)" in said and "for run in many-3 many-4; do python train_device_specific.py --ckpt_id $run" in said
+    assert "(2 seeds)" in said
+    loop = "for run in many-3 many-4; do python train_device_specific.py --ckpt_id $run"
+    saved = json.loads((series / "many-3" / "config.json").read_text())["config"]
+    assert f"next: {loop} --project_name P --dataset_dir {saved['data']['dataset_dir']}; done" in said
 
 
 @pytest.fixture

@@ -75,6 +75,7 @@ def load_model(path: Path | str) -> tuple[dict[str, Tensor], dict, dict[str, int
 GENERAL = "general"
 MODEL, DEVICE_MODELS, FRONT_END = "model.", "device_models.", "logmel."  # beginnings of names in a checkpoint
 _PLAIN = ("dcase_format", "config", "frames", "clips_id", "clips_per_step")  # of a checkpoint, for the header
+_SCENES = "scenes"  # likewise; files from before have none
 
 
 def save_stored(checkpoint: dict, folder: Path, bits: int) -> None:
@@ -101,7 +102,8 @@ def save_one(checkpoint: dict, model: str, path: Path, bits: int) -> None:
     needed = {part: config[part] for part in ("model", "logmel", "split")}  # no paths of this machine
     needed["storage"] = {"weight_bits": bits}  # those of the run, where dcase.export is asked for others, round twice
     needed["data"] = {"orig_sample_rate": config["data"]["orig_sample_rate"]}
-    header = {name: checkpoint[name] for name in _PLAIN} | {"config": needed, "front_end": front_end}
+    plain = {name: checkpoint[name] for name in (*_PLAIN, _SCENES) if name in checkpoint}
+    header = plain | {"config": needed, "front_end": front_end}
     start = MODEL if model == GENERAL else f"{DEVICE_MODELS}{model}."
     weights = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
     save_model(path, weights, bits, header | {"model": model})
@@ -124,11 +126,12 @@ def load_stored(path: Path | str) -> dict:
         weights, header, _ = load_model(file)
         if missing := [name for name in (*_PLAIN, "front_end", "model") if name not in header]:
             raise UserError(f"stored model {file} was not written by a run: its header has no {missing[0]}")
-        shared = {name: header[name] for name in (*_PLAIN, "front_end")}
+        plain = {name: header[name] for name in (*_PLAIN, _SCENES) if name in header}
+        shared = plain | {"front_end": header["front_end"]}
         if checkpoint is None:
             first = shared
             front_end = {name: torch.tensor(value) for name, value in header["front_end"].items()}
-            checkpoint = {name: header[name] for name in _PLAIN} | {"state_dict": front_end, "device_ids": []}
+            checkpoint = plain | {"state_dict": front_end, "device_ids": []}
             start = MODEL
         elif shared != first:
             raise UserError(f"--ckpt_path {path}: {file.name} is of another run than {files[0].name}")

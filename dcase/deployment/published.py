@@ -21,7 +21,7 @@ from dcase.compression.stored import DEVICE_MODELS, GENERAL, MODEL
 from dcase.errors import UserError
 from dcase.logmel import LogMelConfig
 from dcase.models import ModelConfig
-from dcase.runs import FORMAT
+from dcase.runs import FORMAT, refuse_other_scenes
 from dcase.tau22 import DEVICES, SCENES
 
 _RUN = ("model", "model_of", "weight_bits", "split", "clips_id")
@@ -106,8 +106,9 @@ def _load(folder: Path, start: str) -> tuple[dict, dict]:
             raise ValueError("mean, std or orig_sample_rate is no such figure")
         if logmel.n_mels != model.config.n_mels:
             raise ValueError(f"{logmel.n_mels} mel bins, and the model has {model.config.n_mels}")
-        if front_end["scenes"] != list(SCENES):
-            raise ValueError("its scenes are not TAU22's, in this order")
+        scenes = front_end["scenes"]
+        if not (isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes)):
+            raise ValueError("scenes are no list of names")
         shape = {name: value for name, value in vars(model.config).items() if name in vars(ModelConfig())}
         checkpoint = {
             "dcase_format": FORMAT,
@@ -119,6 +120,7 @@ def _load(folder: Path, start: str) -> tuple[dict, dict]:
                 "storage": {"weight_bits": run["weight_bits"]},
             },
             "frames": model.config.target_length,
+            "scenes": scenes,
             "clips_id": run["clips_id"],
             "clips_per_step": 0,  # it cannot be resumed
             "device_ids": [],
@@ -126,6 +128,7 @@ def _load(folder: Path, start: str) -> tuple[dict, dict]:
     except (KeyError, TypeError, ValueError, UserError) as error:
         reason = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise UserError(f'{path} was not written by dcase.publish: under "{FRONT_END}", {reason}') from error
+    refuse_other_scenes(scenes, f"published model {folder}")
     checkpoint["state_dict"] = {f"{start}{name}": value for name, value in model.state_dict().items()} | {
         "logmel.mean": torch.tensor(mean),
         "logmel.std": torch.tensor(std),

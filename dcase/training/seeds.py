@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcase import compare
-from dcase.config import parse_base, peek
+from dcase.config import BaseConfig, from_plain, parse_base, peek, same_place
 from dcase.errors import UserError, one_line
-from dcase.runs import Run, RunConfig, new_id, write_json
+from dcase.runs import Run, RunConfig, new_id, resume_command, write_json
 from dcase.training import stopping
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_base.py"
@@ -63,7 +63,7 @@ def train_each(description: str) -> bool:
         go_on = ["--resume", run_id, "--project_name", series.project_name]
         code = _run([*(go_on if run.has_config() else begin), *further], series.id)
         if code:
-            how = f"python train_base.py --resume {series.id} --project_name {series.project_name}"
+            how = resume_command(SCRIPT.name, series.id, series.project_name)
             print(f"\nseed {seed} (run {run_id}) ended with exit code {code}; go on with: {how}", file=sys.stderr)
             sys.exit(code)
     _tell(series)
@@ -155,4 +155,6 @@ def _tell(series: Series) -> None:
     write_json(series.path, series.content() | {"figures": figures})
     print(f"\n{compare.report([together])}\n\nMean and deviation of all figures: {series.path}")
     ids = " ".join(series.runs.values())
-    print(f"next: for run in {ids}; do python train_device_specific.py --ckpt_id $run; done")
+    any_run = Run(series.path.parent / next(iter(series.runs.values())))
+    place = same_place(from_plain(BaseConfig, any_run.read_config()))
+    print(f"next: for run in {ids}; do python train_device_specific.py --ckpt_id $run {place}; done")

@@ -1,0 +1,129 @@
+"""From one script to the next: the commands that are printed can be run as they are, and measure the same data."""
+
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FIT, SMALL, only_run, read_results, refusal
+
+import test_only
+import train_base
+from dcase import errors
+from dcase.config import find_dataset_dir
+from dcase.runs import load_checkpoint, resume_command
+
+ON_CPU = "--num_workers 0 --wandb_mode disabled --accelerator cpu --report_audio False".split()
+
+
+@pytest.fixture
+def project(general_run, tmp_path) -> Path:
+    """A project folder "P" with one run, "general"."""
+    shutil.copytree(general_run, tmp_path / "P" / "general")
+    return tmp_path / "P"
+
+
+def what_comes_next(out: str) -> list[str]:
+    """The arguments of the command that a script ends with."""
+    python, *args = shlex.split(out.strip().splitlines()[-1].removeprefix("next: "))
+    assert python == "python"
+    return args
+
+
+def test_the_printed_commands_stay_with_the_data_of_the_first(learnable, script, tmp_path, monkeypatch):
+    monkeypatch.delenv("TAU22_DIR", raising=False)
+    (tmp_path / "my data").symlink_to(learnable)
+    more = ["--n_epochs", "1", "--project_name", "my runs", "--logger", "none"]
+    done = script("train_base.py", "--dataset_dir", "my data", *SMALL, *FIT, *more)
+    assert done.code == 0, done.err
+    place = ["--project_name", "my runs", "--dataset_dir", str(tmp_path / "my data")]
+    general = only_run(tmp_path / "my runs")
+    stage_2 = what_comes_next(done.out)
+    assert stage_2 == ["train_device_specific.py", "--ckpt_id", general.name, *place]
+
+    done = script(*stage_2, *ON_CPU, "--n_epochs", "1", "--only_devices", "a", "--run_id", "tuned")
+    assert done.code == 0, done.err
+    assert what_comes_next(done.out) == [
+        "test_only.py",
+        "--ckpt_path",
+        "my runs/tuned/checkpoints/best.ckpt,...",
+        *place,
+    ]
+
+
+def test_without_a_flag_the_data_is_that_of_the_checkpoints_run(project, learnable, call_main, tmp_path, monkeypatch):
+    monkeypatch.delenv("TAU22_DIR", raising=False)
+    best = project / "general" / "checkpoints" / "best.ckpt"
+    done = call_main(test_only.main, "--ckpt_path", best, "--project_name", "T", *ON_CPU)
+    assert done.code == 0, done.err
+    assert (
+        f"neither --dataset_dir nor TAU22_DIR is given: using the data of the checkpoint's run, {learnable}" in done.out
+    )
+    assert "SynthTAU" not in done.out and read_results(only_run(tmp_path / "T"))["n_clips"] == 32
+
+
+def test_the_flag_comes_first_then_tau22_dir_then_the_run(learnable, capsys, monkeypatch, tmp_path):
+    def of_run(folder: Path | None) -> dict:
+        return {"config": {"data": {"dataset_dir": folder and str(folder)}}}
+
+    monkeypatch.delenv("TAU22_DIR", raising=False)
+    assert find_dataset_dir("given", of_run(learnable)) == "given"
+    assert find_dataset_dir(None, of_run(None)) is None  # SynthTAU
+    assert find_dataset_dir(None, {"config": {"data": {"orig_sample_rate": 1}}}) is None  # a stored model
+    assert capsys.readouterr().out == ""
+    assert find_dataset_dir(None, of_run(learnable)) == str(learnable)
+    assert str(learnable) in capsys.readouterr().out
+    gone = refusal(find_dataset_dir, None, of_run(tmp_path / "gone"))
+    assert (
+        gone
+        == f"the data folder of the checkpoint's run, {tmp_path / 'gone'}, is not there any more: give --dataset_dir"
+    )
+    monkeypatch.setenv("TAU22_DIR", "elsewhere")
+    assert find_dataset_dir(None, of_run(tmp_path / "gone")) is None  # `find_source` takes TAU22_DIR
+
+
+@pytest.mark.parametrize("name", ["train_device_specific.py", "dcase.export"])
+def test_a_folder_that_is_gone_is_named(name, project, learnable, script, tmp_path):
+    best = project / "general" / "checkpoints" / "best.ckpt"
+    moved = load_checkpoint(best)
+    assert moved["config"]["data"]["dataset_dir"] == str(learnable)
+    moved["config"]["data"]["dataset_dir"] = "/nowhere/tau22"
+    torch.save(moved, best)
+    args = {
+        "train_device_specific.py": ["--ckpt_id", "general", "--project_name", "P", *ON_CPU],
+        "dcase.export": ["--ckpt_path", "P/general/checkpoints/best.ckpt"],
+    }
+    script(name, *args[name], env={"TAU22_DIR": ""}).refused(
+        "/nowhere/tau22, is not there any more: give --dataset_dir"
+    )
+
+
+def test_a_finished_run_that_is_resumed_is_only_tested(project, call_main):
+    last = project / "general" / "checkpoints" / "last.ckpt"
+    before = last.read_bytes(), read_results(project / "general")
+    done = call_main(train_base.main, "--resume", "general", "--project_name", "P", "--accelerator", "cpu")
+    assert done.code == 0, done.err
+    assert "run general is trained to its end: it is only tested again" in done.out
+    assert before == (last.read_bytes(), read_results(project / "general"))
+
+
+def test_how_a_run_goes_on():
+    assert resume_command("train_base.py", "x1", "DCASE25_Task1") == "python train_base.py --resume x1"
+    assert resume_command("train_base.py", "x1", "my runs") == (
+        "python train_base.py --resume x1 --project_name 'my runs'"
+    )
+
+
+@pytest.mark.parametrize(
+    "command, said", [("", ""), ("python x.py --resume y", "; go on with: python x.py --resume y")]
+)
+def test_ctrl_c_names_a_command_where_there_is_something_to_go_on_with(command, said, monkeypatch, capsys):
+    def pressed():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(errors, "to_go_on", command)
+    monkeypatch.setattr(errors.signal, "signal", lambda *args: None)
+    with pytest.raises(SystemExit) as end:
+        errors.run(pressed)
+    assert end.value.code == 130 and capsys.readouterr().err == f"\nstopped by the keyboard{said}\n"
