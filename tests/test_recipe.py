@@ -83,7 +83,7 @@ def student(teacher_run, recipe) -> Path:
     """The folder of a finished run of that recipe, in the general run's project."""
     project = teacher_run.parent
     out = run_script("train_base.py", *recipe, "--project_name", project.name, cwd=project.parent)
-    assert f"teachers: {teacher_run.name} (aum_tiny)" in out and "stored in 8 bit" in out
+    assert f"teachers: {teacher_run.name} (aum_tiny)" in out and "Stored in 8 bit" in out
     return run_of(out, project)
 
 
