@@ -33,6 +33,7 @@ from dcase.runs import (
     new_run,
     refuse_other_scenes,
     resume_command,
+    run_of,
     write_json,
 )
 from dcase.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
@@ -294,12 +295,15 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
     return config, checkpoint
 
 
-def find_dataset_dir(given: str | None, checkpoint: dict) -> str | None:
+def find_dataset_dir(given: str | None, checkpoint: dict, ckpt_path: str | None = None) -> str | None:
     """--dataset_dir; without it and without TAU22_DIR the folder that a checkpoint's run was given, which is then said.
 
-    Raises `UserError` where that one is not there any more.
+    Stored models name no folder of this machine: theirs is that of the run which they lie in, by ``ckpt_path``.
+    Raises `UserError` where it is not there any more.
     """
     of_run = checkpoint["config"]["data"].get("dataset_dir")
+    if not of_run and ckpt_path and (run := run_of(ckpt_path)):
+        of_run = run.read_config()["data"]["dataset_dir"]
     if given or os.environ.get("TAU22_DIR") or not of_run:
         return given
     if not Path(of_run).expanduser().is_dir():
@@ -310,7 +314,7 @@ def find_dataset_dir(given: str | None, checkpoint: dict) -> str | None:
 
 def with_data_of(checkpoint: dict, config: Config) -> Config:
     """The configuration with `find_dataset_dir`'s folder."""
-    dataset_dir = find_dataset_dir(config.data.dataset_dir, checkpoint)
+    dataset_dir = find_dataset_dir(config.data.dataset_dir, checkpoint, getattr(config, "ckpt_path", None))
     return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset_dir=dataset_dir))
 
 

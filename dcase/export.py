@@ -102,7 +102,7 @@ def main() -> None:
     config = cli.parse(ExportConfig, __doc__)
     checkpoint = load_trained(config.ckpt_path)
     module = SceneClassifier.from_checkpoint(checkpoint).eval()
-    source = find_source(DataConfig(dataset_dir=find_dataset_dir(config.dataset_dir, checkpoint)))
+    source = find_source(DataConfig(dataset_dir=find_dataset_dir(config.dataset_dir, checkpoint, config.ckpt_path)))
     data = replace(module.config.data, read_from="wav")
     _, sound = open_sound(replace(module.config, data=data), source.folder)
     test = with_sound(source.test, sound)

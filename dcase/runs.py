@@ -122,6 +122,13 @@ def resume_command(script: str, run_id: str, project_name: str) -> str:
     return shlex.join(["python", script, "--resume", run_id, *project])
 
 
+def run_of(ckpt_path: str) -> Run | None:
+    """The run of <run>/checkpoints/best.ckpt, <run>/stored or <run>/stored/general.safetensors; None: of no run."""
+    path = Path(ckpt_path.split(",")[0]).absolute()
+    runs = [Run(place.parent) for place in (path, path.parent) if place.name in ("checkpoints", "stored")]
+    return next((run for run in runs if run.has_config()), None)
+
+
 def new_run(project_name: str, run_id: str | None = None) -> Run:
     """A run of that id, or of one that is not taken, and its folder.
 

@@ -61,7 +61,7 @@ def main() -> None:
     checkpoint, cost = trained(config.ckpt_path)
     if checkpoint["config"]["split"]["subset"] != CHALLENGE_SUBSET:
         print(f"WARNING: trained on --subset {checkpoint['config']['split']['subset']}: the challenge allows 25 alone")
-    source = find_source(DataConfig(dataset_dir=find_dataset_dir(config.dataset_dir, checkpoint)))
+    source = find_source(DataConfig(dataset_dir=find_dataset_dir(config.dataset_dir, checkpoint, config.ckpt_path)))
     output, recordings = to_predict(config, submission, source)
 
     write_package(submission, checkpoint, source.folder / "split_setup" / "test.csv")

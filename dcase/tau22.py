@@ -90,7 +90,8 @@ class DataConfig:
     """Where the recordings are."""
 
     dataset_dir: str | None = None
-    """TAU22 folder; without it TAU22_DIR, and without that SynthTAU, a small synthetic stand-in"""
+    """TAU22 folder; without it TAU22_DIR, else the folder that the checkpoint's run was given, else
+    SynthTAU, a small synthetic stand-in"""
     orig_sample_rate: int = 44100
     """rate (Hz) of the recordings; a file of another rate is resampled by what its header says"""
     read_from: Literal["auto", "pack", "wav"] = "auto"

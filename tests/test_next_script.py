@@ -63,6 +63,17 @@ def test_without_a_flag_the_data_is_that_of_the_checkpoints_run(project, learnab
     assert "SynthTAU" not in done.out and read_results(only_run(tmp_path / "T"))["n_clips"] == 32
 
 
+def test_stored_models_have_the_data_of_the_run_that_they_lie_in(project, learnable, call_main, tmp_path, monkeypatch):
+    monkeypatch.delenv("TAU22_DIR", raising=False)
+    best = project / "general" / "checkpoints" / "best.ckpt"
+    call_main(test_only.main, "--ckpt_path", best, "--project_name", "T", "--weight_bits", 8, *ON_CPU).succeeded()
+    stored = only_run(tmp_path / "T") / "stored"
+    for path in (stored, stored / "general.safetensors"):
+        assert b"learnable" not in (stored / "general.safetensors").read_bytes()  # no path of this machine
+        done = call_main(test_only.main, "--ckpt_path", path.relative_to(tmp_path), "--project_name", "U", *ON_CPU)
+        assert done.code == 0 and f"using the data of the checkpoint's run, {learnable}" in done.out, done.err
+
+
 def test_the_flag_comes_first_then_tau22_dir_then_the_run(learnable, capsys, monkeypatch, tmp_path):
     def of_run(folder: Path | None) -> dict:
         return {"config": {"data": {"dataset_dir": folder and str(folder)}}}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dcase.errors import UserError, one_line
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
-from dcase.runs import kind_of
+from dcase.runs import kind_of, run_of
 from dcase.tau22 import TEST_CLIPS
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name of a metric -> optimiser steps, values
@@ -148,8 +148,6 @@ def _trained_by(folder: Path, config: dict) -> Finished | None:
 
 
 def tested_run(folder: Path, config: dict) -> Path | None:
-    """The run of --ckpt_path, as <run>/checkpoints/best.ckpt, <run>/stored or <run>/stored/general.safetensors."""
-    for parent in Path(str(config.get("ckpt_path") or "").split(",")[0]).parents[:2]:
-        if (parent / "config.json").is_file() and parent.resolve() != folder.resolve():
-            return parent
-    return None
+    """The run of --ckpt_path, where that is another one."""
+    found = run_of(config["ckpt_path"]) if config.get("ckpt_path") else None
+    return found.folder if found and found.folder.resolve() != folder.resolve() else None

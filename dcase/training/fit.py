@@ -147,7 +147,7 @@ class KeepCheckpoints(Checkpoint):
         raise Stopped(
             self.stopped_by,
             f"stopped by {signal.Signals(self.stopped_by).name}, saved in epoch {trainer.current_epoch + 1} after "
-            f"{trainer.global_step} steps in all; go on with --resume and the run id",
+            f"{trainer.global_step} steps in all",
         )
 
     def state_dict(self) -> dict:
@@ -163,9 +163,7 @@ def no_silent_exit() -> Iterator[None]:
     try:
         yield
     except SIGTERMException as end:
-        raise Stopped(
-            signal.SIGTERM, "stopped by SIGTERM; a training run goes on with --resume and its run id"
-        ) from end
+        raise Stopped(signal.SIGTERM, "stopped by SIGTERM") from end
     except SystemExit as end:
         raise KeyboardInterrupt from end
 
@@ -373,6 +371,6 @@ def train(
             )
         number = processes.largest_of_all(stopping.received, trainer.strategy.root_device)
         if number:  # it came too late for a step's or an epoch's end
-            text = f"stopped by {signal.Signals(number).name} after training; go on with --resume and the run id"
+            text = f"stopped by {signal.Signals(number).name} after training"
             raise Stopped(number, text)
     return checkpoints
