@@ -6,9 +6,7 @@ from dcase.compression.stored import load_stored
 from dcase.deployment.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.devices import merged_checkpoint
 from dcase.errors import UserError
-from dcase.runs import Run, RunConfig, load_checkpoint, refuse_other_scenes, trained_checkpoint
-
-STORED = "stored"  # folder of a run
+from dcase.runs import CHECKPOINTS, STORED, Run, RunConfig, load_checkpoint, refuse_other_scenes, trained_checkpoint
 
 
 def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
@@ -46,7 +44,7 @@ def _refuse_run(given: str, project_name: str) -> None:
     """Raise `UserError` where it is a run that is given, not a model of it, or where nothing is there."""
     path = Path(given)
     if path.exists():
-        run = Run(path.parent if path.name == "checkpoints" else path)
+        run = Run(path.parent if path.name == CHECKPOINTS else path)
         if path.is_dir() and run.has_config() and run.checkpoints.is_dir():
             raise UserError(f"{given} is a run's folder: {_what_to_give(run)}")
         return
@@ -64,7 +62,7 @@ def _refuse_run(given: str, project_name: str) -> None:
 
 
 def _what_to_give(run: Run) -> str:
-    checkpoint, stored = trained_checkpoint(run.checkpoints), run.folder / STORED
+    checkpoint, stored = trained_checkpoint(run.checkpoints), run.stored
     models = [f"a file: {checkpoint}"] if checkpoint.is_file() else []
     models += [f"the folder of its stored models: {stored}"] if stored.is_dir() else []
     if not models:

@@ -68,7 +68,7 @@ def evaluate(
     """
     module.refuse_other_frames(test)
     if config.storage.weight_bits < 32:
-        store(module, run.folder / "stored")
+        store(module, run.stored)
     drop_from(loggers, 0, "test/")  # of an earlier end of this run
     batches = loader(test, config.machine, evaluation_batches(test, config.machine))
     with no_silent_exit():
@@ -97,7 +97,7 @@ def evaluate(
     print(f"Figures: {run.folder / 'results.json'}, {run.folder / PREDICTIONS_CSV}")
     _make_page(run, source.folder, config.run.report_audio)
     if config.storage.weight_bits < 32:
-        print(f"Stored in {config.storage.weight_bits} bit, and tested as stored: {run.folder / 'stored'}/")
+        print(f"Stored in {config.storage.weight_bits} bit, and tested as stored: {run.stored}/")
     recordings = partial(Recordings, source.folder, config.data, config.logmel)
     for logger in loggers:
         if isinstance(logger, Wandb):

@@ -35,6 +35,7 @@ from dcase.files import replace_file
 from dcase.labels import DEVICES, SCENES
 from dcase.lit import SceneClassifier
 from dcase.progress import progress
+from dcase.runs import CHECKPOINTS, STORED
 from dcase.tau22 import DataConfig
 from dcase.training.loading import find_source, open_sound, with_sound
 
@@ -139,7 +140,7 @@ def default_path(config: ExportConfig) -> Path:
     """<run>/export/<device>.<ending>; beside a checkpoint that lies in no run's folder."""
     path = Path(config.ckpt_path.split(",")[0])
     folder = path if path.is_dir() else path.parent
-    run = folder.parent if folder.name in ("checkpoints", "stored") else folder
+    run = folder.parent if folder.name in (CHECKPOINTS, STORED) else folder
     name = path.stem if path.suffix == ".safetensors" else config.device_id
     return run / "export" / f"{name}{ENDINGS[config.format]}"
 

@@ -215,10 +215,9 @@ def _place(accelerator: str) -> torch.device:
 def hear(
     module: SceneClassifier, recordings: list[Recording], config: PredictConfig
 ) -> tuple[list[Prediction], list[Skipped]]:
-    """All predictions, and what was skipped, which is reported on stderr at once; with a progress bar on a terminal."""
+    """All predictions, and what was skipped, which is reported on stderr at once; with a progress bar."""
     predictions, skipped = [], []
-    no_bar = len(recordings) < MANY or not sys.stderr.isatty()
-    with progress(total=len(recordings), desc="predicting", unit=" files", disable=no_bar) as bar:
+    with progress(total=len(recordings), desc="predicting", unit=" files", disable=len(recordings) < MANY) as bar:
         for one in predict(module, recordings, config.batch_size, config.overlap):
             if isinstance(one, Skipped):
                 skipped.append(one)

@@ -19,7 +19,7 @@ from dcase.deployment.prediction import load_module, span_of_module
 from dcase.deployment.published import WEIGHTS, front_end_of, save_published
 from dcase.errors import UserError, one_line, run
 from dcase.lit import SceneClassifier
-from dcase.runs import trained_checkpoint
+from dcase.runs import STORED, trained_checkpoint
 from dcase.tau22 import DEVICES
 
 
@@ -47,7 +47,7 @@ def results_of(ckpt_path: str) -> dict | None:
         run_folder = path.parent.parent
     else:
         stored = path if path.is_dir() else path.parent
-        if stored.resolve().name != "stored":
+        if stored.resolve().name != STORED:
             return None
         run_folder = stored.resolve().parent
     file = run_folder / "results.json"

@@ -32,6 +32,7 @@ from dcase.files import keep_copy, replace_file
 from dcase.labels import SCENES
 
 FORMAT = 1  # of our checkpoints
+CHECKPOINTS, STORED = "checkpoints", "stored"  # folders of a run
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,12 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
+
+    @property
+    def stored(self) -> Path:
+        """The models as they are handed in, with --weight_bits."""
+        return self.folder / STORED
 
     @property
     def last(self) -> Path:
@@ -125,7 +131,7 @@ def resume_command(script: str, run_id: str, project_name: str) -> str:
 def run_of(ckpt_path: str) -> Run | None:
     """The run of <run>/checkpoints/best.ckpt, <run>/stored or <run>/stored/general.safetensors; None: of no run."""
     path = Path(ckpt_path.split(",")[0]).absolute()
-    runs = [Run(place.parent) for place in (path, path.parent) if place.name in ("checkpoints", "stored")]
+    runs = [Run(place.parent) for place in (path, path.parent) if place.name in (CHECKPOINTS, STORED)]
     return next((run for run in runs if run.has_config()), None)
 
 

@@ -90,8 +90,8 @@ class DataConfig:
     """Where the recordings are."""
 
     dataset_dir: str | None = None
-    """TAU22 folder; without it TAU22_DIR, else the folder that the checkpoint's run was given, else
-    SynthTAU, a small synthetic stand-in"""
+    """TAU22 folder; without it TAU22_DIR, else the folder that the checkpoint's run was given, else SynthTAU, a small
+    synthetic stand-in"""
     orig_sample_rate: int = 44100
     """rate (Hz) of the recordings; a file of another rate is resampled by what its header says"""
     read_from: Literal["auto", "pack", "wav"] = "auto"
@@ -167,7 +167,7 @@ def untrained_scenes(training: Clips, test: Clips) -> str:
         return ""
     n_clips = int(np.isin(test.scene, scenes).sum())
     named = ", ".join(SCENES[i] for i in scenes)
-    return f"no training clip of the scene(s) {named}: all {n_clips:,} test clips of them will be wrong"
+    return f"no training clip of the scene(s) {named}, of which the test has {n_clips:,}: these cannot be learnt"
 
 
 def check_files(clips: Clips) -> None:

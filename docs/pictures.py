@@ -54,7 +54,7 @@ def from_report(page: Path) -> None:
         save("device", shot.read_bytes())
 
 
-def main(project: str) -> None:
+def main(project: str = "demo_runs") -> None:
     pages = sorted(Path(project).glob("*/report/index.html"), key=lambda path: path.stat().st_mtime)
     if not pages:
         sys.exit(f"{project} has no report: make demo")

@@ -436,7 +436,7 @@ def test_a_scene_that_is_tested_alone(data, diagnose):
     rows = path.read_text().splitlines()
     path.write_text("\n".join(row for row in rows if not row.endswith("\ttram")))
     found = diagnose("scenes")
-    assert found.state == "warn" and "no training clip of the scene(s) tram: all 1 test clips" in found.found
+    assert found.state == "warn" and "no training clip of the scene(s) tram, of which the test has 1" in found.found
     assert found.fix == OWN_DATA
 
 

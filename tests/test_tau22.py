@@ -230,7 +230,7 @@ def test_a_scene_that_no_training_clip_is_of(folder, capsys):
     path.write_text("".join(row for row in path.read_text().splitlines(keepends=True) if "\ttram" not in row))
     find_source(DataConfig(dataset_dir=str(folder)), 25)
     said = capsys.readouterr().out.splitlines()
-    assert said == ["WARNING: no training clip of the scene(s) tram: all 1 test clips of them will be wrong"]
+    assert said == ["WARNING: no training clip of the scene(s) tram, of which the test has 1: these cannot be learnt"]
     find_source(DataConfig(dataset_dir=str(folder)))  # a test alone does not know what was trained on
     assert capsys.readouterr().out == ""
 

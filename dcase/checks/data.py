@@ -32,6 +32,7 @@ from dcase.tau22 import (
     untrained_scenes,
 )
 
+_READING = ("pack_dir", "subset", "sample_rate", "orig_sample_rate")  # flags that say what is read, and how
 OWN_DATA = 'docs/extending.md, "A data set", has the lists of data of your own'
 
 
@@ -51,24 +52,24 @@ class Data:
     # Commands, with the flags that are not the defaults
 
     def check(self, folder: Path) -> str:
-        rate = [flag for flag in self._read() if flag.startswith("--orig_sample_rate")]
         any_length = [] if self.target_length is None else ["--any_length"]
-        return _command("python -m dcase.prepare", folder, *rate, *any_length)
+        return _command("python -m dcase.prepare", folder, *self._given("orig_sample_rate"), *any_length)
 
     def make_pack(self, folder: Path) -> str:
-        return _command("python -m dcase.prepare", folder, "--pack", *self._read())
+        return _command("python -m dcase.prepare", folder, "--pack", *self._given(*_READING))
 
     def train(self, folder: Path) -> str:
-        return _command("python train_base.py", folder, *self._read())
+        return _command("python train_base.py", folder, *self._given(*_READING))
 
-    def _read(self) -> list[str]:
+    def _given(self, *names: str) -> list[str]:
         flags = {
             "pack_dir": (self.pack_dir and Path(self.pack_dir).expanduser(), DataConfig.pack_dir),
             "subset": (self.subset, SplitConfig.subset),
             "sample_rate": (self.rates.sample_rate, LogMelConfig.sample_rate),
             "orig_sample_rate": (self.rates.orig_sample_rate, DataConfig.orig_sample_rate),
         }
-        return [f"--{name} {shlex.quote(str(value))}" for name, (value, default) in flags.items() if value != default]
+        other = {name: str(value) for name, (value, default) in flags.items() if value != default}
+        return [f"--{name} {shlex.quote(other[name])}" for name in names if name in other]
 
 
 def _command(program: str, folder: Path, *flags: str) -> str:

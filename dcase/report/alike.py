@@ -10,14 +10,14 @@ from dcase.runs import Run, RunConfig, find_run, kind_of
 # Flags that change no figure, or nothing but rounding, and what a run is called; how many processes there are counts.
 NO_MATTER = (FREE_ON_RESUME - {"devices", "num_nodes"}) | {"seeds", *RunConfig.__dataclass_fields__}
 _OTHER_RUNS = ("ckpt_id", "init_from")  # flags that name a run, which has a seed of its own
-_SCRIPTS = {"general": BaseConfig, "device-specific": DeviceConfig, "test": TestConfig}
+_CONFIGS = {"general": BaseConfig, "device-specific": DeviceConfig, "test": TestConfig}  # of `runs.kind_of`
 _OF_TRAINING = {"batch_size", "devices", "num_nodes"}  # flags of a test, too, whose figures they hardly change
 
 
 def flat(saved: dict) -> dict:
     """A run's configuration as flag -> value, with today's defaults for flags that were not there yet."""
     flags = {}
-    for name, value in to_plain(from_plain(_SCRIPTS[kind_of(saved)], saved)).items():
+    for name, value in to_plain(from_plain(_CONFIGS[kind_of(saved)], saved)).items():
         flags |= value if isinstance(value, dict) else {name: value}
     return flags
 

@@ -183,11 +183,11 @@ def seeds(runs: list[Compared]) -> Html:
     names = ["macro_avg_acc", *DEVICE_GROUPS]
     rows, first = [], None
     for group in groups:
-        of = [seeds_of(run) for run in group]
-        found = [Spread.of(per_seed([_figure(run, name) for run in group], of)) for name in names]
+        seed_of_each = [seeds_of(run) for run in group]
+        found = [Spread.of(per_seed([_figure(run, name) for run in group], seed_of_each)) for name in names]
         first = first or found[0]
         shown = [_spread(spread) for spread in found]
-        losses = Spread.of(per_seed([run.results["loss"] for run in group], of))
+        losses = Spread.of(per_seed([run.results["loss"] for run in group], seed_of_each))
         loss = "-" if losses is None else f"{losses.mean:.4f}"
         loss += "" if losses is None or losses.deviation is None else f" ± {losses.deviation:.4f}"
         other = group is not groups[0] and group[0].tested_on == groups[0][0].tested_on
