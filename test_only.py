@@ -6,12 +6,13 @@
 Model and front end come from the checkpoint; an architecture flag that contradicts it stops the script.
 """
 
-from dcase import errors, evaluation
-from dcase.config import parse_test, start_run, with_data_of
-from dcase.lit import SceneClassifier
-from dcase.runs import save_checkpoint
-from dcase.training import fit, processes
-from dcase.training.loading import find_source, open_sound, with_sound
+from dcase import errors
+from dcase.data.loading import find_source, open_sound, with_sound
+from dcase.machine import is_main
+from dcase.runs.checkpoints import save_checkpoint
+from dcase.runs.config import parse_test, start_run, with_data_of
+from dcase.training import evaluation, fit
+from dcase.training.lit import SceneClassifier
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     module = SceneClassifier.from_checkpoint(checkpoint, config)
     module.refuse_other_frames(test)
     run = start_run(config, None)
-    if "," in config.ckpt_path and processes.is_main():
+    if "," in config.ckpt_path and is_main():
         save_checkpoint(module.as_checkpoint(), run.best)
     with fit.loggers(config, run) as loggers:
         optimistic = checkpoint["config"]["split"]["val_split"] == "test"

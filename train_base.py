@@ -14,13 +14,15 @@ import dataclasses
 
 import pytorch_lightning as pl
 
-from dcase import errors, evaluation, models
-from dcase.config import parse_base, same_place, start_run
-from dcase.lit import SceneClassifier
-from dcase.logmel import frames_of
-from dcase.runs import find_checkpoint, load_checkpoint
-from dcase.training import fit, seeds
-from dcase.training.loading import clips_id, find_source, open_sound, training_clips, with_sound
+from dcase import errors
+from dcase.data.loading import clips_id, find_source, open_sound, training_clips, with_sound
+from dcase.data.logmel import frames_of
+from dcase.model import named as models
+from dcase.runs.checkpoints import load_checkpoint
+from dcase.runs.config import parse_base, same_place, start_run
+from dcase.runs.folder import find_checkpoint
+from dcase.training import evaluation, fit, seeds
+from dcase.training.lit import SceneClassifier
 from dcase.training.teachers import load_teachers
 
 
@@ -52,10 +54,10 @@ def main() -> None:
         module.start_from(source_run)
     evaluation.warn_if_over(module)
     run = start_run(config, run)
-    if begins:
-        fit.fit_normalisation(module, train, config.machine)
 
     with fit.loggers(config, run) as loggers:
+        if begins:
+            fit.fit_normalisation(module, train, config.machine)
         fit.train(module, train, val, config, run.checkpoints, loggers, teachers)
         best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))
         module = SceneClassifier.from_checkpoint(best, config)

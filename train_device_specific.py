@@ -12,13 +12,14 @@ on that device's validation clips; unknown devices always use the general model.
 import dataclasses
 import shlex
 
-from dcase import errors, evaluation
-from dcase.config import parse_device_specific, same_place, start_run, with_data_of
+from dcase import errors
+from dcase.data.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.errors import UserError
-from dcase.lit import SceneClassifier
-from dcase.runs import save_checkpoint
-from dcase.training import fine_tuning, fit, processes
-from dcase.training.loading import clips_id, find_source, open_sound, training_clips, with_sound
+from dcase.machine import is_main
+from dcase.runs.checkpoints import save_checkpoint
+from dcase.runs.config import parse_device_specific, same_place, start_run, with_data_of
+from dcase.training import evaluation, fine_tuning, fit
+from dcase.training.lit import SceneClassifier
 from dcase.training.teachers import load_teachers
 
 
@@ -53,7 +54,7 @@ def main() -> None:
             if kept:
                 weights[device_id] = kept
         module.set_device_models(weights)
-        if processes.is_main():
+        if is_main():
             save_checkpoint(module.as_checkpoint(), run.best)
         if not config.only_devices:
             optimistic = config.split.val_split == "test"

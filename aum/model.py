@@ -203,7 +203,7 @@ class PatchHead(nn.Module):
     """Tokens (b, l, d) -> logits (b, n_classes): the mean of every token's own scores.
 
     BatchNorm, not RMSNorm, comes before them, so that a token in which nothing happens has little to say; and a ReLU, a
-    linear layer, and BatchNorm of the scores. Source: the last layers of CP-Mobile (`dcase.cp_mobile`).
+    linear layer, and BatchNorm of the scores. Source: the last layers of CP-Mobile (`dcase.model.cp_mobile`).
     """
 
     def __init__(self, d: int, n_classes: int):

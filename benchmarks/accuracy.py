@@ -26,10 +26,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from dcase import cli, errors, report, synth  # noqa: E402
+from dcase import cli, errors, report  # noqa: E402
+from dcase.data import synth  # noqa: E402
+from dcase.data.tau22 import TRAIN_DEVICES  # noqa: E402
 from dcase.errors import UserError  # noqa: E402
 from dcase.files import replace_file  # noqa: E402
-from dcase.tau22 import TRAIN_DEVICES  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "RESULTS.md"
 

@@ -38,16 +38,17 @@ from aum.allocator import keep_freed_memory
 from benchmarks.full_size import SAMPLE_RATE, make_full_size
 from benchmarks.scan import RESULTS, ROOT, machine, milliseconds, output_of, table
 from benchmarks.timing import CPU, WALL, Samples, median, progress, race, ratios, spread
-from dcase.augment import freq_mixstyle, roll
-from dcase.config import MachineConfig, TrainConfig
-from dcase.data.dataset import TAU22, Clip, Sound
+from dcase.data.augment import freq_mixstyle, roll
+from dcase.data.dataset import TAU22, Batch, Sound
+from dcase.data.loading import Batches, loader, shuffled
+from dcase.data.logmel import LOG_OFFSET, LogMel, LogMelConfig, frames_of
 from dcase.data.pack import Pack, exists
+from dcase.data.tau22 import Clips, load_clips
 from dcase.errors import UserError, run
-from dcase.lit import SceneClassifier
-from dcase.logmel import LOG_OFFSET, LogMel, LogMelConfig, frames_of
-from dcase.models import ModelConfig
-from dcase.tau22 import Clips, load_clips
-from dcase.training.loading import Batches, loader, shuffled
+from dcase.machine import MachineConfig
+from dcase.model.named import ModelConfig
+from dcase.runs.config import TrainConfig
+from dcase.training.lit import SceneClassifier
 
 BATCH = 64  # clips
 AT_A_TIME = 32  # batches that are timed together where they come from the pack
@@ -87,12 +88,12 @@ import torch
 report()
 """
 
-# Arguments: data folder, pack. As dcase.training.loading makes the data sets, which imports Lightning beside.
+# Arguments: data folder, pack. As dcase.data.loading makes the data sets, which imports Lightning beside.
 DATA_SETS = """
 import numpy as np
 from dcase.data.dataset import TAU22, Sound
 from dcase.data.pack import Pack
-from dcase.tau22 import load_splits
+from dcase.data.tau22 import load_splits
 
 folder, pack = Path(sys.argv[1]), Pack(Path(sys.argv[2]))
 sound = Sound(pack.rates.sample_rate, pack=pack)
@@ -123,7 +124,7 @@ from dcase.data.cores import over_all_cores
 from dcase.data.pack import Rates
 from dcase.prepare import PrepareConfig
 from dcase.data.sound import read_wav
-from dcase.tau22 import check_files, load_splits
+from dcase.data.tau22 import check_files, load_splits
 
 def read(folder, rates, names):
     packing._resampled([read_wav(folder / name, rates.orig_sample_rate) for name in names], rates)
@@ -373,13 +374,13 @@ def measure_step(data: "FullSize", args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def training_step(module: SceneClassifier) -> Callable[[Clip], None]:
+def training_step(module: SceneClassifier) -> Callable[[Batch], None]:
     """What `SceneClassifier.training_step` and the Trainer do with a batch, without Lightning's own time."""
     augment, rate = module.config.augment, module.config.logmel.sample_rate
     made = module.configure_optimizers()
     optimizer, schedule = made["optimizer"], made["lr_scheduler"]["scheduler"]
 
-    def step(batch: Clip) -> None:
+    def step(batch: Batch) -> None:
         waveform, length = module.sound(batch)
         x = module.logmel(roll(waveform, round(augment.roll_sec * rate), length), length)
         x = freq_mixstyle(x, augment.mixstyle_p, augment.mixstyle_alpha)
@@ -391,7 +392,7 @@ def training_step(module: SceneClassifier) -> Callable[[Clip], None]:
     return step
 
 
-def waited_and_all(batches: torch.utils.data.DataLoader, step: Callable[[Clip], None]) -> tuple[float, float]:
+def waited_and_all(batches: torch.utils.data.DataLoader, step: Callable[[Batch], None]) -> tuple[float, float]:
     """Seconds of an epoch: waiting for batches, and all of them."""
     waited, start = 0.0, time.perf_counter()
     asked, left = start, iter(batches)

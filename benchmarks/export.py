@@ -22,18 +22,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import CPU, WALL, median, progress, race, ratios, spread
-from dcase.checkpoints import load_trained
-from dcase.compression.stored import GENERAL
-from dcase.config import StorageConfig, TrainConfig
 from dcase.data.dataset import Sound
+from dcase.data.loading import find_source, with_sound
+from dcase.data.logmel import frames_of
+from dcase.data.tau22 import DataConfig
 from dcase.deployment import onnx_format
 from dcase.errors import run
 from dcase.export import WAVEFORM, ExportConfig, choose, clips_of, compare, log_mels, reference, traced
-from dcase.lit import SceneClassifier
-from dcase.logmel import frames_of
-from dcase.models import ModelConfig
-from dcase.tau22 import DataConfig
-from dcase.training.loading import find_source, with_sound
+from dcase.model.named import ModelConfig
+from dcase.runs.config import StorageConfig, TrainConfig
+from dcase.runs.stored import GENERAL
+from dcase.runs.trained import load_trained
+from dcase.training.lit import SceneClassifier
 
 BITS = {"aum_nano": 16, "aum_nano_8bit": 8, "cp_mobile": 16, "aum_tiny": 32, "aum_small": 32, "aum_base": 32}
 CALIBRATION = 64  # clips

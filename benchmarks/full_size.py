@@ -26,12 +26,12 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dcase.data.tau22 import DEVICES, SPLITS, read_split
 from dcase.errors import UserError, run
 from dcase.files import replace_file
 from dcase.progress import progress
-from dcase.tau22 import DEVICES, SPLITS, read_split
 
-MARK = "SYNTHETIC.md"  # the file by which `dcase.tau22.is_tau22` knows the folder from TAU22
+MARK = "SYNTHETIC.md"  # the file by which `dcase.data.tau22.is_tau22` knows the folder from TAU22
 META_ROWS = 230_350  # of TAU22's meta.csv
 SAMPLE_RATE = 44100  # Hz; a clip is SAMPLE_RATE samples = 1 s
 WAV_BYTES = 44 + 3 * SAMPLE_RATE  # of a clip's file

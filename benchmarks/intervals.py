@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dcase.data.tau22 import DEVICES, SCENES
 from dcase.report import markdown
 from dcase.report.bootstrap import Figures
 from dcase.report.predictions import Predictions
-from dcase.tau22 import DEVICES, SCENES
 
 LOCATIONS = (6, 10, 30, 200)
 DRAWS = 1000  # fewer than the page's: it is the ends' place that is asked for, not their last digit

@@ -21,11 +21,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from browser import LAPTOP, Browser, find_browser  # noqa: E402
 from made_up_run import made_up, write_run  # noqa: E402
 
+from dcase.data.tau22 import TEST_CLIPS  # noqa: E402
 from dcase.report import gallery, markdown  # noqa: E402
 from dcase.report.page import write_page  # noqa: E402
 from dcase.report.run_files import read_finished  # noqa: E402
 from dcase.report.sounds import Recordings  # noqa: E402
-from dcase.tau22 import TEST_CLIPS  # noqa: E402
 
 RATE = 44_100  # Hz
 

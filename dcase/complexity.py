@@ -31,7 +31,7 @@ once per token, and 0 for what is not a module's own call: the scan, the gate, f
 
 For memory the checker adds up the parameters by their dtypes, and no buffers; that is what ``weight_bits`` 32, "as
 stored", counts. 16 and 8 count all that has to be stored to run the model with weights of so many bits: scales, what
-stays in more bits, and BatchNorm's running statistics too (`dcase.compression.quantisation.stored_bytes`).
+stays in more bits, and BatchNorm's running statistics too (`dcase.model.quantisation.stored_bytes`).
 """
 
 import copy
@@ -50,9 +50,9 @@ from aum import AudioMamba, BiMamba
 from aum.model import TokenNorm
 from aum.stem import RelaxedMeanNorm
 from dcase.cli import parse
-from dcase.compression.quantisation import stored_bytes
 from dcase.errors import UserError, run
-from dcase.models import ModelConfig, build
+from dcase.model.named import ModelConfig, build
+from dcase.model.quantisation import stored_bytes
 
 # The rules of DCASE2025 Task 1 (its baseline's complexity.py): per model, for one clip of 1 s.
 MAX_PARAMS_MEMORY = 128_000  # bytes

@@ -4,11 +4,10 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 
-to_go_on = ""  # command that goes on with the training run under way, where there is one
 DOCTOR = " (`python -m dcase.doctor` tells more)"
 
 
@@ -25,6 +24,16 @@ class Stopped(Exception):
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.number = number
+
+
+@contextmanager
+def resumable(command: str) -> Iterator[None]:
+    """Add the command that resumes a run to the message of the signal or Ctrl-C that ends this block."""
+    try:
+        yield
+    except (Stopped, KeyboardInterrupt) as end:
+        message = str(end) or "stopped by the keyboard"
+        raise Stopped(getattr(end, "number", signal.SIGINT), f"{message}; go on with: {command}") from end
 
 
 def one_line(error: Exception) -> str:
@@ -67,11 +76,9 @@ def run(main: Callable[[], None]) -> None:
     except (Stopped, KeyboardInterrupt) as end:
         with suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses Ctrl-C again has been heard
-        said = str(end) or "stopped by the keyboard"
-        said += f"; go on with: {to_go_on}" if to_go_on else ""
         # Lightning kills the main process, which may still be busy, where another one ends with anything but 0.
         main_process = os.environ.get("LOCAL_RANK", "0") == "0"
-        _end(128 + getattr(end, "number", signal.SIGINT) if main_process else 0, said)
+        _end(128 + getattr(end, "number", signal.SIGINT) if main_process else 0, str(end) or "stopped by the keyboard")
     except BrokenPipeError:  # the reader of a pipe, as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:

@@ -23,21 +23,21 @@ from torch import Tensor
 from torch.export import Dim
 
 from dcase import cli, errors
-from dcase.checkpoints import load_trained
-from dcase.compression.quantisation import decode, encode
-from dcase.compression.stored import GENERAL, load_stored, save_one
-from dcase.config import find_dataset_dir
 from dcase.data.dataset import TAU22
+from dcase.data.labels import DEVICES, SCENES
+from dcase.data.loading import find_source, open_sound, with_sound
+from dcase.data.tau22 import DataConfig
 from dcase.deployment import onnx_format
 from dcase.deployment.exported import Exported, FrontEnd
 from dcase.errors import UserError
 from dcase.files import replace_file
-from dcase.labels import DEVICES, SCENES
-from dcase.lit import SceneClassifier
+from dcase.model.quantisation import decode, encode
 from dcase.progress import progress
-from dcase.runs import CHECKPOINTS, STORED
-from dcase.tau22 import DataConfig
-from dcase.training.loading import find_source, open_sound, with_sound
+from dcase.runs.config import find_dataset_dir
+from dcase.runs.folder import CHECKPOINTS, STORED
+from dcase.runs.stored import GENERAL, load_stored, save_one
+from dcase.runs.trained import load_trained
+from dcase.training.lit import SceneClassifier
 
 TOLERANCE = 1e-4  # of a logit
 BATCHES = (1, 8)  # clips, of which batches are compared

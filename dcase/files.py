@@ -1,10 +1,12 @@
 """How every file that matters is written: beside its place, then renamed."""
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dcase.errors import UserError
 
@@ -66,3 +68,8 @@ def keep_copy(path: Path, copy: Path) -> None:
         raise UserError(f"{copy} cannot be written ({error.strerror}): check rights and space there") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    replace_file(path, lambda beside: beside.write_text(text))

@@ -26,13 +26,13 @@ import tyro
 
 from aum.allocator import keep_freed_memory
 from dcase.cli import parse
+from dcase.data.tau22 import DEVICES, SCENES, leaves_folder
 from dcase.deployment.prediction import UNKNOWN, Prediction, Recording, Skipped, load_module, predict, span_of_module
 from dcase.errors import UserError, run
 from dcase.files import replace_file
-from dcase.lit import SceneClassifier
 from dcase.progress import progress
 from dcase.report import markdown
-from dcase.tau22 import DEVICES, SCENES, leaves_folder
+from dcase.training.lit import SceneClassifier
 
 ENDINGS = (".wav", ".flac", ".ogg")
 TOP = 3  # scenes that are named

@@ -1,9 +1,9 @@
 """Check a data folder, ``python -m dcase.prepare --dataset_dir D``, or pack it, ``... --pack``.
 
 Checking reads every file that meta.csv names and writes, beside it, ``meta_clean.csv`` (meta.csv without the clips at
-fault, which `dcase.tau22.load_clips` then prefers) and ``meta_excluded.csv`` (filename, reason). Packing reads every
-clip of the training and the test split once and writes them, resampled, to one file (`dcase.data.pack`). No sound file
-is touched.
+fault, which `dcase.data.tau22.load_clips` then prefers) and ``meta_excluded.csv`` (filename, reason). Packing reads
+every clip of the training and the test split once and writes them, resampled, to one file (`dcase.data.pack`). No
+sound file is touched.
 """
 
 import csv
@@ -21,10 +21,10 @@ from dcase.cli import parse
 from dcase.data.cores import over_all_cores
 from dcase.data.packing import pack_clips
 from dcase.data.sound import read_samples
+from dcase.data.tau22 import SPLITS, SUBSETS, check_folder, is_tau22, missing_files, read_meta, read_split
 from dcase.errors import UserError, run
 from dcase.files import replace_file
 from dcase.progress import progress
-from dcase.tau22 import SPLITS, SUBSETS, check_folder, is_tau22, missing_files, read_meta, read_split
 
 _CHUNK = 64  # files a worker takes at a time
 _LENGTH = "not the most frequent length"  # no fault of a file alone

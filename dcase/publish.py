@@ -13,14 +13,14 @@ from pathlib import Path
 
 from dcase import complexity
 from dcase.cli import parse
-from dcase.compression.stored import GENERAL
+from dcase.data.tau22 import DEVICES
 from dcase.deployment import card
 from dcase.deployment.prediction import load_module, span_of_module
-from dcase.deployment.published import WEIGHTS, front_end_of, save_published
 from dcase.errors import UserError, one_line, run
-from dcase.lit import SceneClassifier
-from dcase.runs import STORED, trained_checkpoint
-from dcase.tau22 import DEVICES
+from dcase.runs.folder import STORED, trained_checkpoint
+from dcase.runs.published import WEIGHTS, front_end_of, save_published
+from dcase.runs.stored import GENERAL
+from dcase.training.lit import SceneClassifier
 
 
 @dataclass(frozen=True)

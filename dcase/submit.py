@@ -13,19 +13,20 @@ from pathlib import Path
 
 import torch
 
-from dcase import complexity, evaluation
-from dcase.checkpoints import load_trained
+from dcase import complexity
 from dcase.cli import parse
-from dcase.config import EvalConfig, find_dataset_dir, from_plain
+from dcase.data.labels import DEVICES
+from dcase.data.loading import Source, find_source
+from dcase.data.tau22 import DataConfig, missing_files
 from dcase.errors import UserError, run
-from dcase.labels import DEVICES
-from dcase.lit import SceneClassifier
+from dcase.runs.config import EvalConfig, find_dataset_dir, from_plain
+from dcase.runs.trained import load_trained
 from dcase.submission import inference
 from dcase.submission import meta as meta_yaml
 from dcase.submission.output import evaluation_list, write_output
 from dcase.submission.package import Submission, write_package
-from dcase.tau22 import DataConfig, missing_files
-from dcase.training.loading import Source, find_source
+from dcase.training import evaluation
+from dcase.training.lit import SceneClassifier
 
 CHALLENGE_SUBSET = 25  # the only part of TAU22 that may be trained on
 

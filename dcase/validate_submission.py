@@ -17,14 +17,14 @@ import numpy as np
 
 from dcase import complexity
 from dcase.cli import parse
-from dcase.compression.quantisation import bytes_by_dtype
+from dcase.data.labels import SCENES
+from dcase.data.tau22 import TEST_CLIPS
 from dcase.errors import UserError, run
-from dcase.labels import SCENES
+from dcase.model.quantisation import bytes_by_dtype
 from dcase.submission import inference, probe
 from dcase.submission.meta_check import check_meta
 from dcase.submission.output import check_output, evaluation_list
 from dcase.submission.package import MAX_INDEX, Submission
-from dcase.tau22 import TEST_CLIPS
 
 COUNTED = ("float32", "float16", "bfloat16", "int8", "uint8", "int32")  # dtypes that the challenge counts
 

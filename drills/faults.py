@@ -123,7 +123,7 @@ class AtStep:
 
 
 def _wrap_step(make: Callable[[Callable], Callable]) -> None:
-    from dcase.lit import SceneClassifier
+    from dcase.training.lit import SceneClassifier
 
     SceneClassifier.training_step = make(SceneClassifier.training_step)
 

@@ -1,7 +1,8 @@
 """Lists from a fuzzer: ``python -m drills.lists FOLDER SEED N`` damages the lists of a folder N times, in this process.
 
-Each time `dcase.tau22.load_clips` must load clips that make sense, or raise a `UserError` of one line that names the
-list. In the same way the manifest of its pack. The last line printed is JSON: the number of tries, and the failures.
+Each time `dcase.data.tau22.load_clips` must load clips that make sense, or raise a `UserError` of one line that names
+the list. In the same way the manifest of its pack. The last line printed is JSON: the number of tries and
+the failures.
 """
 
 import json
@@ -12,8 +13,7 @@ from random import Random
 
 import numpy as np
 
-from dcase import tau22
-from dcase.data import pack
+from dcase.data import pack, tau22
 from dcase.errors import UserError, run
 
 LISTS = ("meta.csv", "split_setup/split25.csv", "split_setup/test.csv")

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 120  # seconds after which a process counts as hung: undisturbed, the longest takes 5
 _IMPORTED = [
     "torch", "torchaudio", "pytorch_lightning", "matplotlib.pyplot", "torchinfo",
-    "dcase.config", "dcase.training.fit", "dcase.training.fine_tuning", "dcase.evaluation", "dcase.data.packing",
+    "dcase.runs.config", "dcase.training.fit", "dcase.training.fine_tuning", "dcase.training.evaluation",
+    "dcase.data.packing",
     "pandas", "drills.faults",
 ]  # fmt: skip
 _context = multiprocessing.get_context("forkserver")

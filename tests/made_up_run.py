@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dcase import metrics
-from dcase.config import BaseConfig, TrainConfig, to_plain
+from dcase.data.tau22 import DEVICES, SCENES
+from dcase.model import metrics
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, write_predictions
-from dcase.tau22 import DEVICES, SCENES
+from dcase.runs.config import BaseConfig, TrainConfig, to_plain
 
 LOCATIONS = 120
 COMPLEXITY = {

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import aum
-from dcase.cp_mobile import CPMobile
-from dcase.training.adapters import LowRank, trainable
+from dcase.model.adapters import LowRank, trainable
+from dcase.model.cp_mobile import CPMobile
 
 TINY = {"n_mels": 24, "target_length": 20, "patch_size": (8, 5), "embed_dim": 32, "depth": 2, "d_state": 3}
 

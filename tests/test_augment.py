@@ -9,11 +9,11 @@ import soundfile
 import torch
 from conftest import refusal
 
-from dcase import synth
-from dcase.augment import AugmentConfig, Mix
+from dcase.data import synth
+from dcase.data.augment import AugmentConfig, Mix
+from dcase.data.responses import DeviceResponses
+from dcase.data.tau22 import DEVICES
 from dcase.errors import UserError
-from dcase.responses import DeviceResponses
-from dcase.tau22 import DEVICES
 
 RATE = 8000  # Hz
 A = DEVICES.index("a")

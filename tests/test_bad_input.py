@@ -15,10 +15,10 @@ import test_only
 import train_base
 import train_device_specific
 from dcase import compare, export, predict, publish, submit
-from dcase.checkpoints import load_trained
-from dcase.compression.stored import file_sizes, save_stored
-from dcase.labels import SCENES
-from dcase.runs import load_checkpoint
+from dcase.data.labels import SCENES
+from dcase.runs.checkpoints import load_checkpoint
+from dcase.runs.stored import file_sizes, save_stored
+from dcase.runs.trained import load_trained
 
 MAINS = {script.__name__: script.main for script in (train_base, train_device_specific, test_only)}
 
@@ -217,7 +217,9 @@ def test_flags_that_contradict_the_checkpoint_show_both_values(call, learnable, 
 
 
 FOREIGN = ["forest", "kitchen", "office", "street"]
-NAMED = "was trained on the scenes forest, kitchen, office, street; this copy's dcase/labels.py has airport, bus, metro"
+NAMED = (
+    "trained on the scenes forest, kitchen, office, street; this copy's dcase/data/labels.py has airport, bus, metro"
+)
 
 
 @pytest.fixture
@@ -380,7 +382,7 @@ def test_a_test_that_fails_is_to_be_given_again_not_resumed(call, call_main, dat
 
 
 def test_loss_that_turns_nan_names_the_batch_and_keeps_the_last_good_checkpoint(call, learnable, tmp_path, monkeypatch):
-    from dcase.lit import SceneClassifier
+    from dcase.training.lit import SceneClassifier
 
     step = SceneClassifier.training_step
 
@@ -401,7 +403,7 @@ def test_loss_that_turns_nan_names_the_batch_and_keeps_the_last_good_checkpoint(
 def test_explosion_in_the_last_step_of_an_epoch_does_not_overwrite_the_checkpoint(
     call, learnable, tmp_path, monkeypatch
 ):
-    from dcase.lit import SceneClassifier
+    from dcase.training.lit import SceneClassifier
 
     def poison(self):
         if self.current_epoch == 1:

@@ -9,16 +9,17 @@ import sys
 import pytest
 from conftest import ROOT
 
-from dcase import cli, config, predict
+from dcase import cli, predict
 from dcase.compare import CompareConfig
 from dcase.complexity import ComplexityConfig
-from dcase.doctor import DoctorConfig
+from dcase.data.synth import SynthConfig
+from dcase.doctor.__main__ import DoctorConfig
 from dcase.export import ExportConfig
 from dcase.predict import PredictConfig
 from dcase.prepare import PrepareConfig
 from dcase.publish import PublishConfig
+from dcase.runs import config
 from dcase.submit import SubmitConfig
-from dcase.synth import SynthConfig
 from dcase.validate_submission import ValidateConfig
 
 CONFIGS = {
@@ -72,7 +73,7 @@ def test_the_documents_defaults():
     got = flat(cli.parse(config.TrainConfig, "", args=[]))
     for name, value in zip(DOCUMENT_DEFAULTS[::2], DOCUMENT_DEFAULTS[1::2], strict=True):
         assert str(got[name]) == value, name
-    from dcase.models import fill
+    from dcase.model.named import fill
 
     small = fill(cli.parse(config.TrainConfig, "", args=[]).model, 256, 65)
     assert (small.embed_dim, small.depth, small.patch_size, small.n_classes) == (384, 24, (16, 16), 10)

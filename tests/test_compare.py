@@ -12,12 +12,14 @@ import pytest
 import torch
 from conftest import read_results, refusal
 
-from dcase import compare, errors, metrics
+from dcase import compare, errors
 from dcase.compare import CompareConfig, grouped, read_all, read_finished
-from dcase.config import BaseConfig, DeviceConfig, MachineConfig, StorageConfig, to_plain
-from dcase.config import TestConfig as ConfigOfTest
+from dcase.data.tau22 import DEVICES, SCENES
+from dcase.machine import MachineConfig
+from dcase.model import metrics
 from dcase.report import run_files
-from dcase.tau22 import DEVICES, SCENES
+from dcase.runs.config import BaseConfig, DeviceConfig, StorageConfig, to_plain
+from dcase.runs.config import TestConfig as ConfigOfTest
 
 P = "P"
 

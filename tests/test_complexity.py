@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import aum
 import aum.mamba
-from dcase import complexity, models
+from dcase import complexity
 from dcase.complexity import MAX_MACS, MAX_PARAMS_MEMORY, Complexity, macs_by_part, measure, table, warning
-from dcase.cp_mobile import CPMobile
 from dcase.errors import UserError
+from dcase.model import named as models
+from dcase.model.cp_mobile import CPMobile
 
 PRODUCTS = ("stem", "patch_embed", "local", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "head")
 

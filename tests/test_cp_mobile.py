@@ -11,10 +11,10 @@ from conftest import refusal
 from torch import Tensor, nn
 
 import aum
-from dcase import models
-from dcase.config import TrainConfig, from_plain, to_plain
-from dcase.cp_mobile import Block, CPMobile
-from dcase.models import ModelConfig, build, fill
+from dcase.model import named as models
+from dcase.model.cp_mobile import Block, CPMobile
+from dcase.model.named import ModelConfig, build, fill
+from dcase.runs.config import TrainConfig, from_plain, to_plain
 
 BLOCKS = {
     "stages.s1.b1": (32, 64, 32, (1, 1)),
@@ -212,8 +212,8 @@ def test_a_filled_configuration_keeps_none_and_comes_back_from_a_checkpoint():
         ({"patch_size": (16, 16)}, "--patch_size does not apply to cp_mobile: leave it out"),
         ({"pos_embed": False}, "--pos_embed does not apply to cp_mobile: leave it out"),
         ({"dropout": 0.0}, "--dropout does not apply to cp_mobile: leave it out"),
-        ({"n_classes": 12}, "--n_classes is 10, the number of scenes in dcase/labels.py; got 12"),
-        ({"n_classes": 0}, "--n_classes is 10, the number of scenes in dcase/labels.py; got 0"),
+        ({"n_classes": 12}, "--n_classes is 10, the number of scenes in dcase/data/labels.py; got 12"),
+        ({"n_classes": 0}, "--n_classes is 10, the number of scenes in dcase/data/labels.py; got 0"),
     ],
 )
 def test_flags_of_audio_mambas_shape_are_refused(flags, message):

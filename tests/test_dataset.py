@@ -11,10 +11,10 @@ from conftest import refusal
 from data_folder import SAMPLE_RATE, clip_row, noise, write_data_folder, write_lists
 from torch.utils.data import DataLoader
 
-from dcase.data.dataset import TAU22, Clip, Sound
+from dcase.data.dataset import TAU22, Batch, Sound
 from dcase.data.sound import read_wav
+from dcase.data.tau22 import DEVICES, SCENES, load_clips
 from dcase.errors import UserError
-from dcase.tau22 import DEVICES, SCENES, load_clips
 
 WAV = Sound(SAMPLE_RATE)
 
@@ -123,7 +123,7 @@ def test_item_is_a_clip(clips, folder):
 def test_batch_is_a_clip_of_tensors(clips):
     loader = DataLoader(TAU22(clips, Sound(32000)), batch_size=3, num_workers=1, collate_fn=lambda batch: batch)
     batch = next(iter(loader))
-    assert isinstance(batch, Clip) and batch.waveform.shape == (3, 1, 3200) and batch.device.tolist() == [0, 3, 0]
+    assert isinstance(batch, Batch) and batch.waveform.shape == (3, 1, 3200) and batch.device.tolist() == [0, 3, 0]
     assert batch.index.tolist() == [0, 1, 2] and batch.scene.dtype == torch.int64
     assert batch.sample_rate == 32000 and batch.scale.tolist() == [1, 1, 1] and batch.length.tolist() == [3200] * 3
 

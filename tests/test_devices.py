@@ -1,8 +1,8 @@
 import torch
 from torch import nn
 
-from dcase.devices import forward_by_device
-from dcase.tau22 import DEVICES
+from dcase.data.tau22 import DEVICES
+from dcase.model.devices import forward_by_device
 
 
 class Counting(nn.Module):

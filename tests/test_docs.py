@@ -56,9 +56,8 @@ def test_an_augmentation_is_added_as_the_docs_say(changed, learnable):
     copy = changed("An augmentation")
     results = run("An augmentation", copy, learnable, "--dataset_dir", learnable, *LIGHT)
     assert results["n_clips"] == 32
-    test = (
-        "import torch; from dcase.augment import gain; x = torch.ones(500, 1, 2); y = gain(x, 6.0)[:, 0].log10() * 20"
-    )
+    test = "import torch; from dcase.data.augment import gain; x = torch.ones(500, 1, 2)"
+    test += "; y = gain(x, 6.0)[:, 0].log10() * 20"
     test += "; assert y.max() <= 6.001 and y.min() >= -6.001 and y.std() > 3 and (y[:, 0] == y[:, 1]).all()"
     subprocess.run([sys.executable, "-c", test], cwd=copy, check=True)
 

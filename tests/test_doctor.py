@@ -16,15 +16,17 @@ from data_folder import SAMPLE_RATE, noise, write_data_folder
 
 import aum
 from aum.scan import BACKENDS, backends, build
-from dcase import doctor, errors, tau22
-from dcase.checks import findings, lengths, machine
-from dcase.checks.data import OWN_DATA
-from dcase.checks.findings import Finding
+from dcase import errors
+from dcase.data import tau22
 from dcase.data.dataset import TAU22, Sound
 from dcase.data.pack import Pack
 from dcase.data.packing import pack_clips
+from dcase.data.tau22 import load_splits
+from dcase.doctor import __main__ as doctor
+from dcase.doctor import findings, lengths, machine
+from dcase.doctor.data import OWN_DATA
+from dcase.doctor.findings import Finding
 from dcase.prepare import PrepareConfig, prepare
-from dcase.tau22 import load_splits
 
 ASKED = ("--orig_sample_rate", "44100", "--sample_rate", "32000")
 

@@ -17,16 +17,17 @@ from torch.export import Dim
 
 import aum
 from aum.scan import loop_scan, torch_scan
-from dcase import cli, export, models
-from dcase.compression.quantisation import decode, encode
-from dcase.compression.stored import load_model, load_stored, save_stored
+from dcase import cli, export
+from dcase.data.labels import SCENES
+from dcase.data.logmel import LogMel, LogMelConfig
 from dcase.deployment import onnx_format
 from dcase.deployment.exported import Exported, FrontEnd
 from dcase.export import ExportConfig, Mismatch
-from dcase.labels import SCENES
-from dcase.lit import SceneClassifier
-from dcase.logmel import LogMel, LogMelConfig
-from dcase.runs import load_checkpoint, save_checkpoint
+from dcase.model import named as models
+from dcase.model.quantisation import decode, encode
+from dcase.runs.checkpoints import load_checkpoint, save_checkpoint
+from dcase.runs.stored import load_model, load_stored, save_stored
+from dcase.training.lit import SceneClassifier
 
 TINY = {"n_mels": 16, "target_length": 20, "patch_size": (8, 4), "embed_dim": 16, "depth": 2, "d_state": 3}
 VARIANTS = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torchaudio
 
-from dcase.augment import AugmentConfig, Masking, freq_mixstyle, roll
+from dcase.data.augment import AugmentConfig, Masking, freq_mixstyle, roll
+from dcase.data.logmel import LogMel, LogMelConfig, frames_of, samples_for
 from dcase.errors import UserError
-from dcase.logmel import LogMel, LogMelConfig, frames_of, samples_for
 
 
 def noise(b=2, samples=44100, seed=0):

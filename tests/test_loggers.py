@@ -21,9 +21,10 @@ from wandb_file import Kept, read_kept
 
 import train_base
 import train_device_specific
-from dcase.runs import Run, RunConfig, load_checkpoint
-from dcase.tracking import artifacts
-from dcase.tracking.loggers import TensorBoard, Wandb, drop_from, tensorboard_logger, wandb_logger
+from dcase.runs import artifacts
+from dcase.runs.checkpoints import load_checkpoint
+from dcase.runs.folder import Run, RunConfig
+from dcase.runs.loggers import TensorBoard, Wandb, drop_from, tensorboard_logger, wandb_logger
 from dcase.training.fit import KeepCheckpoints
 
 OFFLINE = ["--wandb_mode", "offline", "--project_name", "P"]
@@ -353,7 +354,7 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     def lacks(*args, **kwargs):
         raise ModuleNotFoundError("tensorboard")
 
-    monkeypatch.setattr("dcase.tracking.loggers.TensorBoardLogger.__init__", lacks)
+    monkeypatch.setattr("dcase.runs.loggers.TensorBoardLogger.__init__", lacks)
     assert "pip install -r requirements.txt" in refusal(tensorboard_logger, Run(tmp_path))
 
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dcase.metrics import SceneMetrics, mean_and_error, results
-from dcase.tau22 import DEVICES, SCENES
+from dcase.data.tau22 import DEVICES, SCENES
+from dcase.model.metrics import SceneMetrics, mean_and_error, results
 
 
 def one_hot_logits(predicted: list[int]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import aum
 from aum.model import LocalConv
 from aum.stem import RelaxedMeanNorm
 from dcase.complexity import macs_by_part
-from dcase.compression.quantisation import stored_bytes
+from dcase.model.quantisation import stored_bytes
 
 TINY = {"n_mels": 24, "target_length": 20, "patch_size": (8, 5), "embed_dim": 12, "depth": 2, "d_state": 3}
 

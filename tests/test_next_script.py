@@ -11,8 +11,9 @@ from conftest import FIT, SMALL, only_run, read_results, refusal
 import test_only
 import train_base
 from dcase import errors
-from dcase.config import find_dataset_dir
-from dcase.runs import load_checkpoint, resume_command
+from dcase.runs.checkpoints import load_checkpoint
+from dcase.runs.config import find_dataset_dir
+from dcase.runs.folder import resume_command
 
 ON_CPU = "--num_workers 0 --wandb_mode disabled --accelerator cpu --report_audio False".split()
 
@@ -133,8 +134,11 @@ def test_ctrl_c_names_a_command_where_there_is_something_to_go_on_with(command, 
     def pressed():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(errors, "to_go_on", command)
+    def resumable():
+        with errors.resumable(command):
+            pressed()
+
     monkeypatch.setattr(errors.signal, "signal", lambda *args: None)
     with pytest.raises(SystemExit) as end:
-        errors.run(pressed)
+        errors.run(resumable if command else pressed)
     assert end.value.code == 130 and capsys.readouterr().err == f"\nstopped by the keyboard{said}\n"

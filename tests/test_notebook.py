@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from aum.cache import cache_folder
-from dcase import synth
+from dcase.data import synth
 
 NOTEBOOK = ROOT / "examples/first_steps.ipynb"
 JUPYTER = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")  # else in the home folder

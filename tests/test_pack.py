@@ -17,14 +17,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dcase import prepare
-from dcase.config import TrainConfig
 from dcase.data import packing
 from dcase.data.dataset import TAU22, Sound
+from dcase.data.loading import open_sound, with_sound
 from dcase.data.pack import Pack, Packing, Rates, quantise
 from dcase.data.sound import read_wav
+from dcase.data.tau22 import DataConfig, load_clips
 from dcase.prepare import PrepareConfig
-from dcase.tau22 import DataConfig, load_clips
-from dcase.training.loading import open_sound, with_sound
+from dcase.runs.config import TrainConfig
 
 CONFIG = PrepareConfig(pack=True, num_workers=2)
 

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from dcase import predict
 from dcase.data import recordings
+from dcase.data.logmel import LogMelConfig, frames_of
 from dcase.data.recordings import Span, pieces, span_of, windows
 from dcase.data.sound import read_wav
+from dcase.data.tau22 import DEVICES
+from dcase.data.tau22 import SCENES as ALL_SCENES
 from dcase.deployment.prediction import Recording, Skipped, load_module, span_of_module
 from dcase.deployment.prediction import predict as predictions_of
-from dcase.logmel import LogMelConfig, frames_of
-from dcase.runs import load_checkpoint, save_checkpoint
-from dcase.tau22 import DEVICES
-from dcase.tau22 import SCENES as ALL_SCENES
+from dcase.runs.checkpoints import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import soundfile
 from data_folder import META_COLUMNS, SAMPLE_RATE, clip_row, noise, write_data_folder, write_lists
 
 from dcase import prepare as module
-from dcase import tau22
+from dcase.data import tau22
+from dcase.data.tau22 import load_clips
 from dcase.errors import UserError
 from dcase.prepare import PrepareConfig, prepare
-from dcase.tau22 import load_clips
 
 CONFIG = PrepareConfig(num_workers=2)
 ROOT = Path(__file__).parent.parent

@@ -20,12 +20,13 @@ import aum
 from aum import pretrained
 from aum.source import read_source
 from aum.transfer import Report, resized_grid, resized_kernel
-from dcase import cli, models
-from dcase.compression.quantisation import encode
-from dcase.config import BaseConfig, DeviceConfig, FitConfig, from_plain
+from dcase import cli
 from dcase.errors import UserError
-from dcase.lit import SceneClassifier
-from dcase.models import ModelConfig
+from dcase.model import named as models
+from dcase.model.named import ModelConfig
+from dcase.model.quantisation import encode
+from dcase.runs.config import BaseConfig, DeviceConfig, FitConfig, from_plain
+from dcase.training.lit import SceneClassifier
 
 DEPTH, D = 24, 32
 KINDS = {"fo_fo": "none", "fo_bi": "v1", "bi_bi": "v2"}  # AuM's names for the directions

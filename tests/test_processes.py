@@ -11,7 +11,7 @@ from conftest import FIT, ROOT, SMALL, only_run, read_results
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcase.training.loading import Batches, shuffled
+from dcase.data.loading import Batches, shuffled
 
 sizes = st.tuples(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4))
 

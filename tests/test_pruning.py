@@ -8,7 +8,7 @@ from conftest import refusal
 from torch import Tensor
 
 import aum
-from dcase.compression.pruning import shrink
+from dcase.model.pruning import shrink
 
 LARGE = aum.AuMConfig(
     n_mels=24, target_length=20, patch_size=(8, 5), embed_dim=32, depth=4, d_state=5, expand=3, n_classes=4,

@@ -22,12 +22,12 @@ from torch import nn
 
 import aum
 from dcase import publish
-from dcase.checkpoints import load_trained
+from dcase.data.tau22 import SCENES
 from dcase.deployment.prediction import load_module
-from dcase.deployment.published import front_end_of, save_published
-from dcase.models import ModelConfig, build
-from dcase.runs import load_checkpoint, save_checkpoint
-from dcase.tau22 import SCENES
+from dcase.model.named import ModelConfig, build
+from dcase.runs.checkpoints import load_checkpoint, save_checkpoint
+from dcase.runs.published import front_end_of, save_published
+from dcase.runs.trained import load_trained
 
 SHAPE = {"n_mels": 24, "target_length": 20, "patch_size": (8, 5), "embed_dim": 16, "depth": 2, "d_state": 3}
 FRONT_END = {"sample_rate": 32000, "mean": -5.123456789, "f_max": None, "scenes": ["a", "ä"], "run": {"x": [1, 2]}}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import aum
-from dcase.compression.quantisation import bytes_by_dtype, decode, encode, is_8_bit, rounded, stored_bytes
-from dcase.compression.stored import KEY, file_sizes, load_model, save_model
+from dcase.model.quantisation import bytes_by_dtype, decode, encode, is_8_bit, rounded, stored_bytes
+from dcase.runs.stored import KEY, file_sizes, load_model, save_model
 
 NANO = {"n_mels": 24, "target_length": 20, "patch_size": (8, 5), "embed_dim": 32, "depth": 2, "d_state": 3}
 HEADER = {"config": {"model": "aum_nano", "lr": 0.1, "patch_size": [8, 5], "name": "Gänge"}, "frames": 20, "none": None}
@@ -488,7 +488,7 @@ def test_tensors_that_are_not_ours_are_refused_by_name(tmp_path, monkeypatch, ch
     """Even where the checksum is right."""
     stored = encode(tiny(head="linear").state_dict(), 8)
     changed = {name: value for name, value in {**stored, **change}.items() if value is not None}
-    monkeypatch.setattr("dcase.compression.stored.encode", lambda state, bits: state)
+    monkeypatch.setattr("dcase.runs.stored.encode", lambda state, bits: state)
     path = tmp_path / "general.safetensors"
     save_model(path, changed, 8, HEADER)
     message = refusal(load_model, path)

@@ -15,14 +15,15 @@ import torch
 from conftest import FIT, RATE, ROOT, SMALL, only_run, read_results
 from test_scripts import QUIET, kill_and_resume, weights
 
-from dcase.compression import stored
-from dcase.config import DeviceConfig, TrainConfig, from_plain, to_plain
+from dcase.data.tau22 import SplitConfig
 from dcase.errors import UserError
-from dcase.lit import SceneClassifier, final_state
-from dcase.models import ModelConfig, fill
-from dcase.tau22 import SplitConfig
-from dcase.training.averaging import WeightAverage
-from dcase.training.distillation import DistillConfig, soft_loss, soft_targets
+from dcase.model.averaging import WeightAverage
+from dcase.model.distillation import DistillConfig, soft_loss, soft_targets
+from dcase.model.named import ModelConfig, fill
+from dcase.runs import stored
+from dcase.runs.checkpoints import final_state
+from dcase.runs.config import DeviceConfig, TrainConfig, from_plain, to_plain
+from dcase.training.lit import SceneClassifier
 
 DEVICE_FIT = "--n_epochs 2 --batch_size 8 --warmup_steps 2 --check_val_every_n_epoch 1 --qat_epochs 1".split()
 

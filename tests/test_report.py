@@ -7,6 +7,7 @@ import pytest
 from matplotlib.image import imread
 
 from dcase import report
+from dcase.data.tau22 import DEVICES, SCENES
 from dcase.errors import UserError
 from dcase.report import (
     BASELINE,
@@ -19,7 +20,6 @@ from dcase.report import (
     device_table,
     write_report,
 )
-from dcase.tau22 import DEVICES, SCENES
 
 SCENE_ACC = (0.4497, 0.5451, 0.4902, 0.3993, 0.6936, 0.2983, 0.5215, 0.2970, 0.7542, 0.4831)  # the users' document
 DEVICE_ACC = (0.6558, 0.5410, 0.5869, 0.4282, 0.4479, 0.4985, 0.4242, 0.4585, 0.3985)

@@ -20,9 +20,8 @@ from conftest import RATE, refusal, tone
 from made_up_run import COMPLEXITY, made_up, write_run
 from matplotlib.image import imread
 
-from dcase import evaluation
-from dcase.config import DeviceConfig
-from dcase.metrics import mean_and_error
+from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.model.metrics import mean_and_error
 from dcase.report import bootstrap, mistakes, sounds
 from dcase.report.__main__ import main
 from dcase.report.bootstrap import BINS, Figures, reliability
@@ -33,8 +32,9 @@ from dcase.report.run_files import read_finished
 from dcase.report.seeds import Spread, by_configuration
 from dcase.report.tables import own_models
 from dcase.report.words import percent, title
-from dcase.runs import Run
-from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.runs.config import DeviceConfig
+from dcase.runs.folder import Run
+from dcase.training import evaluation
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 

@@ -20,20 +20,21 @@ from conftest import RATE, ROOT, only_run, read_results, refusal
 from test_imports import imported
 
 from dcase import complexity, submit, validate_submission
-from dcase.checkpoints import load_trained
-from dcase.compression.stored import save_stored
-from dcase.config import DeviceConfig, EvalConfig, from_plain, to_plain
+from dcase.data.labels import DEVICES, SCENES
 from dcase.data.sound import read_wav
-from dcase.labels import DEVICES, SCENES
-from dcase.lit import SceneClassifier
-from dcase.models import ModelConfig
-from dcase.runs import load_checkpoint, write_json
+from dcase.data.tau22 import load_clips
+from dcase.files import write_json
+from dcase.model.named import ModelConfig
+from dcase.runs.checkpoints import load_checkpoint
+from dcase.runs.config import DeviceConfig, EvalConfig, from_plain, to_plain
+from dcase.runs.stored import save_stored
+from dcase.runs.trained import load_trained
 from dcase.submission import build_backend, inference
 from dcase.submission.meta import meta_of, read_authors, runs_behind, todo_fields
 from dcase.submission.meta_check import check_meta
 from dcase.submission.output import HEADER, check_output, evaluation_list, write_output
 from dcase.submission.package import NEEDED, Submission, needed_code
-from dcase.tau22 import load_clips
+from dcase.training.lit import SceneClassifier
 
 TUNED = ("a", "b", "s1")
 AUTHORS = [
@@ -216,7 +217,7 @@ def test_the_package_needs_nothing_of_training_and_nothing_of_this_repository(ma
     assert roots - set(sys.stdlib_module_names) <= {*NEEDED, *optional, "Doe_Uni_task1"}
     copied = {path.relative_to(made.submission.package / "models") for path in files if "models" in path.parts}
     assert {path.relative_to(ROOT) for path in needed_code() if path.suffix == ".py"} <= copied
-    assert "dcase/lit.py" not in {str(path) for path in copied}
+    assert "dcase/training/lit.py" not in {str(path) for path in copied}
 
 
 def test_other_rates_channels_and_lengths_are_heard(made, tmp_path):

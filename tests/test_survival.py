@@ -16,10 +16,9 @@ import torch
 from conftest import FIT, ROOT, SMALL, only_run, read_results
 
 import train_base
-from dcase.devices import merged_checkpoint
 from dcase.errors import UserError
-from dcase.lit import SceneClassifier
-from dcase.runs import load_checkpoint
+from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint
+from dcase.training.lit import SceneClassifier
 
 # 24 steps an epoch: a signal comes in the middle of one.
 LONG = [*SMALL, *FIT, "--n_epochs", "12", "--batch_size", "2", "--check_val_every_n_epoch", "5"]
@@ -263,7 +262,7 @@ def test_parts_that_do_not_belong_together():
 
 def test_unknown_device(script, tmp_path):
     script("train_device_specific.py", "--ckpt_id", "x", "--only_devices", "a,s4").refused("--ckpt_id x")
-    from dcase.config import DeviceConfig
+    from dcase.runs.config import DeviceConfig
 
     with pytest.raises(UserError, match="--only_devices a,s4: known devices are a,b,c"):
         DeviceConfig(only_devices="a,s4")

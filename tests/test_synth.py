@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import soundfile
 
-from dcase import synth
+from dcase.data import synth
+from dcase.data.tau22 import DEVICES, SCENES, TRAIN_DEVICES, load_clips
 from dcase.errors import UserError
-from dcase.tau22 import DEVICES, SCENES, TRAIN_DEVICES, load_clips
 
 NAME = re.compile(r"audio/([a-z_]+)-([a-z]+)-(\d+)-(\d+)-(\d)-(\w+)\.wav")
 

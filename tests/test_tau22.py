@@ -12,18 +12,9 @@ import pytest
 from conftest import refusal
 from data_folder import META_COLUMNS, write_data_folder, write_list
 
-from dcase import tau22
-from dcase.tau22 import (
-    DEVICES,
-    SCENES,
-    Clips,
-    DataConfig,
-    SplitConfig,
-    check_files,
-    load_clips,
-    split_by_location,
-)
-from dcase.training.loading import find_source
+from dcase.data import tau22
+from dcase.data.loading import find_source
+from dcase.data.tau22 import DEVICES, SCENES, Clips, DataConfig, SplitConfig, check_files, load_clips, split_by_location
 
 
 @pytest.fixture

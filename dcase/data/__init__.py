@@ -1,7 +1,9 @@
 """Sound, from a data folder to a batch.
 
-sound, recordings    sound files; recordings of any length, cut into windows
-pack, packing        one file in place of thousands, and how it is made
-dataset              clips with their sound, a batch at a time
-cores                work over all cores
+labels, tau22                     scenes and devices; the lists of a data folder, its splits
+sound, recordings                 sound files; recordings of any length, cut into windows
+pack, packing, cores              one file in place of thousands, and how it is made
+dataset, loading                  clips with their sound, in batches; which folder and clips
+logmel, augment, responses        the front end; augmentation; device responses
+synth                             SynthTAU
 """

@@ -12,15 +12,11 @@ from itertools import islice
 from typing import TypeVar
 
 from dcase.errors import UserError
+from dcase.machine import n_cores
 
 Task, Result = TypeVar("Task"), TypeVar("Result")
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 _AHEAD = 4  # tasks per process that are handed out before their results are asked for
-
-
-def n_cores() -> int:
-    """Cores that this process may use: in a container or a SLURM job fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def over_all_cores(

@@ -10,11 +10,11 @@ from torch.utils.data import Dataset
 
 from dcase.data.pack import Pack
 from dcase.data.sound import CHECK, read_wav
+from dcase.data.tau22 import Clips
 from dcase.errors import UserError
-from dcase.tau22 import Clips
 
 
-class Clip(NamedTuple):
+class Batch(NamedTuple):
     """A batch of b clips; as an item of `TAU22`, one clip, without the dimension b and with ``waveform`` as float32."""
 
     waveform: torch.Tensor  # (b, 1, samples): float32 with full scale 1, or int16 from a pack
@@ -59,17 +59,17 @@ class TAU22(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, index: int) -> Clip:
+    def __getitem__(self, index: int) -> Batch:
         batch = self.__getitems__([index])
         waveform = batch.waveform[0].float() * batch.scale[0]
         scene, device, index, length = (int(field) for field in (batch.scene, batch.device, batch.index, batch.length))
-        return Clip(waveform, torch.tensor(1.0), batch.sample_rate, length, scene, device, index)
+        return Batch(waveform, torch.tensor(1.0), batch.sample_rate, length, scene, device, index)
 
-    def __getitems__(self, indices: Sequence[int]) -> Clip:
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
         index = np.asarray(indices, np.int64)
         waveform, length, scale = self._packed(index) if self.sound.pack else self._from_files(index)
         scene, device = (torch.from_numpy(column[index]) for column in (self.clips.scene, self.clips.device))
-        return Clip(waveform, scale, self.sound.sample_rate, length, scene, device, torch.from_numpy(index))
+        return Batch(waveform, scale, self.sound.sample_rate, length, scene, device, torch.from_numpy(index))
 
     def _packed(self, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Waveforms (b, 1, samples) as they are in the pack, lengths (b,) and scales (b,)."""

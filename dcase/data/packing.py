@@ -26,9 +26,9 @@ from dcase.data.pack import (
     stamp,
 )
 from dcase.data.sound import read_wav, resampler
+from dcase.data.tau22 import Clips, DataConfig, check_files, load_splits
 from dcase.errors import UserError, one_line
 from dcase.progress import progress
-from dcase.tau22 import Clips, DataConfig, check_files, load_splits
 
 _CHUNK = 32  # clips a process packs at a time, and of a block
 

@@ -10,9 +10,9 @@ import soundfile
 import torch
 from torch import Tensor
 
+from dcase.data.logmel import LogMelConfig
 from dcase.data.sound import cut_short, is_odd_ratio, resampler
 from dcase.errors import UserError, one_line
-from dcase.logmel import LogMelConfig
 
 PIECE_SECONDS = 30  # of sound that is read at a time
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from dcase.compression.stored import GENERAL
+from dcase.data.tau22 import SCENES
 from dcase.report import CHECKER_NOTE, class_table, complexity_comparison, device_table, markdown
-from dcase.tau22 import SCENES
+from dcase.runs.stored import GENERAL
 
 TAU22, TAU22_ID = "TAU22", "tau-urban-acoustic-scenes-2022-mobile"
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from dcase.compression.quantisation import SCALE, encode
-from dcase.logmel import LOG_OFFSET, LogMel
+from dcase.data.logmel import LOG_OFFSET, LogMel
+from dcase.model.quantisation import SCALE, encode
 
 _PARTS = 4  # of a resampling kernel: neighbouring samples need few taps of the whole of it
 _BLOCK = 64  # mel bins per matrix product, for the same reason

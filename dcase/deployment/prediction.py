@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dcase.checkpoints import load_trained
-from dcase.compression.quantisation import rounded
-from dcase.config import EvalConfig, from_plain
 from dcase.data.recordings import Span, pieces, span_of, windows
+from dcase.data.tau22 import DEVICES, SCENES
 from dcase.errors import UserError
-from dcase.lit import SceneClassifier
-from dcase.tau22 import DEVICES, SCENES
+from dcase.model.quantisation import rounded
+from dcase.runs.config import EvalConfig, from_plain
+from dcase.runs.trained import load_trained
+from dcase.training.lit import SceneClassifier
 
 UNKNOWN = "unknown"  # device: the general model's
 

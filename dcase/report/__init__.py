@@ -3,16 +3,17 @@
     report.md, confusion.png, devices.png    of `summary.write_report`: aligned Markdown, which is printed too
     index.html                               of `page`, made of a run's files alone (``python -m dcase.report RUN_ID``)
 
-Everything starts from a ``results`` dict, the content of ``results.json`` (see `dcase.metrics`): ``macro_avg_acc``,
-``acc``, ``loss``, ``scene_acc``, ``device_acc``, ``device_group_acc``, ``n_clips`` and ``confusion`` (rows: true scene,
-columns: predicted scene, in clips). Accuracies are fractions of 1, and None where there was no clip: tables and charts
-show that as "-", never as 0. They print percent. The page also needs ``predictions.csv``, every test clip's logits.
+Everything starts from a ``results`` dict, the content of ``results.json`` (see `dcase.model.metrics`):
+``macro_avg_acc``, ``acc``, ``loss``, ``scene_acc``, ``device_acc``, ``device_group_acc``, ``n_clips`` and ``confusion``
+(rows: true scene, columns: predicted scene, in clips). Accuracies are fractions of 1, and None where there was no clip:
+tables and charts show that as "-", never as 0. They print percent. The page also needs ``predictions.csv``, every test
+clip's logits.
 
 The DCASE baseline's published rows stand beside ours only where the caller says that the data are TAU22.
 """
 
+from dcase.report.baseline import BASELINE, BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.charts import CONFUSION_PNG, DEVICES_PNG, confusion_png, device_png
-from dcase.report.published import BASELINE, BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.summary import write_report
 from dcase.report.tables import class_table, complexity_comparison, device_table, markdown
 

@@ -17,7 +17,7 @@ from dcase.errors import UserError
 from dcase.report.comparison import write_comparison
 from dcase.report.page import write_page
 from dcase.report.run_files import read_finished
-from dcase.runs import RunConfig, find_run
+from dcase.runs.folder import RunConfig, find_run
 
 
 @dataclass(frozen=True)

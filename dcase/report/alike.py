@@ -2,10 +2,10 @@
 
 import json
 
-from dcase.config import FREE_ON_RESUME, BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
 from dcase.errors import UserError
 from dcase.report.run_files import tested_run
-from dcase.runs import Run, RunConfig, find_run, kind_of
+from dcase.runs.config import FREE_ON_RESUME, BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
+from dcase.runs.folder import Run, RunConfig, find_run, kind_of
 
 # Flags that change no figure, or nothing but rounding, and what a run is called; how many processes there are counts.
 NO_MATTER = (FREE_ON_RESUME - {"devices", "num_nodes"}) | {"seeds", *RunConfig.__dataclass_fields__}

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 from dcase.report.predictions import Predictions
-from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 DRAWS, SEED, LEVEL = 5000, 0, 0.95
 FEWEST, FEW = 5, 20  # locations: with fewer there is no interval; it is a rough one

@@ -8,9 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 from dcase.files import replace_file
 from dcase.report.words import with_unit
-from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 CONFUSION_PNG, DEVICES_PNG = "confusion.png", "devices.png"
 INK, FAINT = "#262626", "#6b6b6b"

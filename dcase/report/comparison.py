@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from dcase.config import EvalConfig, from_plain
+from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 from dcase.files import replace_file
 from dcase.report import setup, svg
 from dcase.report.bootstrap import FEWEST, Estimate, Figures, reliability
@@ -26,7 +26,7 @@ from dcase.report.seeds import Spread, by_configuration, per_seed, seeds_of
 from dcase.report.sounds import data_folder
 from dcase.report.tables import own_models
 from dcase.report.words import difference, interval, members, percent, title
-from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.runs.config import EvalConfig, from_plain
 
 LOST = 4  # clips shown of each run: right in the first, wrong in it
 MOST_IN_NAME = 8  # ids in the file's name

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcase.config import EvalConfig, from_plain
+from dcase.data.tau22 import DEVICES
 from dcase.report.bootstrap import Figures
 from dcase.report.gallery import Gallery
 from dcase.report.mistakes import most_confident
 from dcase.report.run_files import Finished
 from dcase.report.sounds import data_folder
-from dcase.tau22 import DEVICES
+from dcase.runs.config import EvalConfig, from_plain
 
 MISTAKES, MISTAKES_OF_DEVICE = 12, 4  # shown: of all, and of each device
 

@@ -4,12 +4,12 @@ from collections.abc import Callable
 
 import numpy as np
 
+from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.report.baseline import BASELINE
 from dcase.report.content import Content
 from dcase.report.html import Html, bar_cell, cell, el, join, link, section, table
 from dcase.report.mistakes import blame, mixed_up
-from dcase.report.published import BASELINE
 from dcase.report.words import aside, brackets, difference, interval, locations, members, percent, title, with_unit
-from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 MIXED_UP = 6  # rows of what is mixed up most
 KINDS = {device: group for group, devices in DEVICE_GROUPS.items() for device in devices}

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from dcase.data.logmel import LogMelConfig
+from dcase.data.tau22 import DEVICES, SCENES, DataConfig
 from dcase.errors import UserError, one_line
-from dcase.logmel import LogMelConfig
 from dcase.report import svg
 from dcase.report.html import Html, el, void
 from dcase.report.mistakes import same_sound
 from dcase.report.predictions import Predictions
 from dcase.report.sounds import AUDIO_SECONDS, Recordings, audio, picture
 from dcase.report.words import percent, title
-from dcase.tau22 import DEVICES, SCENES, DataConfig
 
 SPECTRUM_SOUNDS = 20  # that every device has recorded
 KILOHERTZ = (0.2, 0.5, 1, 2, 4, 8, 16)  # ticks

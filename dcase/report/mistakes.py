@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dcase.data.tau22 import DEVICES, SCENES
 from dcase.report.predictions import Predictions
-from dcase.tau22 import DEVICES, SCENES
 
 
 def most_confident(predictions: Predictions, n: int, device: int | None = None) -> list[int]:

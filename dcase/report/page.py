@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
+from dcase.data.tau22 import SCENES
 from dcase.files import replace_file
 from dcase.report import devices, setup
+from dcase.report.baseline import BASELINE, BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.bootstrap import BINS, FEW, FEWEST, Figures, reliability
 from dcase.report.content import Content, compute
 from dcase.report.html import Html, bar_cell, cell, el, escape, join, link, section, table
 from dcase.report.learning import learning_curves
-from dcase.report.published import BASELINE, BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.run_files import Finished
 from dcase.report.svg import Axis, lines, place
 from dcase.report.tables import complexity_rows, fine_tuning_rows, own_models
 from dcase.report.words import aside, brackets, interval, locations, members, percent, title, with_unit
-from dcase.tau22 import SCENES
 
 INDEX_HTML = "index.html"
 Part = tuple[str, str, str, Html]  # name, in the navigation, heading, content

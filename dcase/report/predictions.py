@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dcase.data.tau22 import DEVICES, SCENES, Clips
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
-from dcase.tau22 import DEVICES, SCENES, Clips
 
 PREDICTIONS_CSV = "predictions.csv"
 COLUMNS = ("filename", "scene_label", "device_id", "location", *SCENES)

@@ -5,10 +5,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dcase.data.tau22 import TEST_CLIPS
 from dcase.errors import UserError, one_line
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
-from dcase.runs import kind_of, run_of
-from dcase.tau22 import TEST_CLIPS
+from dcase.runs.folder import kind_of, run_of
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name of a metric -> optimiser steps, values
 

@@ -3,9 +3,9 @@
 import dataclasses
 import shlex
 
-from dcase.config import BaseConfig, DeviceConfig, EvalConfig, TestConfig, to_plain
 from dcase.report.html import Html, cell, el, join, table
 from dcase.report.run_files import Finished
+from dcase.runs.config import BaseConfig, DeviceConfig, EvalConfig, TestConfig, to_plain
 
 PARTS = {
     "": "Run",

@@ -11,13 +11,12 @@ import numpy as np
 import soundfile
 import torch
 
-from dcase import synth
-from dcase.data import pack
+from dcase.data import pack, synth
+from dcase.data.logmel import LogMel, LogMelConfig
 from dcase.data.pack import Pack
 from dcase.data.sound import read_wav, resampler
+from dcase.data.tau22 import DataConfig, leaves_folder
 from dcase.errors import UserError
-from dcase.logmel import LogMel, LogMelConfig
-from dcase.tau22 import DataConfig, leaves_folder
 
 AUDIO_RATE = 16_000  # Hz
 AUDIO_SECONDS = 4  # at most: the beginning of a longer clip

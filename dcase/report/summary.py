@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dcase.files import replace_file
+from dcase.report.baseline import BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.charts import CONFUSION_PNG, DEVICES_PNG, confusion_png, device_png
-from dcase.report.published import BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.tables import class_table, complexity_comparison, device_table, fine_tuning_rows, markdown, own_models
 from dcase.report.words import with_unit
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from dcase.report.published import BASELINE, BASELINE_BYTES, BASELINE_BYTES_IN_BITS, BASELINE_MACS, BASELINE_PARAMS
+from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.report.baseline import BASELINE, BASELINE_BYTES, BASELINE_BYTES_IN_BITS, BASELINE_MACS, BASELINE_PARAMS
 from dcase.report.words import members, percent, points, title
-from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from dcase.tau22 import DEVICE_GROUPS
+from dcase.data.tau22 import DEVICE_GROUPS
 
 
 def percent(fraction: float | None) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dcase.labels import SCENES
+from dcase.data.labels import SCENES
 from dcase.submission import inference
 
 CHECKPOINT = Path(__file__).parent / "ckpts" / f"{Path(__file__).stem}.ckpt"

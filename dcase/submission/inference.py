@@ -7,7 +7,7 @@ Of this project it imports only what inference needs, so that the package, which
 neither Lightning nor pandas nor this repository.
 
 The models keep their weights as they are stored and counted, 16-bit numbers or int8 codes and scales, and calculate in
-float32 with what these stand for: the logits are those of `dcase.lit.SceneClassifier` with the stored models.
+float32 with what these stand for: the logits are those of `dcase.training.lit.SceneClassifier` with the stored models.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import aum
-from dcase.compression.quantisation import SCALE, decode, encode
-from dcase.compression.stored import DEVICE_MODELS, FRONT_END, GENERAL, MODEL, load_model, save_model
+from dcase.data.labels import DEVICES
+from dcase.data.logmel import LogMel, LogMelConfig, frames_of
 from dcase.data.sound import read_wav
-from dcase.devices import forward_by_device
 from dcase.errors import UserError
-from dcase.labels import DEVICES
-from dcase.logmel import LogMel, LogMelConfig, frames_of
-from dcase.models import ModelConfig, build
+from dcase.model.devices import forward_by_device
+from dcase.model.named import ModelConfig, build
+from dcase.model.quantisation import SCALE, decode, encode
+from dcase.runs.stored import DEVICE_MODELS, FRONT_END, GENERAL, MODEL, load_model, save_model
 
 READERS = 8  # threads that read sound files
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import yaml
 
 from dcase.complexity import Complexity
+from dcase.data.labels import DEVICES, SCENES
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
-from dcase.labels import DEVICES, SCENES
-from dcase.models import FIXED
-from dcase.runs import Run
+from dcase.model.named import FIXED
+from dcase.runs.folder import Run
 
 TODO = "TODO"
 AUTHOR = {

@@ -3,8 +3,8 @@
 import math
 
 from dcase import complexity
+from dcase.data.labels import DEVICES, SCENES
 from dcase.errors import UserError
-from dcase.labels import DEVICES, SCENES
 from dcase.submission.meta import BLOCKS, problems_of_authors, read_yaml, todo_fields
 from dcase.submission.package import Submission
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 from torch import Tensor
 
+from dcase.data.labels import SCENES
+from dcase.data.tau22 import leaves_folder
 from dcase.errors import UserError
 from dcase.files import replace_file
-from dcase.labels import SCENES
-from dcase.tau22 import leaves_folder
 
 HEADER = ["filename", "scene_label", *SCENES]
 SUM_TOLERANCE = 1e-3  # of a row's probabilities

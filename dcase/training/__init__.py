@@ -1,8 +1,7 @@
-"""What runs the LightningModule (`dcase.lit`): stage 1, stage 2, several seeds, several processes.
+"""What trains and tests a model.
 
-fit, loading                       the Trainer and its checkpoints; which clips a batch holds
-fine_tuning, adapters              one model per device; low-rank fine-tuning
-distillation, teachers             learning from other models
-averaging                          averaged weights
-seeds, processes, stopping         --seeds N; DDP; signals
+lit                               the LightningModule of both stages
+fit, bars, stopping               the Trainer and its checkpoints; progress; signals
+fine_tuning, teachers, seeds      one model per device; learning from other models; --seeds N
+evaluation                        the test at the end of every script
 """

@@ -6,8 +6,8 @@ import time
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
 
+from dcase.machine import is_main
 from dcase.progress import on_terminal
-from dcase.training import processes
 
 EVERY = 60  # seconds between two lines of a long epoch in a log file
 
@@ -24,7 +24,7 @@ class Bars(TQDMProgressBar):
         self.said = time.monotonic()
         if self.on_terminal:
             super().print(*args, **kwargs)
-        elif processes.is_main():
+        elif is_main():
             print(*args, flush=True, **kwargs)
 
     def on_train_start(self, trainer: pl.Trainer, *args) -> None:

@@ -13,15 +13,17 @@ import torch.nn.functional as F
 from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor
 
-from dcase.config import DeviceConfig
 from dcase.data.dataset import TAU22
-from dcase.lit import SceneClassifier, final_state
-from dcase.metrics import mean_and_error
-from dcase.runs import FORMAT, Run, load_checkpoint, save_checkpoint, trained_checkpoint, write_json
-from dcase.tau22 import DEVICES, Clips
-from dcase.training import processes
+from dcase.data.loading import evaluation_batches, loader, mixed_seed
+from dcase.data.tau22 import DEVICES, Clips
+from dcase.files import write_json
+from dcase.machine import is_main, main_first
+from dcase.model.metrics import mean_and_error
+from dcase.runs.checkpoints import FORMAT, final_state, load_checkpoint, save_checkpoint
+from dcase.runs.config import DeviceConfig
+from dcase.runs.folder import Run, trained_checkpoint
 from dcase.training.fit import MONITOR, make_trainer, no_silent_exit, train
-from dcase.training.loading import evaluation_batches, loader, mixed_seed
+from dcase.training.lit import SceneClassifier
 from dcase.training.teachers import Teachers
 
 TUNED = "tuned.ckpt"  # a device's own model, ready for use
@@ -74,7 +76,7 @@ def fine_tune(
         outcome = Outcome(**json.loads(decision.read_text()))
     else:
         outcome = _decide(device_id, general, clips, like, config, folder, list(loggers), teachers)
-        if processes.is_main():
+        if is_main():
             write_json(decision, dataclasses.asdict(outcome))
     print(outcome.line(device_id))
     return outcome, load_checkpoint(folder / TUNED)["state_dict"] if outcome.kept else None
@@ -115,8 +117,8 @@ def _decide(
             place, module.log_prefix = folder / f"lr_{lr:g}", f"{device_id}/lr_{lr:g}/"
         tried.append((lr, train(module, train_set, val_set, tuned, place, loggers, teachers), module))
     lr, best, module = max(tried, key=lambda one: (one[1].best_score or 0, -(one[1].best_loss or 0)))
-    with processes.main_first():  # the others read it
-        if processes.is_main():
+    with main_first():  # the others read it
+        if is_main():
             module.load_state_dict(final_state(load_checkpoint(trained_checkpoint(best.folder))))
             save_checkpoint({"dcase_format": FORMAT, "state_dict": module.merged()}, folder / TUNED)
 

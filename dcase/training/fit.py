@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -22,16 +22,27 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 import aum
 from aum.allocator import keep_freed_memory
 from aum.scan import choose
-from dcase.config import DeviceConfig, EvalConfig, MachineConfig, TrainConfig, to_plain
 from dcase.data.dataset import TAU22
-from dcase.errors import Stopped, UserError, doctor_tells_more
-from dcase.lit import SceneClassifier
+from dcase.data.loading import Batches, evaluation_batches, loader, shuffled
+from dcase.errors import Stopped, UserError, doctor_tells_more, resumable
+from dcase.machine import (
+    MachineConfig,
+    from_main,
+    is_main,
+    largest_of_all,
+    process_count,
+    process_rank,
+    same_everywhere,
+    start_processes,
+)
 from dcase.progress import progress
-from dcase.runs import Run, SafeCheckpoints, newest_checkpoint
-from dcase.tracking.loggers import MetricsCsv, Wandb, drop_from, tensorboard_logger, wandb_logger
-from dcase.training import processes, stopping
+from dcase.runs.checkpoints import SafeCheckpoints, newest_checkpoint
+from dcase.runs.config import DeviceConfig, EvalConfig, TrainConfig, to_plain
+from dcase.runs.folder import SCRIPTS, Run, kind_of, resume_command
+from dcase.runs.loggers import MetricsCsv, Wandb, drop_from, tensorboard_logger, wandb_logger
 from dcase.training.bars import Bars
-from dcase.training.loading import Batches, evaluation_batches, loader, shuffled
+from dcase.training.lit import SceneClassifier
+from dcase.training.stopping import StopRequest
 from dcase.training.teachers import Teachers
 
 DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the data in the scan
@@ -47,9 +58,9 @@ class KeepCheckpoints(Checkpoint):
     and not by Lightning, so that last.ckpt holds an epoch's training before its validation begins.
     """
 
-    def __init__(self, folder: Path, every_n_epochs: int | None):
+    def __init__(self, folder: Path, every_n_epochs: int | None, stop: StopRequest):
         """``every_n_epochs``: when to validate, beside the last epoch; None: never."""
-        self.folder, self.every_n_epochs = folder, every_n_epochs
+        self.folder, self.every_n_epochs, self.stop = folder, every_n_epochs, stop
         self.best_score: float | None = None
         self.best_loss: float | None = None  # on the same clips
         self.best_epoch: int | None = None
@@ -57,7 +68,7 @@ class KeepCheckpoints(Checkpoint):
         self.stopped_by = 0  # number of the signal
 
     def on_train_start(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
-        stopping.take()
+        self.stop.take_over()
         drop_from(trainer.loggers, trainer.global_step, module.log_prefix)  # a resumed run logs it again
         self._catch_up(trainer, module)
 
@@ -111,7 +122,7 @@ class KeepCheckpoints(Checkpoint):
     def _validate(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         loop = trainer.fit_loop.epoch_loop.val_loop
         with module.averaged():
-            processes.same_everywhere(module.model.buffers())  # BatchNorm's statistics; the main process's are saved
+            same_everywhere(module.model.buffers())  # BatchNorm's statistics; the main process's are saved
             trainer.validating = True
             loop.run()
             trainer.training = True
@@ -141,7 +152,7 @@ class KeepCheckpoints(Checkpoint):
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
     def _stop_asked(self, trainer: pl.Trainer) -> int:
-        return processes.largest_of_all(stopping.received, trainer.strategy.root_device)
+        return largest_of_all(self.stop.received, trainer.strategy.root_device)
 
     def _stop(self, trainer: pl.Trainer) -> None:
         raise Stopped(
@@ -180,7 +191,7 @@ class PlainSignals(Callback):
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
     """`runs.newest_checkpoint`, as the main process finds it; None where a run begins."""
-    return processes.from_main(newest_checkpoint(folder) if processes.is_main() else None)
+    return from_main(newest_checkpoint(folder) if is_main() else None)
 
 
 def epochs_done(trainer: pl.Trainer) -> int:
@@ -209,7 +220,7 @@ def check_machine(machine: MachineConfig) -> None:
             f"{trainer.world_size}: give as many"
         )
     if trainer.world_size > 1:
-        processes.start(trainer)
+        start_processes(trainer)
     device = trainer.strategy.root_device.type
     try:
         choose(device, DTYPES[machine.precision])
@@ -262,18 +273,28 @@ def make_trainer(
 def loggers(config: EvalConfig, run: Run) -> Iterator[list[Logger]]:
     """metrics.csv and what --logger says: W&B under the run's own id, where it can be used; it is told when the run is
     over."""
-    if not processes.is_main():
-        yield []
+    if not is_main():
+        with _resumable(config, run):
+            yield []
         return
     wandb = _wandb(config, run) if config.run.logger == "wandb" else None
     beside = [wandb] if wandb else [tensorboard_logger(run)] if config.run.logger == "tensorboard" else []
     failed = True
     try:
-        yield [MetricsCsv(run.folder / "metrics.csv"), *beside]
+        with _resumable(config, run):
+            yield [MetricsCsv(run.folder / "metrics.csv"), *beside]
         failed = False
     finally:
         if wandb:
             wandb.finish(failed)
+
+
+def _resumable(config: EvalConfig, run: Run) -> AbstractContextManager:
+    """Tell how an interrupted training run goes on; a test is run again."""
+    kind = kind_of(to_plain(config))
+    if kind == "test":
+        return nullcontext()
+    return resumable(resume_command(SCRIPTS[kind], run.id, config.run.project_name))
 
 
 def _wandb(config: EvalConfig, run: Run) -> Wandb | None:
@@ -291,7 +312,7 @@ def quieten() -> None:
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s")
-    if processes.is_main():
+    if is_main():
         logging.getLogger("aum").setLevel(logging.INFO)  # which scan backend is used, and why
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*lower value for log_every_n_steps.*")
@@ -305,11 +326,11 @@ def quieten() -> None:
 def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineConfig) -> None:
     """Set the log-mel's mean and deviation from the training clips: all of them, or 5,000 evenly spaced ones."""
     clips = range(0, len(train), -(-len(train) // NORMALISATION_CLIPS))
-    if processes.is_main():
+    if is_main():
         batches = loader(train, machine, Batches(len(clips), machine.batch_size, lambda: clips))
         shown = progress(batches, desc="mean and deviation of the log-mel", leave=False)
         module.logmel.fit(module.sound(batch) for batch in shown)
-    found = processes.from_main((module.logmel.mean.item(), module.logmel.std.item()))
+    found = from_main((module.logmel.mean.item(), module.logmel.std.item()))
     for buffer, value in zip((module.logmel.mean, module.logmel.std), found, strict=True):
         buffer.fill_(value)
 
@@ -345,7 +366,8 @@ def train(
             teachers.keep(train_clips, config.machine)
         module.teacher = teachers
     module.start_averaging()
-    checkpoints = KeepCheckpoints(folder, fit.check_val_every_n_epoch if val_clips else None)
+    stop = StopRequest()
+    checkpoints = KeepCheckpoints(folder, fit.check_val_every_n_epoch if val_clips else None, stop)
     trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
     _prepare_model(module, trainer, config)
     batches = Batches(
@@ -354,13 +376,13 @@ def train(
         order=lambda: shuffled(len(train_clips), fit.seed, epochs_done(trainer)),
         start=lambda: batches_done(trainer, len(batches)),
         accumulate=fit.accumulate_grad_batches,
-        rank=processes.rank(),
-        processes=processes.count(),
+        rank=process_rank(),
+        processes=process_count(),
     )
     module.total_steps = math.ceil(len(batches) / fit.accumulate_grad_batches) * fit.n_epochs
     module.clips_per_step = batches.together * fit.accumulate_grad_batches
     validation = loader(val_clips, config.machine, evaluation_batches(val_clips, config.machine)) if val_clips else None
-    with stopping.on_signals():
+    with stop:
         with no_silent_exit():
             trainer.fit(
                 module,
@@ -369,7 +391,7 @@ def train(
                 ckpt_path=checkpoint_to_resume(folder),
                 weights_only=True,
             )
-        number = processes.largest_of_all(stopping.received, trainer.strategy.root_device)
+        number = largest_of_all(stop.received, trainer.strategy.root_device)
         if number:  # it came too late for a step's or an epoch's end
             text = f"stopped by {signal.Signals(number).name} after training"
             raise Stopped(number, text)

@@ -13,11 +13,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dcase import compare
-from dcase.config import BaseConfig, from_plain, parse_base, peek, same_place
 from dcase.errors import UserError, one_line
-from dcase.runs import Run, RunConfig, new_id, resume_command, write_json
-from dcase.training import stopping
+from dcase.files import write_json
+from dcase.machine import SIGNALS
+from dcase.report import compare
+from dcase.runs.config import BaseConfig, from_plain, parse_base, peek, same_place
+from dcase.runs.folder import Run, RunConfig, new_id, resume_command
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_base.py"
 
@@ -132,7 +133,7 @@ def _run(args: list[str], series_id: str) -> int:
     def pass_on(number: int, frame) -> None:
         child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in stopping.SIGNALS}
+    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
     try:
         code = child.wait()
     finally:

@@ -1,43 +1,43 @@
-"""Ending a training run early without losing anything: signals become a wish that the next step's end can grant."""
+"""End a training run early without losing anything."""
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-received = 0  # number of the signal that asks for the end; 0: none
+from dcase.machine import SIGNALS
 
 
-@contextmanager
-def on_signals() -> Iterator[None]:
-    """While this lasts, SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (what SLURM can send) only set `received`. A second Ctrl-C
-    ends at once."""
-    global received
-    received = 0
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    take()
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+class StopRequest:
+    """Signals request a stop, which training honours at the end of the current step.
 
+    As a context manager it handles SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning) by setting ``received``, the
+    signal's number. A second Ctrl-C ends the program at once.
+    """
 
-def take() -> None:
-    """Take the signals over, from Lightning's handlers where it has set some meanwhile: those would end a run of
-    several processes within a step."""
-    if threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and shells in the background ask for
-                signal.signal(number, _note)
+    def __init__(self):
+        self.received = 0  # no signal yet
+        # Python lets only the main thread set handlers.
+        self._may_handle = threading.current_thread() is threading.main_thread()
 
+    def __enter__(self) -> "StopRequest":
+        if self._may_handle:
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            self.take_over()
+        return self
 
-def _note(number: int, frame) -> None:
-    global received
-    if received and number == signal.SIGINT:
-        raise KeyboardInterrupt
-    received = number
+    def __exit__(self, *exception) -> None:
+        if self._may_handle:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def take_over(self) -> None:
+        """Handle the signals again after Lightning has set its own handlers, which would end a run of several processes
+        within a step. A signal that is ignored, as nohup asks for, stays ignored."""
+        if self._may_handle:
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number

@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dcase.config import MachineConfig, TrainConfig
-from dcase.data.dataset import TAU22, Clip
-from dcase.devices import forward_by_device
+from dcase.data.dataset import TAU22, Batch
+from dcase.data.loading import Batches, loader
 from dcase.errors import UserError
 from dcase.files import replace_file
-from dcase.lit import SceneClassifier
+from dcase.machine import MachineConfig, main_first
+from dcase.model.devices import forward_by_device
 from dcase.progress import progress
-from dcase.runs import find_checkpoint, load_checkpoint
-from dcase.training import processes
-from dcase.training.loading import Batches, loader
+from dcase.runs.checkpoints import load_checkpoint
+from dcase.runs.config import TrainConfig
+from dcase.runs.folder import find_checkpoint
+from dcase.training.lit import SceneClassifier
 
 
 class Teachers:
@@ -34,7 +35,7 @@ class Teachers:
             [_logits(module.to(waveform.device), waveform, length, device) for module in self.modules]
         ).mean(0)
 
-    def logits(self, batch: Clip, waveform: Tensor, length: Tensor) -> Tensor:
+    def logits(self, batch: Batch, waveform: Tensor, length: Tensor) -> Tensor:
         """Mean logits (b, n_classes) of a training batch: those kept, or those of this ``waveform``."""
         if self.kept is None:
             return self.live(waveform, length, batch.device)
@@ -42,7 +43,7 @@ class Teachers:
 
     def keep(self, clips: TAU22, machine: MachineConfig) -> None:
         """Compute the logits of every training clip as it is, or read them where an earlier run has kept them."""
-        with processes.main_first():
+        with main_first():
             kept = [_kept(module, path, clips, machine) for module, path in zip(self.modules, self.paths, strict=True)]
         self.kept = torch.stack(kept).mean(0)
 
@@ -98,6 +99,6 @@ def _all_logits(module: SceneClassifier, clips: TAU22, machine: MachineConfig, r
     batches = loader(clips, machine, Batches(len(clips), machine.batch_size))  # all of them, whatever the processes
     found = []
     for batch in progress(batches, desc=f"outputs of teacher {run_id}", leave=False):
-        batch = Clip(*(x.to(on) if isinstance(x, Tensor) else x for x in batch))
+        batch = Batch(*(x.to(on) if isinstance(x, Tensor) else x for x in batch))
         found.append(_logits(module, *module.sound(batch), batch.device).cpu())
     return torch.cat(found)

@@ -11,14 +11,10 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from dcase import synth
-from dcase.checks import lengths
-from dcase.checks.findings import Finding
-from dcase.data import pack
+from dcase.data import pack, synth
+from dcase.data.logmel import LogMelConfig
 from dcase.data.pack import Pack, Rates
-from dcase.errors import UserError
-from dcase.logmel import LogMelConfig
-from dcase.tau22 import (
+from dcase.data.tau22 import (
     RELEASE,
     SPLITS,
     Clips,
@@ -31,6 +27,9 @@ from dcase.tau22 import (
     read_split,
     untrained_scenes,
 )
+from dcase.doctor import lengths
+from dcase.doctor.findings import Finding
+from dcase.errors import UserError
 
 _READING = ("pack_dir", "subset", "sample_rate", "orig_sample_rate")  # flags that say what is read, and how
 OWN_DATA = 'docs/extending.md, "A data set", has the lists of data of your own'

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dcase.data.sound import CHECK, read_samples, resampler
+from dcase.data.tau22 import DEVICES
 from dcase.errors import UserError
-from dcase.tau22 import DEVICES
 
 SUFFIXES = (".wav", ".flac")
 RESAMPLER_REACH = 7  # samples at the lower rate, to either side; torchaudio's filter has 6 zero crossings there

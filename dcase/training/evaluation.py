@@ -12,21 +12,22 @@ from pytorch_lightning.loggers.logger import Logger
 import aum
 from aum.scan import choose
 from dcase import complexity, report
-from dcase.compression.stored import load_stored, save_stored
-from dcase.config import EvalConfig
 from dcase.data.dataset import TAU22
+from dcase.data.loading import Source, evaluation_batches, loader
 from dcase.errors import one_line
-from dcase.lit import SceneClassifier
+from dcase.files import write_json
+from dcase.machine import is_main, main_first
+from dcase.report import wandb_media
 from dcase.report.page import write_page
 from dcase.report.predictions import PREDICTIONS_CSV, of_clips, write_predictions
 from dcase.report.run_files import read_finished
 from dcase.report.sounds import Recordings
-from dcase.runs import Run, write_json
-from dcase.tracking import wandb_media
-from dcase.tracking.loggers import Wandb, drop_from, show_charts
-from dcase.training import processes
+from dcase.runs.config import EvalConfig
+from dcase.runs.folder import Run
+from dcase.runs.loggers import Wandb, drop_from, show_charts
+from dcase.runs.stored import load_stored, save_stored
 from dcase.training.fit import DTYPES, make_trainer, no_silent_exit
-from dcase.training.loading import Source, evaluation_batches, loader
+from dcase.training.lit import SceneClassifier
 
 
 def measure(module: SceneClassifier) -> complexity.Complexity:
@@ -44,8 +45,8 @@ def warn_if_over(module: SceneClassifier) -> None:
 
 def store(module: SceneClassifier, folder: Path) -> None:
     """Write each model of the module into ``folder``, in --weight_bits; the module then is what these files hold."""
-    with processes.main_first():
-        if processes.is_main():
+    with main_first():
+        if is_main():
             save_stored(module.as_checkpoint(), folder, module.config.storage.weight_bits)
         module.load_stored(load_stored(folder))
 
@@ -74,7 +75,7 @@ def evaluate(
     with no_silent_exit():
         trainer = make_trainer(config.machine, run.folder, list(loggers))
         trainer.test(module, batches, verbose=False)
-    if not processes.is_main():
+    if not is_main():
         return module.results
     chosen = "The model was chosen on the test split: its figures are optimistic." if optimistic else ""
     note = " ".join(text for text in (source.note, chosen) if text)

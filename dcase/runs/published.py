@@ -17,12 +17,12 @@ from torch import nn
 
 import aum
 from aum.hub import CONFIG, FRONT_END, WEIGHTS
-from dcase.compression.stored import DEVICE_MODELS, GENERAL, MODEL
+from dcase.data.logmel import LogMelConfig
+from dcase.data.tau22 import DEVICES, SCENES
 from dcase.errors import UserError
-from dcase.logmel import LogMelConfig
-from dcase.models import ModelConfig
-from dcase.runs import FORMAT, refuse_other_scenes
-from dcase.tau22 import DEVICES, SCENES
+from dcase.model.named import ModelConfig
+from dcase.runs.checkpoints import FORMAT, refuse_other_scenes
+from dcase.runs.stored import DEVICE_MODELS, GENERAL, MODEL
 
 _RUN = ("model", "model_of", "weight_bits", "split", "clips_id")
 

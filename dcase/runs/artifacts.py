@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from dcase.errors import one_line
-from dcase.runs import Run
+from dcase.runs.folder import Run
 
 KIND = "checkpoints"  # type of the artifact
 _FILES = ("config.json", "metrics.csv")  # beside the checkpoints: what a run needs to go on

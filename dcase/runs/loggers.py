@@ -18,8 +18,8 @@ from pytorch_lightning.loggers.logger import Logger
 
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
-from dcase.runs import Run, RunConfig
-from dcase.tracking import artifacts
+from dcase.runs import artifacts
+from dcase.runs.folder import Run, RunConfig
 
 
 class MetricsCsv(Logger):

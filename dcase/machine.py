@@ -1,6 +1,6 @@
-"""Several processes that train one model together (DDP): who this one is, and what they agree on.
+"""This machine: its flags and cores, the signals that request a stop, and the processes that train together (DDP).
 
-A process that is alone is rank 0 of 1, and everything here costs it nothing.
+A process that runs alone is rank 0 of 1, and the functions for several processes cost it nothing.
 """
 
 import atexit
@@ -10,7 +10,8 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,25 +20,64 @@ from dcase.errors import UserError
 
 Value = TypeVar("Value")
 
+# SIGUSR1 is what SLURM can send before a time limit. Windows lacks some of them.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+@dataclass(frozen=True)
+class MachineConfig:
+    batch_size: int = 64
+    """Clips in a batch of each process."""
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    """Bits of the matrix products; the scan's state and the residual stream are always 32-bit."""
+    num_workers: int = 8
+    """Processes that read WAV files, at most one per core; 0: the training process does. A pack takes one at most."""
+    accelerator: str = "auto"
+    """cpu, gpu, ... or auto: the best there is."""
+    devices: str = "1"
+    """Accelerators of a machine, a process each, as Lightning's Trainer takes it: 2, or "2," for the third GPU only."""
+    num_nodes: int = 1
+    """Machines that train together, started by torchrun or SLURM, with --project_name in a folder that all share."""
+    strategy: str = "auto"
+    """How several processes share the work: ddp, or auto, which is ddp where there are several."""
+    scan_backend: Literal["auto", "cpu", "triton", "mamba_ssm", "torch"] = "auto"
+    """What computes the selective scan; auto: AUM_SCAN_BACKEND, else the fastest that fits. The log says which."""
+    deterministic: bool = False
+    """Refuse whatever does not give the same bits every time on one machine: mamba_ssm's scan, some of CUDA."""
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is at least 1; got {self.batch_size}")
+        if self.num_workers < 0:
+            raise UserError(f"--num_workers is not below 0; got {self.num_workers}")
+
+
+def n_cores() -> int:
+    """Cores that this process may use: in a container or a SLURM job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Several processes
+
 
 def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def rank() -> int:
+def process_rank() -> int:
     return dist.get_rank() if _together() else 0
 
 
-def count() -> int:
+def process_count() -> int:
     return dist.get_world_size() if _together() else 1
 
 
 def is_main() -> bool:
     """Whether this is the process that writes files and speaks to the terminal."""
-    return rank() == 0
+    return process_rank() == 0
 
 
-def start(trainer) -> None:
+def start_processes(trainer) -> None:
     """Start the other processes of a Lightning Trainer and meet them; once per script, before there is a run.
 
     They run this same script from its beginning. Where torchrun or SLURM started them already, this only meets them.

@@ -13,7 +13,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from dcase.checks.findings import Finding
+from dcase.doctor.findings import Finding
 from dcase.errors import one_line
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"

@@ -13,25 +13,18 @@ of one. Checkpoints are read with ``weights_only=True``: a file that would run c
 """
 
 import json
-import pickle
 import re
 import secrets
 import shlex
 import string
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
 import tyro
-from lightning_fabric.plugins import CheckpointIO
 
 from dcase.errors import UserError, one_line
-from dcase.files import keep_copy, replace_file
-from dcase.labels import SCENES
 
-FORMAT = 1  # of our checkpoints
 CHECKPOINTS, STORED = "checkpoints", "stored"  # folders of a run
 
 
@@ -181,90 +174,3 @@ def trained_checkpoint(folder: Path) -> Path:
     """The best checkpoint of a folder, or the last one where nothing was held out for validation."""
     best = folder / "best.ckpt"
     return best if best.is_file() else folder / "last.ckpt"
-
-
-# Files
-
-
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    replace_file(path, lambda beside: beside.write_text(text))
-
-
-def save_checkpoint(checkpoint: dict, path: Path) -> None:
-    replace_file(path, lambda beside: torch.save(checkpoint, beside))
-
-
-def load_checkpoint(path: Path | str) -> dict:
-    """A checkpoint of ours, on the CPU. Raises `UserError`, naming the file, for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: check --ckpt_path or --ckpt_id")
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch itself does not look at the checksums it writes
-        if damaged:
-            raise ValueError(f"{damaged} in it is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"checkpoint {path} is refused: it is damaged, no checkpoint, or holds more than weights and could run code"
-        ) from error
-    except Exception as error:  # a damaged file can make torch raise anything
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
-        raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
-    refuse_other_scenes(checkpoint.get("scenes"), f"checkpoint {path}")
-    return checkpoint
-
-
-def refuse_other_scenes(scenes: list[str] | None, what: str) -> None:
-    """Raise `UserError` where ``what`` was trained on other scenes than SCENES, or in another order: it would name
-    wrong ones. None: from before that was written down."""
-    if scenes is not None and scenes != list(SCENES):
-        listed = ", ".join(map(str, scenes)) if isinstance(scenes, list) else scenes
-        raise UserError(
-            f"{what} was trained on the scenes {listed}; this copy's dcase/labels.py has {', '.join(SCENES)}: give "
-            "SCENES there those names in that order, or train again"
-        )
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """last.ckpt, or previous.ckpt where that is damaged, which is then said; None where there is neither.
-
-    Raises `UserError` where there is one and none can be read.
-    """
-    paths = [path for path in (folder / "last.ckpt", folder / "previous.ckpt") if path.is_file()]
-    problem = None
-    for path in paths:
-        try:
-            load_checkpoint(path)
-        except UserError as error:
-            problem = problem or error
-            continue
-        if problem:
-            print(f"WARNING: {problem}. Going on from {path}, which was written before it.")
-            damaged = paths[0].rename(paths[0].with_name("last.ckpt.damaged"))  # it must not become previous.ckpt
-            print(f"The damaged file is now {damaged}.")
-        return path
-    if problem:
-        raise problem
-    return None
-
-
-class SafeCheckpoints(CheckpointIO):
-    """Lightning's way to checkpoint files: written beside and renamed, read with ``weights_only=True``; the last.ckpt
-    that was there before stays, as previous.ckpt."""
-
-    def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
-        path = Path(path)
-        if path.name == "last.ckpt" and path.exists():
-            keep_copy(path, path.with_name("previous.ckpt"))
-        save_checkpoint(checkpoint, path)
-
-    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict:
-        return load_checkpoint(path)
-
-    def remove_checkpoint(self, path) -> None:
-        Path(path).unlink(missing_ok=True)

@@ -25,9 +25,9 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from dcase.data.labels import DEVICES, SCENES
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
-from dcase.labels import DEVICES, SCENES
 
 TRAIN_DEVICES = ("a", "b", "c", "s1", "s2", "s3")
 DEVICE_GROUPS = {"real": ("a", "b", "c"), "seen": ("s1", "s2", "s3"), "unseen": ("s4", "s5", "s6")}

@@ -10,11 +10,11 @@ import numpy as np
 from pytorch_lightning.loggers import WandbLogger
 
 from dcase import report
+from dcase.data.tau22 import DEVICES, SCENES
 from dcase.errors import UserError
 from dcase.report.mistakes import most_confident
 from dcase.report.predictions import Predictions
 from dcase.report.sounds import Recordings
-from dcase.tau22 import DEVICES, SCENES
 
 MISTAKES = 12  # at most
 

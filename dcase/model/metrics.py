@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dcase.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 
 class SceneMetrics(Metric):

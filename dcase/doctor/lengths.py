@@ -8,12 +8,12 @@ from pathlib import Path
 
 import soundfile
 
-from dcase.checks.findings import Finding
+from dcase.data.logmel import LogMelConfig
 from dcase.data.pack import Pack, Rates
 from dcase.data.sound import cut_short
-from dcase.logmel import LogMelConfig
+from dcase.data.tau22 import Clips, missing_files
+from dcase.doctor.findings import Finding
 from dcase.progress import progress
-from dcase.tau22 import Clips, missing_files
 
 _SECONDS = 10  # for headers: all of TAU22's take about 2 from memory, and may take minutes from a cold disk
 

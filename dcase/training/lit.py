@@ -13,25 +13,25 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import aum
-from dcase.augment import Masking, Mix, freq_mixstyle, roll
-from dcase.compression.pruning import shrink
-from dcase.compression.quantisation import rounded
-from dcase.config import EvalConfig, TrainConfig, from_plain, to_plain
-from dcase.data.dataset import TAU22, Clip
-from dcase.devices import forward_by_device
+from dcase.data.augment import Masking, Mix, freq_mixstyle, roll
+from dcase.data.dataset import TAU22, Batch
+from dcase.data.labels import SCENES
+from dcase.data.loading import BatchLoader, mixed_seed
+from dcase.data.logmel import LogMel, frames_of
+from dcase.data.responses import DeviceResponses
+from dcase.data.tau22 import DEVICES
 from dcase.errors import UserError
-from dcase.labels import SCENES
-from dcase.logmel import LogMel, frames_of
-from dcase.metrics import SceneMetrics
-from dcase.models import build
-from dcase.responses import DeviceResponses
-from dcase.runs import FORMAT
-from dcase.tau22 import DEVICES
-from dcase.training.adapters import HEADS, LowRank, trainable
-from dcase.training.averaging import WeightAverage
-from dcase.training.distillation import soft_loss, soft_targets
-from dcase.training.loading import mixed_seed
-from dcase.training.processes import sum_over_all
+from dcase.machine import sum_over_all
+from dcase.model.adapters import HEADS, LowRank, trainable
+from dcase.model.averaging import WeightAverage
+from dcase.model.devices import forward_by_device
+from dcase.model.distillation import soft_loss, soft_targets
+from dcase.model.metrics import SceneMetrics
+from dcase.model.named import build
+from dcase.model.pruning import shrink
+from dcase.model.quantisation import rounded
+from dcase.runs.checkpoints import FORMAT, final_state
+from dcase.runs.config import EvalConfig, TrainConfig, from_plain, to_plain
 
 WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach the learning rate asked for
 
@@ -39,7 +39,7 @@ WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach th
 class Teacher(Protocol):
     """What `SceneClassifier` learns from beside the labels: `training.teachers.Teachers`."""
 
-    def logits(self, batch: Clip, waveform: Tensor, length: Tensor) -> Tensor:
+    def logits(self, batch: Batch, waveform: Tensor, length: Tensor) -> Tensor:
         """(b, n_classes), of clips that are heard as ``waveform`` (b, 1, samples) at the model's rate."""
 
 
@@ -96,11 +96,11 @@ class SceneClassifier(pl.LightningModule):
         x = self.logmel(*self.logmel.resampled(waveform, length))
         return forward_by_device(self.model, self.device_models, x, device)
 
-    def sound(self, batch: Clip) -> tuple[Tensor, Tensor]:
+    def sound(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(waveform (b, 1, samples), length (b,)) at the model's rate."""
         return self.logmel.resampled(batch.waveform, batch.length, batch.scale, batch.sample_rate)
 
-    def training_step(self, batch: Clip, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         augment = self.config.augment
         # Augmentation and dropout depend on seed, epoch, batch and process alone, wherever a run was interrupted.
         torch.manual_seed(mixed_seed(self.config.fit.seed, self.current_epoch, batch_idx, self.global_rank))
@@ -114,7 +114,7 @@ class SceneClassifier(pl.LightningModule):
         x = freq_mixstyle(self.logmel(waveform, length), augment.mixstyle_p, augment.mixstyle_alpha)
         mix = Mix.draw(len(x), augment.mixup_alpha, x.device)
         last_epochs = self.current_epoch >= self.config.fit.n_epochs - self.config.fit.qat_epochs
-        logits = self.general(self.masking(mix(x)), rounding=last_epochs).float()
+        logits = self.forward_model(self.masking(mix(x)), rounding=last_epochs).float()
         loss = F.cross_entropy(logits, mix(F.one_hot(batch.scene, logits.shape[1]).float()))
         if self.teacher is not None:
             distill = self.config.distill
@@ -124,11 +124,11 @@ class SceneClassifier(pl.LightningModule):
         loader = self.trainer.train_dataloader
         self._refuse_non_finite(loss, batch, loader)
         self.log(f"{self.log_prefix}train/loss_step", loss, prog_bar=True, batch_size=len(batch.scene))
-        counted = loader.batch_sampler.counted(batch_idx)
+        counted = loader.counted(batch_idx)
         self.train_loss += torch.stack([loss.detach().double() * counted, loss.new_tensor(counted).double()])
-        return loss * loader.batch_sampler.weight(batch_idx)
+        return loss * loader.weight(batch_idx)
 
-    def general(self, x: Tensor, rounding: bool = True) -> Tensor:
+    def forward_model(self, x: Tensor, rounding: bool = True) -> Tensor:
         """Log-mel (b, 1, n_mels, frames) -> logits (b, n_classes) of ``model``, with adapters where they are trained,
         and with weights as they will be stored (--weight_bits) where ``rounding``."""
         weights = dict(self.model.named_parameters())
@@ -192,20 +192,20 @@ class SceneClassifier(pl.LightningModule):
         """A context in which the average, where one is kept, is in the model's place."""
         return nullcontext() if self.average is None else self.average.swapped(self.trained())
 
-    def _refuse_non_finite(self, loss: Tensor, batch: Clip, dataloader) -> None:
+    def _refuse_non_finite(self, loss: Tensor, batch: Batch, dataloader: BatchLoader) -> None:
         if not loss.isfinite().all():
-            names = [dataloader.dataset.clips.name(i) for i in batch.index.tolist()]
+            names = dataloader.names(batch)
             raise UserError(
                 f"the loss is not finite in epoch {self.current_epoch + 1}, step {self.global_step}; the checkpoints "
                 f"are of before. Lower --lr, use --precision 32, or look at the batch's clips: {', '.join(names)}"
             )
 
-    def _evaluate(self, batch: Clip, batch_idx: int, dataloader) -> None:
+    def _evaluate(self, batch: Batch, batch_idx: int, dataloader: BatchLoader) -> None:
         x = self.logmel(*self.sound(batch))
-        logits = forward_by_device(self.general, self.device_models, x, batch.device).float()
+        logits = forward_by_device(self.forward_model, self.device_models, x, batch.device).float()
         loss = F.cross_entropy(logits, batch.scene, reduction="none")
         self._refuse_non_finite(loss, batch, dataloader)
-        n = dataloader.batch_sampler.counted(batch_idx)
+        n = dataloader.counted(batch_idx)
         self.metrics.update(logits[:n], batch.scene[:n], batch.device[:n], loss[:n])
         if not len(self.logits):
             self.logits = torch.zeros(len(dataloader.dataset), logits.shape[1])
@@ -239,10 +239,10 @@ class SceneClassifier(pl.LightningModule):
         self.train_loss = torch.zeros_like(self.train_loss)
         return total / clips
 
-    def validation_step(self, batch: Clip, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, self.trainer.val_dataloaders)
 
-    def test_step(self, batch: Clip, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, self.trainer.test_dataloaders)
 
     def on_validation_epoch_start(self) -> None:
@@ -366,14 +366,6 @@ class SceneClassifier(pl.LightningModule):
                 model = copy.deepcopy(self.model)
                 model.load_state_dict(states[device_id])
                 self.device_models[device_id] = model
-
-
-def final_state(checkpoint: dict) -> dict[str, Tensor]:
-    """The state dict of a checkpoint, with the average of the weights (--ema_decay) in the place of the last step's."""
-    average = checkpoint.get("average", {"average": {}})["average"]
-    state = checkpoint["state_dict"]
-    start = "adapters." if any(name.startswith("adapters.") for name in state) else "model."  # what was trained
-    return state | {f"{start}{name}": value for name, value in average.items()}
 
 
 def warmup_cosine(step: int, warmup: int, total: int) -> float:

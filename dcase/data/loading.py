@@ -11,15 +11,11 @@ from typing import TypeVar
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from dcase import synth
-from dcase.config import EvalConfig, MachineConfig
-from dcase.data import pack
-from dcase.data.cores import n_cores
-from dcase.data.dataset import TAU22, Clip, Sound
+from dcase.data import pack, synth
+from dcase.data.dataset import TAU22, Batch, Sound
+from dcase.data.logmel import samples_for
 from dcase.data.pack import Pack
-from dcase.errors import UserError, doctor_tells_more
-from dcase.logmel import samples_for
-from dcase.tau22 import (
+from dcase.data.tau22 import (
     TEST_CLIPS,
     Clips,
     DataConfig,
@@ -31,9 +27,10 @@ from dcase.tau22 import (
     split_by_location,
     untrained_scenes,
 )
-from dcase.training import processes, stopping
+from dcase.errors import UserError, doctor_tells_more
+from dcase.machine import SIGNALS, MachineConfig, main_first, n_cores, process_count, process_rank
 
-Config = TypeVar("Config", bound=EvalConfig)
+Config = TypeVar("Config")  # a dataclass with the parts ``data`` and ``logmel``
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ def find_source(config: DataConfig, subset: int | None = None) -> Source:
     given = config.dataset_dir or os.environ.get("TAU22_DIR")
     if not given:
         print("neither --dataset_dir nor TAU22_DIR is given: using SynthTAU, a synthetic stand-in for TAU22")
-    with processes.main_first():
+    with main_first():
         folder = Path(given).expanduser() if given else synth.ensure_default()
         check_folder(folder)
         # The test list before training: a mistake in it is found now, and it is TAU22's mark.
@@ -205,17 +202,38 @@ def mixed_seed(*numbers: int) -> int:
 
 def evaluation_batches(dataset: TAU22, machine: MachineConfig) -> Batches:
     """The data set's clips in its own order, shared among the processes."""
-    return Batches(len(dataset), machine.batch_size, rank=processes.rank(), processes=processes.count())
+    return Batches(len(dataset), machine.batch_size, rank=process_rank(), processes=process_count())
 
 
-def loader(dataset: TAU22, machine: MachineConfig, batches: Batches) -> DataLoader:
-    """Batches of `data.dataset.Clip`. A pack is read so fast that further processes would only cost time: on a CPU none
-    is used then, beside a GPU one, which reads ahead."""
+class BatchLoader(DataLoader):
+    """A loader of `data.dataset.Batch` that knows how each batch counts."""
+
+    batch_sampler: Batches
+
+    def counted(self, batch: int) -> int:
+        """As `Batches.counted`."""
+        return self.batch_sampler.counted(batch)
+
+    def weight(self, batch: int) -> float:
+        """As `Batches.weight`."""
+        return self.batch_sampler.weight(batch)
+
+    def names(self, batch: Batch) -> list[str]:
+        """Return the file names of a batch's clips."""
+        return [self.dataset.clips.name(i) for i in batch.index.tolist()]
+
+
+def loader(dataset: TAU22, machine: MachineConfig, batches: Batches) -> BatchLoader:
+    """Return a loader of the data set's batches.
+
+    Reading a pack is so fast that more processes would only cost time: none is used on a CPU, and one beside a GPU,
+    which reads ahead.
+    """
     workers = min(machine.num_workers, n_cores())
     on_gpu = torch.cuda.is_available() and machine.accelerator != "cpu"
     if dataset.sound.pack:
         workers = min(workers, int(on_gpu))
-    return DataLoader(
+    return BatchLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
@@ -228,9 +246,9 @@ def loader(dataset: TAU22, machine: MachineConfig, batches: Batches) -> DataLoad
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """SLURM sends its signals to all processes of a job: the training process saves, and then ends these."""
-    for number in stopping.SIGNALS:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _as_it_is(batch: Clip) -> Clip:
+def _as_it_is(batch: Batch) -> Batch:
     return batch  # TAU22 gathers whole batches

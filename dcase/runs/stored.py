@@ -23,9 +23,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dcase.compression.quantisation import bytes_by_dtype, decode, encode
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
+from dcase.model.quantisation import bytes_by_dtype, decode, encode
 
 FORMAT = 1
 KEY = "dcase_model"

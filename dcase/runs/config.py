@@ -15,31 +15,31 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 import aum
-from dcase import cli, errors, models
-from dcase.augment import AugmentConfig
-from dcase.checkpoints import load_trained
+from dcase import cli
+from dcase.data.augment import AugmentConfig
+from dcase.data.labels import SCENES
+from dcase.data.logmel import LogMelConfig
+from dcase.data.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
 from dcase.errors import UserError
-from dcase.labels import SCENES
-from dcase.logmel import LogMelConfig
-from dcase.models import ModelConfig
-from dcase.runs import (
+from dcase.files import write_json
+from dcase.machine import MachineConfig, from_main, is_main
+from dcase.model import named as models
+from dcase.model.distillation import DistillConfig
+from dcase.model.named import ModelConfig
+from dcase.runs import artifacts
+from dcase.runs.checkpoints import load_checkpoint, refuse_other_scenes
+from dcase.runs.folder import (
     SCRIPTS,
     Run,
     RunConfig,
     find_checkpoint,
     find_run,
     kind_of,
-    load_checkpoint,
     new_run,
-    refuse_other_scenes,
     resume_command,
     run_of,
-    write_json,
 )
-from dcase.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
-from dcase.tracking import artifacts
-from dcase.training import processes
-from dcase.training.distillation import DistillConfig
+from dcase.runs.trained import load_trained
 
 
 @dataclass(frozen=True)
@@ -95,34 +95,6 @@ class StorageConfig:
     weight_bits: Literal[32, 16, 8] = 32
     """Bits of the weights in stored/, which are counted and tested: 16; or 8 with a 16-bit scale per channel, and 16
     for A_log, D, biases, norms and whatever is small. 32: the checkpoint is tested, and nothing is stored beside it."""
-
-
-@dataclass(frozen=True)
-class MachineConfig:
-    batch_size: int = 64
-    """Clips in a batch of each process."""
-    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """Bits of the matrix products; the scan's state and the residual stream are always 32-bit."""
-    num_workers: int = 8
-    """Processes that read WAV files, at most one per core; 0: the training process does. A pack takes one at most."""
-    accelerator: str = "auto"
-    """cpu, gpu, ... or auto: the best there is."""
-    devices: str = "1"
-    """Accelerators of a machine, a process each, as Lightning's Trainer takes it: 2, or "2," for the third GPU only."""
-    num_nodes: int = 1
-    """Machines that train together, started by torchrun or SLURM, with --project_name in a folder that all share."""
-    strategy: str = "auto"
-    """How several processes share the work: ddp, or auto, which is ddp where there are several."""
-    scan_backend: Literal["auto", "cpu", "triton", "mamba_ssm", "torch"] = "auto"
-    """What computes the selective scan; auto: AUM_SCAN_BACKEND, else the fastest that fits. The log says which."""
-    deterministic: bool = False
-    """Refuse whatever does not give the same bits every time on one machine: mamba_ssm's scan, some of CUDA."""
-
-    def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size is at least 1; got {self.batch_size}")
-        if self.num_workers < 0:
-            raise UserError(f"--num_workers is not below 0; got {self.num_workers}")
 
 
 @dataclass(frozen=True)
@@ -325,17 +297,13 @@ def same_place(config: EvalConfig) -> str:
 
 
 def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
-    """The run to write to: the resumed one, or a new one with its config.json written.
-
-    From now on `errors.run` says how a training run that is interrupted goes on.
-    """
-    kind = kind_of(to_plain(config))
+    """The run to write to: the resumed one, or a new one with its config.json written."""
     if run is not None and (run.folder / "results.json").is_file():
         print(f"run {run.id} is trained to its end: it is only tested again")
     if run is None:
-        run = new_run(config.run.project_name, config.run.run_id) if processes.is_main() else None
-        run = processes.from_main(run)
-    if processes.is_main() and not run.has_config():
+        run = new_run(config.run.project_name, config.run.run_id) if is_main() else None
+        run = from_main(run)
+    if is_main() and not run.has_config():
         versions = {
             name: sys.modules[name].__version__ for name in ("torch", "torchaudio", "pytorch_lightning", "numpy")
         }
@@ -349,8 +317,6 @@ def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
                 "versions": {"python": platform.python_version(), **versions},
             },
         )
-    if kind != "test":
-        errors.to_go_on = resume_command(SCRIPTS[kind], run.id, config.run.project_name)
     print(f"run {run.id}: everything goes to {run.folder}/")
     return run
 

@@ -7,9 +7,9 @@ from typing import Literal
 from torch import nn
 
 import aum
-from dcase.cp_mobile import CPMobile
+from dcase.data.labels import SCENES
 from dcase.errors import UserError
-from dcase.labels import SCENES
+from dcase.model.cp_mobile import CPMobile
 
 # Models whose shape no flag changes: name -> module, made from the number of scenes.
 FIXED = {"cp_mobile": CPMobile}
@@ -92,7 +92,7 @@ def fill(config: ModelConfig, n_mels: int, frames: int) -> ModelConfig:
         filled = dataclasses.replace(config, **{name: getattr(shape, name) for name in of_shape})
     if filled.n_classes != len(SCENES):
         raise UserError(
-            f"--n_classes is {len(SCENES)}, the number of scenes in dcase/labels.py; got {filled.n_classes}"
+            f"--n_classes is {len(SCENES)}, the number of scenes in dcase/data/labels.py; got {filled.n_classes}"
         )
     return filled
 

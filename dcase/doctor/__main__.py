@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dcase import errors
-from dcase.checks import machine as machine_checks
-from dcase.checks.findings import Finding, lines, looked, summary
+from dcase.doctor import machine as machine_checks
+from dcase.doctor.findings import Finding, lines, looked, summary
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def machine() -> list[Finding]:
 def places(config: DoctorConfig) -> list[Finding]:
     """Data, and space for runs and for what is made once per machine."""
     from aum.cache import cache_folder
-    from dcase.checks.data import Data, data_folder
     from dcase.data.pack import Rates
+    from dcase.doctor.data import Data, data_folder
 
     rates = Rates(config.orig_sample_rate, config.sample_rate)
     data = Data(config.dataset_dir, config.pack_dir, rates, config.subset, config.target_length)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from dcase.compression.stored import load_stored
-from dcase.deployment.published import CONFIG, WEIGHTS, is_published, load_published
-from dcase.devices import merged_checkpoint
 from dcase.errors import UserError
-from dcase.runs import CHECKPOINTS, STORED, Run, RunConfig, load_checkpoint, refuse_other_scenes, trained_checkpoint
+from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint, refuse_other_scenes
+from dcase.runs.folder import CHECKPOINTS, STORED, Run, RunConfig, trained_checkpoint
+from dcase.runs.published import CONFIG, WEIGHTS, is_published, load_published
+from dcase.runs.stored import load_stored
 
 
 def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:

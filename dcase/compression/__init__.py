@@ -1,1 +1,0 @@
-"""Smaller models: `quantisation` of weights, the files they are `stored` in, and `pruning`."""

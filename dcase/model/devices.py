@@ -1,0 +1,35 @@
+"""Device-specific models beside the general one: a mixed batch costs one forward per model present."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from dcase.data.labels import DEVICES
+
+
+def forward_by_device(general: nn.Module, specific: Mapping[str, nn.Module], x: Tensor, device: Tensor) -> Tensor:
+    """Send each clip of a batch through its device's model; a device without one uses the general model.
+
+    Args:
+        general: x (b, ...) -> logits (b, n_classes).
+        specific: device_id -> model of the same kind; may be empty.
+        x: (b, 1, n_mels, frames).
+        device: (b,), indices into DEVICES; any other number is an unknown device.
+
+    Returns:
+        logits (b, n_classes), in the order of the batch.
+    """
+    if not specific:
+        return general(x)
+    logits = None
+    rest = device.new_ones(len(device)).bool()
+    groups = [(device == DEVICES.index(device_id), model) for device_id, model in specific.items()]
+    for mask, _ in groups:
+        rest &= ~mask
+    for mask, model in [*groups, (rest, general)]:
+        index = mask.nonzero().squeeze(1)
+        if len(index):
+            part = model(x[index])
+            logits = part.new_empty(len(x), part.shape[1]) if logits is None else logits
+            logits[index] = part
+    return logits

@@ -1,0 +1,7 @@
+"""What a run leaves on the disk, and how it is read again.
+
+config                            the scripts' configuration
+folder, checkpoints               a run's folder; its checkpoint files
+stored, published, trained        models in files of their own; any of them as a checkpoint
+loggers, artifacts                metrics.csv, W&B, TensorBoard; checkpoints in W&B
+"""

@@ -1,0 +1,127 @@
+"""Checkpoint files: written beside their place and renamed, read with ``weights_only=True``.
+
+A file that would run code is refused.
+"""
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from lightning_fabric.plugins import CheckpointIO
+from torch import Tensor
+
+from dcase.data.labels import DEVICES, SCENES
+from dcase.errors import UserError
+from dcase.files import keep_copy, replace_file
+
+FORMAT = 1  # of our checkpoints
+
+
+def save_checkpoint(checkpoint: dict, path: Path) -> None:
+    replace_file(path, lambda beside: torch.save(checkpoint, beside))
+
+
+def load_checkpoint(path: Path | str) -> dict:
+    """A checkpoint of ours, on the CPU. Raises `UserError`, naming the file, for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist: check --ckpt_path or --ckpt_id")
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()  # torch itself does not look at the checksums it writes
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"checkpoint {path} is refused: it is damaged, no checkpoint, or holds more than weights and could run code"
+        ) from error
+    except Exception as error:  # a damaged file can make torch raise anything
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
+        raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
+    refuse_other_scenes(checkpoint.get("scenes"), f"checkpoint {path}")
+    return checkpoint
+
+
+def refuse_other_scenes(scenes: list[str] | None, what: str) -> None:
+    """Raise `UserError` where ``what`` was trained on other scenes than SCENES, or in another order: it would name
+    wrong ones. None: from before that was written down."""
+    if scenes is not None and scenes != list(SCENES):
+        listed = ", ".join(map(str, scenes)) if isinstance(scenes, list) else scenes
+        raise UserError(
+            f"{what} was trained on the scenes {listed}; this copy's dcase/data/labels.py has {', '.join(SCENES)}: "
+            "give SCENES there those names in that order, or train again"
+        )
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """last.ckpt, or previous.ckpt where that is damaged, which is then said; None where there is neither.
+
+    Raises `UserError` where there is one and none can be read.
+    """
+    paths = [path for path in (folder / "last.ckpt", folder / "previous.ckpt") if path.is_file()]
+    problem = None
+    for path in paths:
+        try:
+            load_checkpoint(path)
+        except UserError as error:
+            problem = problem or error
+            continue
+        if problem:
+            print(f"WARNING: {problem}. Going on from {path}, which was written before it.")
+            damaged = paths[0].rename(paths[0].with_name("last.ckpt.damaged"))  # it must not become previous.ckpt
+            print(f"The damaged file is now {damaged}.")
+        return path
+    if problem:
+        raise problem
+    return None
+
+
+class SafeCheckpoints(CheckpointIO):
+    """Lightning's way to checkpoint files: written beside and renamed, read with ``weights_only=True``; the last.ckpt
+    that was there before stays, as previous.ckpt."""
+
+    def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
+        path = Path(path)
+        if path.name == "last.ckpt" and path.exists():
+            keep_copy(path, path.with_name("previous.ckpt"))
+        save_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict:
+        return load_checkpoint(path)
+
+    def remove_checkpoint(self, path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+
+def final_state(checkpoint: dict) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, with the average of the weights (--ema_decay) in the place of the last step's."""
+    average = checkpoint.get("average", {"average": {}})["average"]
+    state = checkpoint["state_dict"]
+    start = "adapters." if any(name.startswith("adapters.") for name in state) else "model."  # what was trained
+    return state | {f"{start}{name}": value for name, value in average.items()}
+
+
+def merged_checkpoint(checkpoints: Mapping[str, dict]) -> dict:
+    """One checkpoint with the general model and all device-specific models of several, which are given by their names.
+
+    Raises `UserError` where they are not of one general model, or where two hold a model for the same device.
+    """
+    (first_name, first), *others = checkpoints.items()
+    merged = {**first, "state_dict": dict(first["state_dict"]), "device_ids": list(first["device_ids"])}
+    general = {name: value for name, value in first["state_dict"].items() if not name.startswith("device_models.")}
+    for name, checkpoint in others:
+        state = checkpoint["state_dict"]
+        if any(key not in state or not torch.equal(state[key], value) for key, value in general.items()):
+            raise UserError(f"--ckpt_path: {first_name} and {name} are not of one general model (--ckpt_id)")
+        twice = set(merged["device_ids"]) & set(checkpoint["device_ids"])
+        if twice:
+            raise UserError(f"--ckpt_path: {name} holds a model for device {min(twice)}, and so does one before it")
+        merged["state_dict"] |= {key: value for key, value in state.items() if key.startswith("device_models.")}
+        merged["device_ids"] += checkpoint["device_ids"]
+    merged["device_ids"].sort(key=DEVICES.index)
+    return merged
