@@ -1,11 +1,11 @@
-# make demo   both stages and the evaluation on synthetic data, about 3 minutes on 2 cores
-# make test   the whole test suite, as CI runs it
-# make drill  kills, full disks, damaged files: is anything lost? about 5 minutes
-# make gpu    all that needs an NVIDIA GPU: its tests, and the benchmarks that no machine here could run
-# make lint   ruff
-# make pictures  those of README.md and docs/, from the demo and the notebook
-# make browser  headless Chromium by apt, as root, where there is none: the tests of the report's page skip without one
-# Each makes .venv and installs the pinned requirements first, once.
+# make demo      train and test both stages on synthetic data (recipes/demo.sh), about 3 minutes on 2 cores
+# make test      run the whole test suite, as CI does
+# make drill     kill runs, fill disks, damage files, and check that nothing was lost; about 5 minutes
+# make gpu       run the tests and benchmarks that need an NVIDIA GPU
+# make lint      run ruff
+# make pictures  draw the pictures of README.md and docs/ from the demo and the notebook
+# make browser   install headless Chromium by apt, as root, where none is; without one the tests of the page are skipped
+# Each target makes .venv and installs the pinned requirements first, once.
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -24,7 +24,7 @@ $(VENV)/.test: $(VENV)/.run requirements-test.txt
 	touch $@
 
 demo: $(VENV)/.run
-	PATH="$(BIN):$$PATH" bash demo.sh $(DEMO)
+	PATH="$(BIN):$$PATH" bash recipes/demo.sh $(DEMO)
 
 test: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# The whole project in small: SynthTAU (synthetic), a general model, one per device, the evaluation of the result.
+# The whole project on a laptop: SynthTAU (synthetic), a general model, one model per device, the test of the result.
+#
+#     bash recipes/demo.sh [FOLDER OF THE RUNS]
 set -euo pipefail
+cd "$(dirname "$0")/.."
 project=${1:-demo_runs}
 unset TAU22_DIR  # the demo is about the embedded data set
-export PYTHONUNBUFFERED=1  # tables and lines appear when they are printed, though tee keeps a copy
+export PYTHONUNBUFFERED=1  # lines appear when they are printed, although tee keeps a copy
 
 run_of() { sed -n 's/^run \([a-z0-9]*\): .*/\1/p' "$1"; }
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 
-# A front end of half the size and mild augmentation: what a laptop learns most from in three minutes.
+# A front end of half the size and mild augmentation, with which a model learns most in three minutes.
 python train_base.py --project_name "$project" --experiment_name demo_general --model aum_nano \
     --n_mels 128 --n_fft 2048 --window_length 2048 --mixstyle_p 0.3 --freqm 8 --timem 8 \
     --weight_bits 16 --n_epochs 12 --batch_size 16 --lr 0.005 --warmup_steps 120 --check_val_every_n_epoch 3 \

@@ -1,0 +1,16 @@
+# Sourced by the recipes: `run SCRIPT ID FLAGS...` starts the run ID, resumes it, or leaves it where it is finished.
+
+project=${PROJECT:-DCASE25_Task1}
+export PYTHONUNBUFFERED=1 # lines appear when they are printed, also through a pipe
+
+run() {
+    local script=$1 id=$2
+    shift 2
+    if [ -f "$project/$id/results.json" ]; then
+        echo "$script: run $id is finished"
+    elif [ -f "$project/$id/config.json" ]; then
+        python "$script" --project_name "$project" --resume "$id"
+    else
+        python "$script" --project_name "$project" --run_id "$id" "$@"
+    fi
+}
