@@ -1,6 +1,5 @@
 """Audio Mamba: the backbone. Knows no Hz, no scene, no Lightning, and no command line but one that shows a file."""
 
-from aum.layouts import PretrainedError
 from aum.mamba import BiMamba
 from aum.model import (
     AudioMamba,
@@ -10,10 +9,11 @@ from aum.model import (
     list_models,
     parameter_groups,
 )
+from aum.pretrained.layouts import PretrainedError
+from aum.pretrained.source import UnknownGrid
+from aum.pretrained.transfer import load_pretrained
 from aum.scan import available_backends, selective_scan_fn, use_backend
 from aum.self_test import SelfTestFailed, self_test
-from aum.source import UnknownGrid
-from aum.transfer import load_pretrained
 
 __all__ = [
     "AuMConfig",

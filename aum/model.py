@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from aum.hub import Pretrained
@@ -24,21 +25,45 @@ CLASSIFIER_WIDTH = 512  # hidden units of the MLP head
 
 @dataclass(frozen=True)
 class AuMConfig:
-    """Shape of an Audio Mamba. Raises ValueError, naming the field, where the values do not make a model."""
+    """Shape of an Audio Mamba. Raises ValueError, naming the field, where the values do not make a model.
+
+    Attributes:
+        n_mels: Mel bins of the log-mel.
+        target_length: Frames of the log-mel.
+        freq_norm: Share of each mel bin's mean over the frames that is subtracted from the log-mel, 0 to 1.
+        stem: Channels of 3 x 3 convolutions before the patches, as 8,32. Each halves mel bins and frames.
+        stem_blocks: Inverted residual blocks of convolutions after those of the stem.
+        patch_size: Mel bins and frames of a patch (aum_small: 16,16); with a stem, of the stem's output.
+        strides: Mel bins and frames from one patch to the next. None: those of the patch.
+        embed_dim: Width of a token (aum_small: 384).
+        depth: Number of blocks (aum_small: 24).
+        d_state: States per channel (aum_small: 16).
+        d_conv: Taps of the causal convolution (4).
+        expand: Channels inside a block, as a multiple of embed_dim (2).
+        n_classes: Number of scenes (10).
+        direction: AuM's Bi-Bi, Fo-Bi or Fo-Fo blocks (bi_bi).
+        paired_layers: Pair forward with flipped layers, as the earlier audio-mamba-asc code does.
+        pool: Classify the mean over all tokens or the class token (mean).
+        cls_position: Position of the class token in the sequence (middle).
+        pos_embed: Add a learned position embedding.
+        factorised_pos_embed: Make the position embedding the sum of one for mel and one for time, instead of a vector
+            per patch.
+        row_scan: Scan each mel row of patches separately, along time.
+        local_conv: Add a 3 x 3 depthwise convolution over the grid of patches before each block.
+        head: Classifier of the pooled features (an MLP of 512 units, or one linear layer), or of every patch, whose
+            scores are then pooled (aum_small: mlp).
+        dropout: Dropout in the MLP head, 0 to 1 (0.1).
+        drop_path: Stochastic depth, the probability at the last block, 0 to 1.
+        norm_eps: Added to the mean square in norms.
+    """
 
     n_mels: int = 256
     target_length: int = 65
-    """Frames of the log-mel."""
     freq_norm: float = 0.0
-    """Share of each mel bin's mean over the frames that is taken off the log-mel, 0 to 1."""
     stem: tuple[int, ...] = ()
-    """Channels of 3 x 3 convolutions before the patches, each of which halves mel bins and frames; (): none."""
     stem_blocks: int = 0
-    """Inverted residual blocks of convolutions after those."""
     patch_size: tuple[int, int] = (16, 16)
-    """Mel bins and frames of a patch: of the log-mel, or of what the stem makes of it."""
     strides: tuple[int, int] | None = None
-    """Mel bins and frames from one patch to the next; None: patch_size."""
     embed_dim: int = 384
     depth: int = 24
     d_state: int = 16
@@ -51,14 +76,9 @@ class AuMConfig:
     cls_position: Literal["middle", "start", "end", "none"] = "middle"
     pos_embed: bool = False
     factorised_pos_embed: bool = False
-    """The position embedding is the sum of one for the mel and one for the time axis, not one vector per patch."""
     row_scan: bool = False
-    """Each mel row of the grid is a sequence of its own, along time: no scan hears what is far off in frequency."""
     local_conv: bool = False
-    """A 3 x 3 depthwise convolution over the grid of patches before each block: a scan has neighbours in time only."""
     head: Literal["mlp", "linear", "patch"] = "mlp"
-    """Classifier of what is pooled: an MLP or one linear layer; or patch: every patch is classified, and the scores are
-    pooled."""
     dropout: float = 0.1
     drop_path: float = 0.0
     norm_eps: float = 1e-5
@@ -140,7 +160,7 @@ class PatchEmbed(nn.Module):
         init_patch_embed(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(x), "b d m t -> b (m t) d")
 
 
 class PositionEmbedding(nn.Module):
@@ -175,7 +195,8 @@ class FactorisedPositionEmbedding(nn.Module):
 
     def rows(self) -> Tensor:
         """(1, n_cls + grid_mel * grid_time, embed_dim)"""
-        return torch.cat([self.pos_embed_cls, (self.pos_embed_mel + self.pos_embed_time).flatten(1, 2)], 1)
+        grid = rearrange(self.pos_embed_mel + self.pos_embed_time, "b m t d -> b (m t) d")
+        return torch.cat([self.pos_embed_cls, grid], 1)
 
 
 class LocalConv(nn.Conv2d):
@@ -188,15 +209,15 @@ class LocalConv(nn.Conv2d):
         super().__init__(d, d, 3, padding=1, groups=d)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        b, _, d = x.shape
-        return super().forward(x.reshape(b, *grid, d).permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
+        x = super().forward(rearrange(x, "b (m t) d -> b d m t", m=grid[0]))
+        return rearrange(x, "b d m t -> b (m t) d")
 
 
 class TokenNorm(nn.BatchNorm1d):
     """BatchNorm of tokens, (b, l, d) -> the same. It stands before a ReLU, so no matrix can take its scale over."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+        return rearrange(super().forward(rearrange(x, "b l d -> b d l")), "b d l -> b l d")
 
 
 class PatchHead(nn.Module):
@@ -298,8 +319,11 @@ class AudioMamba(nn.Module, Pretrained):
             for i, layer in enumerate(self.layers):
                 if self.config.local_conv:
                     x = x + self.local[i](x, grid)
-                rows = x.reshape(-1, grid[1], x.shape[2]) if self.config.row_scan else x
-                x = x + layer(rows).reshape(x.shape)
+                if self.config.row_scan:
+                    rows = layer(rearrange(x, "b (m t) d -> (b m) t d", t=grid[1]))
+                    x = x + rearrange(rows, "(b m) t d -> b (m t) d", m=grid[0])
+                else:
+                    x = x + layer(x)
         return x, cls_index
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, int | None]:

@@ -17,7 +17,7 @@ ORDER = """
     data model complexity runs report training deployment submission
     commands
 """.split()
-THIRD_PARTY_OF_AUM = {"torch", "triton", "causal_conv1d", "safetensors", "huggingface_hub"}
+THIRD_PARTY_OF_AUM = {"torch", "einops", "triton", "causal_conv1d", "safetensors", "huggingface_hub"}
 
 
 def imported(path: Path) -> set[str]:

@@ -17,9 +17,9 @@ from test_processes import PLAIN, assert_same_training
 from test_survival import LONG, same_files, start, wait_for
 
 import aum
-from aum import pretrained
-from aum.source import read_source
-from aum.transfer import Report, resized_grid, resized_kernel
+from aum.pretrained import __main__ as pretrained
+from aum.pretrained.source import read_source
+from aum.pretrained.transfer import Report, resized_grid, resized_kernel
 from dcase import cli
 from dcase.errors import UserError
 from dcase.model import named as models

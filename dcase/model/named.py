@@ -1,8 +1,7 @@
 """Named models and the flags that change them."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Literal
+import typing
 
 from torch import nn
 
@@ -15,61 +14,29 @@ from dcase.model.cp_mobile import CPMobile
 FIXED = {"cp_mobile": CPMobile}
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """A named model and what of it to change; None: as the named one has it.
+_OTHER = ("n_mels", "target_length", "norm_eps")  # fields of AuMConfig that are no flags of the model
 
-    All but ``model`` and ``n_classes`` are of Audio Mamba's shape, and stay None for those of `FIXED`, as CP-Mobile.
-    """
+ModelConfig = dataclasses.make_dataclass(
+    "ModelConfig",
+    [
+        ("model", str, "aum_small"),
+        *(
+            (name, kind | None, None)
+            for name, kind in typing.get_type_hints(aum.AuMConfig).items()
+            if name not in _OTHER
+        ),
+    ],
+    frozen=True,
+    namespace={"__module__": __name__},
+)
+ModelConfig.__doc__ = f"""A named model and overrides: the fields of `aum.AuMConfig`, None for the named model's values.
 
-    model: str = "aum_small"
-    """Audio Mamba's named sizes aum_nano and aum_nano_8bit, made for the challenge's limits, aum_tiny, aum_small,
-    aum_base; cp_mobile: the challenge's baseline."""
-    embed_dim: int | None = None
-    """Width of a token (aum_small: 384)."""
-    depth: int | None = None
-    """Number of blocks (aum_small: 24)."""
-    freq_norm: float | None = None
-    """Share of each mel bin's mean over the frames that is taken off the log-mel, 0 to 1 (0)."""
-    stem: tuple[int, ...] | None = None
-    """Channels of 3 x 3 convolutions before the patches, each of which halves mel bins and frames, as 8,32."""
-    stem_blocks: int | None = None
-    """Inverted residual blocks of convolutions after those of --stem (0)."""
-    patch_size: tuple[int, int] | None = None
-    """Mel bins and frames of a patch (aum_small: 16,16); with a stem, of what it makes of the log-mel."""
-    strides: tuple[int, int] | None = None
-    """Mel bins and frames from one patch to the next; None: those of the patch."""
-    n_classes: int | None = None
-    """Number of scenes (10)."""
-    d_state: int | None = None
-    """States per channel (16)."""
-    d_conv: int | None = None
-    """Taps of the causal convolution (4)."""
-    expand: int | None = None
-    """Channels inside a block over --embed_dim (2)."""
-    direction: Literal["bi_bi", "fo_bi", "fo_fo"] | None = None
-    """AuM's Bi-Bi, Fo-Bi or Fo-Fo blocks (bi_bi)."""
-    paired_layers: bool | None = None
-    """Pair forward with flipped layers, as the earlier audio-mamba-asc code does (False)."""
-    pool: Literal["mean", "cls"] | None = None
-    """Classify the mean over all tokens or the class token (mean)."""
-    cls_position: Literal["middle", "start", "end", "none"] | None = None
-    """Where the class token stands (middle)."""
-    pos_embed: bool | None = None
-    """Learned position embedding (False)."""
-    factorised_pos_embed: bool | None = None
-    """The position embedding is the sum of one for mel and one for time, not a vector per patch (False)."""
-    row_scan: bool | None = None
-    """Each mel row of patches is a sequence of its own, along time (False)."""
-    local_conv: bool | None = None
-    """A 3 x 3 depthwise convolution over the grid of patches before each block (False)."""
-    head: Literal["mlp", "linear", "patch"] | None = None
-    """Classifier of what is pooled: MLP of 512 units or one linear layer; patch: one of every patch, whose scores
-    are pooled (aum_small: mlp)."""
-    dropout: float | None = None
-    """Dropout in the MLP head, 0 to 1 (0.1)."""
-    drop_path: float | None = None
-    """Stochastic depth: probability at the last block, 0 to 1 (0)."""
+    All but ``model`` and ``n_classes`` belong to Audio Mamba's shape, and stay None for the models in `FIXED`.
+
+    Attributes:
+        model: Audio Mamba's named sizes aum_nano and aum_nano_8bit, made for the challenge's limits, aum_tiny,
+            aum_small, aum_base; or cp_mobile, the challenge's baseline.
+{aum.AuMConfig.__doc__.partition("Attributes:")[2].lstrip(chr(10))}"""
 
 
 def names() -> list[str]:

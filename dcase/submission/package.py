@@ -32,7 +32,7 @@ from dcase.submission import build_backend, challenge_api, inference
 ROOT = Path(__file__).resolve().parents[2]
 MAX_INDEX = 4  # systems that a team may submit
 # What the package imports, and what the challenge's scripts do, which run in the same environment.
-NEEDED = ("torch", "torchaudio", "numpy", "soundfile", "safetensors", "tqdm")
+NEEDED = ("torch", "torchaudio", "numpy", "soundfile", "einops", "safetensors", "tqdm")
 NEEDED_BY_SCRIPTS = ("torchinfo", "pandas", "scikit-learn")
 
 

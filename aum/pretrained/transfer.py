@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aum.layouts import PretrainedError
 from aum.model import AudioMamba, AuMConfig
-from aum.source import HEADS, PATCH, POS_EMBED, RUN, Source, read_source
+from aum.pretrained.layouts import PretrainedError
+from aum.pretrained.source import HEADS, PATCH, POS_EMBED, RUN, Source, read_source
 
 MUST_FIT = (
     "direction", "paired_layers", "embed_dim", "depth", "d_state", "d_conv", "expand", "stem", "stem_blocks",
@@ -90,13 +90,13 @@ def load_pretrained(
     """Put a checkpoint's weights into ``model``; every tensor of both is accounted for in the report.
 
     Args:
-        path: a file of Vim, AuM, the earlier code or a run (`aum.source`), .safetensors or whatever torch.load reads.
+        path: a file of Vim, AuM, the earlier code or a run (`source`): .safetensors, or what torch.load reads.
         source_grid: patches along (mel, time) that its position embedding stands for, where the file does not say.
 
     Raises:
-        aum.source.UnknownGrid: ``source_grid`` is needed, or does not fit; the candidates are named.
-        aum.source.PretrainedError: a ValueError, one line. The file cannot be read, would run code or is not whole, or
-            the model is of another shape; the field of `AuMConfig` to change is named. The model is as it was then.
+        UnknownGrid: ``source_grid`` is needed, or does not fit; the message names the candidates.
+        PretrainedError: a ValueError, one line. The file cannot be read, would run code or is not whole, or the model
+            has another shape; the message names the field of `AuMConfig` to change. The model is then unchanged.
     """
     if not isinstance(model, AudioMamba):
         raise PretrainedError(f"{type(model).__name__} is no Audio Mamba, and takes no weights of one")

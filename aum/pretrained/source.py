@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aum.layouts import PretrainedError, our_names, read_file, state_dict
 from aum.model import AudioMamba, AuMConfig
+from aum.pretrained.layouts import PretrainedError, our_names, read_file, state_dict
 
 VIM, AUM, EARLIER, RUN = "Vim", "AuM", "the earlier code", "a run"
 PATCH, POS_EMBED = "patch_embed.proj.weight", "pos_embed.pos_embed"

@@ -12,12 +12,10 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from aum.layouts import PretrainedError
 from aum.model import AudioMamba, AuMConfig, create_config, list_models
-from aum.source import POS_EMBED, Source, UnknownGrid, read_source
-from aum.transfer import Report, load_pretrained
-
-__all__ = ["PretrainedError", "Report", "UnknownGrid", "load_pretrained"]
+from aum.pretrained.layouts import PretrainedError
+from aum.pretrained.source import POS_EMBED, Source, UnknownGrid, read_source
+from aum.pretrained.transfer import load_pretrained
 
 
 def main(args: Sequence[str] | None = None) -> int:
