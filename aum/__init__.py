@@ -1,4 +1,6 @@
-"""Audio Mamba: the backbone. Knows no Hz, no scene, no Lightning, and no command line but one that shows a file."""
+"""Audio Mamba, the backbone.
+
+It depends on no sampling rate, no scene and no Lightning; its one command, aum.pretrained, shows a file."""
 
 from aum.mamba import BiMamba
 from aum.model import (

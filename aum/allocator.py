@@ -1,4 +1,4 @@
-"""How this process allocates memory: what a program that trains on the CPU may want to say once, at its start."""
+"""Memory allocation of this process, set once at the start of a program that trains on the CPU."""
 
 import ctypes
 
@@ -7,10 +7,10 @@ LARGEST_BLOCK = 32 * 2**20  # bytes; glibc takes no larger threshold
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep freed blocks of up to 32 MB for the next allocation; True where that could be arranged.
+    """Let glibc keep freed blocks of up to 32 MB for the next allocation. Return whether that was possible.
 
-    It would give them back to the system, which hands out zeroed pages again a moment later: 5 to 10 % of the time
-    of a training step on the CPU. The process then stays as large as it once was.
+    Otherwise it returns them to the system, which provides zeroed pages again a moment later: 5 to 10 % of the time of
+    a training step on the CPU. The process then keeps its largest size.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,12 +1,12 @@
-"""Keeping and sharing a model: a folder of three files, or a repository of the Hugging Face Hub with them.
+"""Save and share a model: a folder of three files, or a repository of the Hugging Face Hub with them.
 
-    config.json         the fields of the model's configuration, and "front_end": what its log-mels were made with
+    config.json         the fields of the model's configuration, and "front_end": the settings of its log-mels
     model.safetensors   the state dict, with a checksum over it in the header; reading it runs no code
     README.md           the model card
 
 The files and the methods' names are those of huggingface_hub's PyTorchModelHubMixin, which can read such a folder too.
-It is no base class here, so that the backbone imports without that package: only repositories need it, and only files
-need safetensors. Loading is stricter than the mixin's: every tensor must fit, and pickled weights are never read.
+The mixin is not a base class, so that the backbone imports without that package: only repositories need it, and only
+files need safetensors. Loading is stricter than the mixin's: every tensor must fit, and pickled weights are never read.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ An Audio Mamba (arXiv:2406.03344) over log-mel patches: `aum.AudioMamba.from_pre
 
 
 class Pretrained:
-    """`save_pretrained`, `from_pretrained` and `push_to_hub`, for a module that is made from a dataclass ``config``
-    alone and keeps it under that name."""
+    """`save_pretrained`, `from_pretrained` and `push_to_hub`, for a module whose only argument is a dataclass
+    ``config``, kept under that name."""
 
     config_class: ClassVar[type]
     front_end: dict | None = None
-    """What the log-mels that the model knows were made with: handed on, never looked into."""
+    """Settings of the log-mels that the model was trained on. They are stored and never interpreted."""
 
     def save_pretrained(self, folder: Path | str, *, front_end: dict | None = None, card: str | None = None) -> None:
         """Write config.json, model.safetensors and README.md into ``folder``, which is made where it is missing.

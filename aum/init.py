@@ -19,7 +19,7 @@ The parameters of the backward branch (``conv1d_b``, ``x_proj_b``, ``dt_proj_b``
 of the forward one do. This differs from the published AuM and Vim in one point: there ``dt_proj_b.bias`` lacks the mark
 that protects ``dt_proj.bias``, and a later sweep sets it to zero. The backward branch then starts with steps of
 softplus(0) = 0.69, 7 to 690 times longer than the forward branch's 0.001 ... 0.1, and forgets within a few tokens.
-Nothing in the papers asks for that, so here both directions start alike.
+The papers do not mention this difference, so here both directions start alike.
 """
 
 import math

@@ -21,12 +21,12 @@ Direction = Literal["fo_fo", "fo_bi", "bi_bi"]
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, or wider if it is: what must not be rounded to 16 bit."""
+    """Return x in at least float32, for values that must not be rounded to 16 bit."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether using its parameters is as good as calling it: no subclass, no parametrisation, no hook (pruning)."""
+    """Return whether its parameters can be used without calling it: no subclass, no parametrisation, no hook."""
     return type(module) in (nn.Linear, nn.Conv1d) and not (module._forward_hooks or module._forward_pre_hooks)
 
 
@@ -83,7 +83,7 @@ class BiMamba(nn.Module):
         return (getattr(self, name + suffix) for name in names for suffix in self._suffixes)
 
     def _fused(self, xz: Tensor, backend: str) -> Tensor:
-        """All that lies between the projections as one operation: (b, l, 2d) -> (b, l, d)."""
+        """Compute everything between the outer projections as one operation: (b, l, 2d) -> (b, l, d)."""
 
         def branches(name: str) -> Tensor:
             return torch.stack([operator.attrgetter(name.format(suffix))(self) for suffix in self._suffixes])
@@ -104,7 +104,7 @@ class BiMamba(nn.Module):
         return mixer(xz, *parameters, keep, backend)[0]
 
     def _composed(self, xz: Tensor, backend: str) -> Tensor:
-        """The same, operation by operation: for backends that only scan, and for inner modules that are not plain."""
+        """Compute the same step by step, for backends that only scan and for inner modules that are not plain."""
         x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (b, d, l) each
         if self.direction == "bi_bi":
             y = self._branch(x, z, "", False, backend) + self._branch(x, z, "_b", True, backend)
@@ -154,7 +154,7 @@ class DropPath(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, l, d_model) -> the same."""
+        """(b, l, d_model) -> (b, l, d_model)"""
         if not self.training or self.p == 0.0:
             return x
         keep = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.p
@@ -162,9 +162,9 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """What a layer adds to the residual stream: drop_path(mixer(norm(x))), (b, l, d_model) -> the same.
+    """A layer's addition to the residual stream: drop_path(mixer(norm(x))), (b, l, d_model) -> (b, l, d_model).
 
-    The stream itself stays float32; the mixer's output is brought back to it by the addition.
+    The stream stays float32; the addition promotes the mixer's output.
     """
 
     def __init__(self, mixer: BiMamba, norm_eps: float, drop_path: float):

@@ -84,7 +84,7 @@ class AuMConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        for name in ("patch_size", "strides", "stem"):  # a list, from JSON or a checkpoint, is as good as a tuple
+        for name in ("patch_size", "strides", "stem"):  # JSON and checkpoints hold lists
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("n_mels", "target_length", "embed_dim", "depth", "d_state", "d_conv", "expand", "n_classes"):
@@ -130,17 +130,17 @@ class AuMConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches along (mel, time). What is left over at the upper and right edge is not seen."""
+        """Return the patches along (mel, time). Bins and frames left over at the upper and right edge are not used."""
         return self.grid_of(self.target_length)
 
     def grid_of(self, frames: int) -> tuple[int, int]:
-        """Patches along (mel, time) of a log-mel of ``frames`` frames."""
+        """Return the patches along (mel, time) of a log-mel of ``frames`` frames."""
         (p_mel, p_time), (s_mel, s_time) = self.patch_size, self.strides or self.patch_size
         mels, frames = self.after_stem(self.n_mels, frames)
         return (mels - p_mel) // s_mel + 1, (frames - p_time) // s_time + 1
 
     def after_stem(self, *size: int) -> tuple[int, ...]:
-        """What the stem makes of mel bins and frames: half, rounded up, at each of its convolutions."""
+        """Return the stem's output size for mel bins and frames: each convolution halves them, rounded up."""
         return tuple(-(-n // 2 ** len(self.stem)) for n in size)
 
 
@@ -181,8 +181,8 @@ class PositionEmbedding(nn.Module):
 
 
 class FactorisedPositionEmbedding(nn.Module):
-    """The same from (grid_mel + grid_time) vectors in place of grid_mel * grid_time: a patch's is the sum of its mel
-    bins' and its frames'."""
+    """A position embedding of grid_mel + grid_time vectors: a patch's is the sum of its mel row's and its time
+    column's."""
 
     def __init__(self, grid: tuple[int, int], n_cls: int, embed_dim: int):
         super().__init__()
@@ -200,7 +200,7 @@ class FactorisedPositionEmbedding(nn.Module):
 
 
 class LocalConv(nn.Conv2d):
-    """What each token hears of its neighbours in mel and time: tokens (b, l, d) of a grid -> the same, to be added.
+    """A convolution over neighbours in mel and time: tokens (b, l, d) of a grid -> (b, l, d), to be added to them.
 
     Source: conditional position encodings, arXiv:2102.10882.
     """
@@ -214,17 +214,17 @@ class LocalConv(nn.Conv2d):
 
 
 class TokenNorm(nn.BatchNorm1d):
-    """BatchNorm of tokens, (b, l, d) -> the same. It stands before a ReLU, so no matrix can take its scale over."""
+    """BatchNorm of tokens, (b, l, d) -> (b, l, d). A ReLU follows, so no matrix can absorb its scale."""
 
     def forward(self, x: Tensor) -> Tensor:
         return rearrange(super().forward(rearrange(x, "b l d -> b d l")), "b d l -> b l d")
 
 
 class PatchHead(nn.Module):
-    """Tokens (b, l, d) -> logits (b, n_classes): the mean of every token's own scores.
+    """Tokens (b, l, d) -> logits (b, n_classes): the mean of all tokens' scores.
 
-    BatchNorm, not RMSNorm, comes before them, so that a token in which nothing happens has little to say; and a ReLU, a
-    linear layer, and BatchNorm of the scores. Source: the last layers of CP-Mobile (`dcase.model.cp_mobile`).
+    The layers are BatchNorm, ReLU, linear, and BatchNorm of the scores. BatchNorm, unlike RMSNorm, leaves a token
+    without energy small. Source: the last layers of CP-Mobile (`dcase.model.cp_mobile`).
     """
 
     def __init__(self, d: int, n_classes: int):
@@ -234,7 +234,7 @@ class PatchHead(nn.Module):
         self.scores = nn.BatchNorm1d(n_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """(b, l, d) -> (b, l, d), what is classified."""
+        """Return the features that are classified, (b, l, d) -> (b, l, d)."""
         return F.relu(self.norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ class PatchHead(nn.Module):
 
 
 class AudioMamba(nn.Module, Pretrained):
-    """Audio Mamba (arXiv:2406.03344) over log-mel patches. `hub.Pretrained` has how it is saved and loaded."""
+    """Audio Mamba (arXiv:2406.03344) over log-mel patches. `hub.Pretrained` saves and loads it."""
 
     config_class = AuMConfig
 
@@ -262,7 +262,9 @@ class AudioMamba(nn.Module, Pretrained):
         if config.pos_embed:
             kind = FactorisedPositionEmbedding if config.factorised_pos_embed else PositionEmbedding
             self.pos_embed = kind(config.grid, int(has_cls), d)
-        drop_path = [config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)]  # deeper, more often
+        drop_path = [
+            config.drop_path * i / max(1, config.depth - 1) for i in range(config.depth)
+        ]  # more often in deeper layers
         self.layers = nn.ModuleList(
             Block(BiMamba(d, config.d_state, config.d_conv, config.expand, config.direction), config.norm_eps, p)
             for p in drop_path
@@ -312,7 +314,7 @@ class AudioMamba(nn.Module, Pretrained):
         x, cls_index = self._tokens(x)
         x = wide(x)  # the residual stream
         if self.config.paired_layers:
-            # The earlier code's pairs: both layers of a pair hand on the stream they were given, so it doubles.
+            # In the earlier code's pairs, both layers add to the stream that the pair was given, so it doubles.
             for forward, backward in zip(self.layers[::2], self.layers[1::2], strict=True):
                 x = 2 * x + forward(x) + backward(x.flip(1)).flip(1)
         else:
@@ -354,9 +356,8 @@ class AudioMamba(nn.Module, Pretrained):
         return torch.cat([x[:, :index], cls, x[:, index:]], dim=1), index
 
 
-# Named sizes: what differs from AuMConfig's defaults. Tiny, small and base are AuM's. The two of aum_nano are made for
-# the challenge's limits, 128,000 bytes and 30 million MACs: aum_nano in 16 bit, aum_nano_8bit in 8 bit.
-# docs/aum_nano.md has how they were found.
+# Named sizes: fields that differ from AuMConfig's defaults. Tiny, small and base are AuM's. aum_nano (16 bit) and
+# aum_nano_8bit fit the challenge's limits, 128,000 bytes and 30 million MACs; docs/aum_nano.md tells how.
 _NANO = {
     "freq_norm": 0.5,
     "stem": (8, 32),
@@ -381,14 +382,14 @@ SIZES = {
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` takes."""
+    """Return the names that `create_model` takes."""
     return list(SIZES)
 
 
 def create_config(name: str, **overrides) -> AuMConfig:
-    """The configuration of a named size, with any field of `AuMConfig` overridden.
+    """Return the configuration of a named size, with ``overrides`` of `AuMConfig` fields.
 
-    Raises ValueError for an unknown name, an unknown field or a value that makes no model.
+    Raises ValueError for an unknown name, an unknown field or an invalid value.
     """
     _check(name in SIZES, f"no model {name!r}; there is {', '.join(SIZES)}")
     unknown = set(overrides) - {field.name for field in dataclasses.fields(AuMConfig)}
@@ -397,22 +398,21 @@ def create_config(name: str, **overrides) -> AuMConfig:
 
 
 def create_model(name: str, **overrides) -> AudioMamba:
-    """An `AudioMamba` of a named size; ``overrides`` are `AuMConfig` fields. Raises ValueError as `create_config`."""
+    """Return an `AudioMamba` of a named size, with ``overrides`` of `AuMConfig` fields. Raises as `create_config`."""
     return AudioMamba(create_config(name, **overrides))
 
 
 def parameter_groups(
     model: nn.Module, weight_decay: float, lr: float | None = None, layer_decay: float = 1.0
 ) -> list[dict]:
-    """The model's parameters for an optimiser: matrices and kernels with weight decay, the rest without.
+    """Return the model's parameters for an optimiser: matrices and kernels with weight decay, the rest without.
 
-    Spared are A_log and D (decay would pull A towards -1 and the skip towards 0), biases, norms, the class token and
-    the position embedding. Source: the ``_no_weight_decay`` marks of Mamba and Vim, which plain optimisers ignore.
+    A_log and D (decay would pull A towards -1 and the skip towards 0), biases, norms, the class token and the position
+    embedding have no decay. Source: the ``_no_weight_decay`` marks of Mamba and Vim, which plain optimisers ignore.
 
-    With a ``layer_decay`` below 1, the learning rate ``lr`` falls with the distance from the head: norm_f and head have
-    all of it, block i has layer_decay ** (depth - i), and what makes the tokens layer_decay ** (depth + 1). Source:
-    BEiT, arXiv:2106.08254. The groups then come from the head down. Raises ValueError where the model is no
-    `AudioMamba`.
+    With a ``layer_decay`` below 1, the learning rate ``lr`` falls with the distance from the head: its factor is 1 for
+    norm_f and head, layer_decay ** (depth - i) for block i, and layer_decay ** (depth + 1) before the blocks. Source:
+    BEiT, arXiv:2106.08254. The groups then start at the head. Raises ValueError where the model is no `AudioMamba`.
     """
     _check(layer_decay == 1.0 or lr is not None, "layer_decay needs the learning rate, lr")
     _check(layer_decay == 1.0 or isinstance(model, AudioMamba), "layer_decay needs the layers of an Audio Mamba")
@@ -430,7 +430,7 @@ def parameter_groups(
 
 
 def _distance(name: str, depth: int) -> int:
-    """Blocks between a parameter and the head, itself counted."""
+    """Return the number of blocks from a parameter to the head, its own block included."""
     part, _, rest = name.partition(".")
     if part in ("norm_f", "head", "classifier"):
         return 0

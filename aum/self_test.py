@@ -1,4 +1,4 @@
-"""Before hours of training: does the scan that was chosen calculate what the reference does, on this machine?"""
+"""Check before hours of training that the chosen scan agrees with the reference on this machine."""
 
 import copy
 
@@ -11,14 +11,14 @@ TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}  # 
 
 
 class SelfTestFailed(Exception):
-    """Says which backend, and what is wrong with it."""
+    """The chosen backend fails or calculates wrongly; the message names it."""
 
 
 def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
     """Compare a small mixer, forward and every gradient, with the plain PyTorch scan in float64 on the CPU.
 
-    Takes the backend that a model on ``device`` would take, with autocast to ``dtype`` where that is a 16-bit type;
-    returns its name. Some 20 ms, but for what is compiled at first use. No random number is drawn from the global
+    Use the backend that a model on ``device`` would use, with autocast to ``dtype`` where that is a 16-bit type, and
+    return its name. This takes about 20 ms, plus compilation at first use, and draws no random number from the global
     generators.
 
     Raises:
@@ -29,7 +29,7 @@ def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32) ->
     backend = choose(device.type, dtype)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        # Sizes at which every part of the kernels runs: several chunks of steps, and remainders of all kinds.
+        # These sizes run every part of the kernels: several chunks of steps, and all kinds of remainders.
         mixer = BiMamba(24, d_state=9)
         hidden, dy = torch.randn(2, 2, 43, 24)
     try:
@@ -52,7 +52,7 @@ def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32) ->
 
 
 def _run(mixer: BiMamba, hidden: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The output and all gradients."""
+    """Return the output and all gradients by name."""
     hidden = hidden.requires_grad_()
     low = dtype in (torch.bfloat16, torch.float16)
     with torch.enable_grad(), torch.autocast(hidden.device.type, dtype if low else torch.bfloat16, enabled=low):

@@ -1,6 +1,6 @@
-"""What may stand before the patches: a norm against recording devices, and a few convolutions.
+"""Optional layers before the patches: a norm against recording devices, and a few convolutions.
 
-Neither is in the published AuM. docs/aum_nano.md has what they give a small one.
+The published AuM has neither. docs/aum_nano.md tells what they gain in a small one.
 """
 
 import torch.nn.functional as F
@@ -12,12 +12,12 @@ EXPANSION = 2  # of an inverted residual's depthwise channels over its own
 
 
 class RelaxedMeanNorm(nn.Module):
-    """A log-mel (b, 1, n_mels, frames) less ``share`` of each mel bin's mean over the clip's frames.
+    """Subtract ``share`` of each mel bin's mean over the frames from a log-mel (b, 1, n_mels, frames).
 
-    What a recording device does to a mel bin is a constant in the log-mel, the same in every frame. Taking off the
-    whole mean, as cepstral mean normalisation does (Atal, JASA 55(6), 1974), takes the clip's own spectrum with it; a
-    part of it is the compromise of relaxed instance frequency-wise normalization, arXiv:2206.12513. Unlike there,
-    deviations stay, and so does the clip's level.
+    A recording device adds a constant to each mel bin of the log-mel, the same in every frame. Subtracting the whole
+    mean, as cepstral mean normalisation does (Atal, JASA 55(6), 1974), removes the clip's own spectrum too; subtracting
+    a part is the compromise of relaxed instance frequency-wise normalization, arXiv:2206.12513. Unlike there, the
+    deviations and the clip's level stay.
     """
 
     def __init__(self, share: float):
@@ -32,7 +32,7 @@ class Stem(nn.Sequential):
     """Log-mel (b, 1, n_mels, frames) -> (b, channels[-1], n_mels / 2^k, frames / 2^k), rounded up.
 
     k convolutions, each 3 x 3 with stride 2, BatchNorm and ReLU; then ``blocks`` inverted residuals. Small Audio Mambas
-    learn slowly what edges, tones and onsets are; convolutions see it sooner. Source: early convolutions,
+    learn edges, tones and onsets slowly; convolutions learn them sooner. Source: early convolutions,
     arXiv:2106.14881.
     """
 
@@ -43,7 +43,7 @@ class Stem(nn.Sequential):
 
 
 class InvertedResidual(nn.Module):
-    """(b, c, h, w) -> the same: 1 x 1 to more channels, 3 x 3 in each of them, 1 x 1 back, added to the input; ReLU.
+    """(b, c, h, w) -> (b, c, h, w): 1 x 1 to more channels, depthwise 3 x 3, 1 x 1 back, added to the input; ReLU.
 
     Source: MobileNetV2, arXiv:1801.04381; the ReLU after the sum is CP-Mobile's.
     """
@@ -60,7 +60,7 @@ class InvertedResidual(nn.Module):
 
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Sequential:
-    """Convolution without bias, BatchNorm and, unless told otherwise, ReLU."""
+    """Return a convolution without bias, BatchNorm and, by default, ReLU."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     init_stem(conv)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([nn.ReLU()] if relu else []))

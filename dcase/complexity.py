@@ -1,10 +1,10 @@
-"""What a model costs, against the limits of DCASE2025 Task 1: parameters, bytes and multiply-accumulates (MACs).
+"""Count a model's parameters, bytes and multiply-accumulates (MACs) against the limits of DCASE2025 Task 1.
 
     python -m dcase.complexity --model aum_small
     python -m dcase.complexity --model cp_mobile --weight_bits 16 --enforce    # exit code 1 where a limit is exceeded
 
-One MAC is one multiplication, with or without an addition. Additions alone, divisions by a constant, exp, softplus,
-sigmoid and means are not counted; neither is a bias. For products and convolutions this agrees with
+One MAC is one multiplication, with or without an addition. Pure additions, divisions by a constant, exp, softplus,
+sigmoid, means and biases are not counted. For products and convolutions this agrees with
 ``torch.utils.flop_counter`` (two FLOPs to a MAC), which is blind to the rest. The rest follows Algorithm 2 of
 arXiv:2312.00752 (Mamba) and the published code of AuM (arXiv:2406.03344, kaistmm/Audio-Mamba-AuM).
 
@@ -12,9 +12,9 @@ arXiv:2312.00752 (Mamba) and the published code of AuM (arXiv:2406.03344, kaistm
 |---|---|---|
 | convolution | outputs x weights of one output | flop_counter; the padding counts as input |
 | transposed convolution | inputs x weights of one input | flop_counter |
-| Linear | outputs x inputs, every token | flop_counter; torchinfo counts it once, whatever the number of tokens |
+| Linear | outputs x inputs, every token | flop_counter; torchinfo counts it once for all tokens |
 | RMSNorm, LayerNorm, GroupNorm, InstanceNorm | 3 an element | square, times 1 / deviation, times weight |
-| TokenNorm | 1 an element | the same scale and shift, before a ReLU, with nothing beside it to fold them into |
+| TokenNorm | 1 an element | a scale and shift before a ReLU, with no layer to fold them into |
 | RelaxedMeanNorm | 1 a mel bin | its mean times the share |
 | BatchNorm | 2 a channel | a fixed scale and shift, folded into the convolution beside it; as torchinfo counts it |
 | BiMamba: in_proj, x_proj, dt_proj, out_proj, conv1d | weights, every token | as Linear and convolution |
@@ -22,16 +22,16 @@ arXiv:2312.00752 (Mamba) and the published code of AuM (arXiv:2406.03344, kaistm
 | BiMamba: gate, of each direction | d_inner, every token | y silu(z) |
 | BiMamba: halving, ``bi_bi`` only | d_inner, every token | (y_f + y_b) / 2 |
 
-In ``fo_bi`` both directions share one conv1d, x_proj and dt_proj. A layer that has parameters and no rule here, or that
-the forward pass never calls, is refused, so that nothing is counted as free by oversight.
+In ``fo_bi`` both directions share one conv1d, x_proj and dt_proj. A layer with parameters that has no rule here, or
+that the forward pass never calls, is refused, so that nothing is free by oversight.
 
 The challenge's own checker is torchinfo 1.8.0's ``summary(model).total_mult_adds``. It counts a Linear once instead of
-once per token, and 0 for what is not a module's own call: the scan, the gate, functional products
+once per token, and 0 for operations outside modules: the scan, the gate, functional products
 (github.com/TylerYep/torchinfo/issues/77, /126). Both figures are given; only ours says what the model costs.
 
-For memory the checker adds up the parameters by their dtypes, and no buffers; that is what ``weight_bits`` 32, "as
-stored", counts. 16 and 8 count all that has to be stored to run the model with weights of so many bits: scales, what
-stays in more bits, and BatchNorm's running statistics too (`dcase.model.quantisation.stored_bytes`).
+For memory the checker adds up the parameters by their dtypes, without buffers; ``weight_bits`` 32, "as stored", does
+the same. 16 and 8 count everything that must be stored to run the model with weights of that many bits: scales, tensors
+that keep more bits, and BatchNorm's running statistics (`dcase.model.quantisation.stored_bytes`).
 """
 
 import copy
@@ -96,19 +96,18 @@ class Complexity:
     input_size: tuple[int, ...]
     params: int
     param_bytes: dict[str, int]
-    """Bytes by dtype: of the parameters as they are, buffers not counted; with ``weight_bits`` 16 or 8, of all that is
-    stored then."""
+    """Bytes by dtype: of the parameters; with ``weight_bits`` 16 or 8, of everything that is stored."""
     macs_by_part: dict[str, int]
     torchinfo_macs: int
-    """What the challenge's checker prints."""
+    """MACs by the challenge's checker."""
     weight_bits: WeightBits = 32
-    """Of the stored weights; 32: those that the parameters have."""
+    """Bits of the stored weights; 32: those of the parameters."""
     bytes_in_bits: dict[int, int] = field(default_factory=dict)
-    """Bytes of all that is stored with weights of 16 and of 8 bits."""
+    """Bits -> bytes of everything that is stored with weights of 16 and of 8 bits."""
 
     @property
     def macs(self) -> int:
-        """All of them, the scan's too."""
+        """All MACs, including the scan's."""
         return sum(self.macs_by_part.values())
 
     @property
@@ -125,11 +124,11 @@ class Complexity:
 
     @property
     def within_limits(self) -> bool:
-        """By our count of MACs, not the checker's."""
+        """Whether the model is within both limits, by our count of MACs."""
         return self.memory_within_limit and self.macs_within_limit
 
     def as_dict(self) -> dict:
-        """Plain values, the limits among them, for ``results.json`` and the report."""
+        """Return plain values, including the limits, for ``results.json`` and the report."""
         return {
             "input_size": list(self.input_size),
             "params": self.params,
@@ -147,11 +146,11 @@ class Complexity:
 
 
 def measure(model: nn.Module, input_size: tuple[int, ...], weight_bits: WeightBits = 32) -> Complexity:
-    """Count what one forward pass of ``model`` costs on a log-mel of ``input_size`` (1, 1, n_mels, frames).
+    """Count the cost of one forward pass of ``model`` on a log-mel of ``input_size`` (1, 1, n_mels, frames).
 
-    ``weight_bits``: as what the weights are to be stored; 32: as they are, buffers not counted, as the checker does.
-    The model is left as it is, and no random number is drawn. Two passes over a copy are run, one of them complete,
-    because torchinfo needs it.
+    ``weight_bits``: bits of the stored weights; 32: the parameters without buffers, as the checker counts. The model is
+    not changed, and no random number is drawn. Two passes run over a copy, one of them complete, because torchinfo
+    needs it.
 
     Raises:
         ValueError: ``input_size`` is not of one clip.
@@ -172,7 +171,7 @@ def measure(model: nn.Module, input_size: tuple[int, ...], weight_bits: WeightBi
 
 
 def param_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of the parameters by name of dtype. Raises UserError for a dtype that the challenge's table lacks."""
+    """Return the parameters' bytes by name of dtype. Raises UserError for a dtype not in the challenge's table."""
     total: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
         if parameter.dtype not in BYTES_PER_DTYPE:
@@ -187,7 +186,7 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def torchinfo_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """What the challenge's checker would print. This takes a complete forward pass. Raises ValueError as `measure`."""
+    """Return the MACs that the challenge's checker prints, by a complete forward pass. Raises as `measure`."""
     probe, clip = _probe(model, input_size)
     try:
         return torchinfo.summary(probe, input_data=clip, verbose=0).total_mult_adds
@@ -196,10 +195,10 @@ def torchinfo_macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
 
 def macs_by_part(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
-    """MACs of one forward pass by part, in the order in which the parts first run. Raises as `measure`.
+    """Return the MACs of one forward pass by part, in the order in which the parts first run. Raises as `measure`.
 
-    The parts of the mixers are those of the table above; other layers go by `PARTS` or by the model's direct child that
-    holds them ("patch_embed", "stem", "head"), norms under "norms". The scan itself is not run.
+    The parts of the mixers are those of the table above; other layers are named by `PARTS` or by the model's direct
+    child that holds them ("patch_embed", "stem", "head"), norms under "norms". The scan itself is not run.
     """
     probe, clip = _probe(model, input_size)
     parts: Counter[str] = Counter()
@@ -221,7 +220,7 @@ def macs_by_part(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int
 
 
 def _probe(model: nn.Module, input_size: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
-    """A copy of the model to run, in float32 (counts do not depend on the dtype), and a clip for it."""
+    """Return a copy of the model in float32 (counts do not depend on the dtype), and a clip for it."""
     if input_size[0] != 1:
         raise ValueError(f"complexity is of one clip: input_size starts with 1; got {tuple(input_size)}")
     probe = copy.deepcopy(model).float().eval()
@@ -230,7 +229,7 @@ def _probe(model: nn.Module, input_size: tuple[int, ...]) -> tuple[nn.Module, Te
 
 
 def _mixer_pass(mixer: BiMamba, parts: Counter[str], hidden: Tensor) -> Tensor:
-    """Stands in for a mixer's forward: counts what it would do with ``hidden`` (1, l, d_model), and does nothing."""
+    """Replace a mixer's forward: count its MACs for ``hidden`` (1, l, d_model), and compute nothing."""
     branches = 2 if mixer.direction == "bi_bi" else 1
     scans = 1 if mixer.direction == "fo_fo" else 2
     d_inner, d_state = mixer.A_log.shape
@@ -256,7 +255,7 @@ def _layer_pass(name: str, parts: Counter[str], waiting: set[str], layer: nn.Mod
     if rule is not None:
         parts[_part(name, layer)] += rule(layer, inputs, output)
     elif list(layer.parameters(recurse=False)) or hasattr(layer, "_packed_params"):  # the latter: a quantised layer
-        if not isinstance(layer, AudioMamba):  # its class token only joins the sequence
+        if not isinstance(layer, AudioMamba):  # its class token costs nothing
             raise UserError(f"dcase.complexity has no rule to count {type(layer).__name__} (layer {name!r}): add one")
 
 
@@ -272,7 +271,7 @@ def _part(name: str, layer: nn.Module) -> str:
 
 
 def table(complexity: Complexity, name: str) -> str:
-    """Two Markdown tables, aligned for a terminal: totals against the limits, and MACs by part; then pass or fail."""
+    """Return two aligned Markdown tables, totals against the limits and MACs by part, and the verdicts."""
     stored = " + ".join(f"{dtype} {size:,} B" for dtype, size in complexity.param_bytes.items())
     totals = [
         ("Parameters", complexity.params, "", None),
@@ -316,12 +315,12 @@ def _checker_line(complexity: Complexity) -> str:
     return (
         f"The challenge's checker (torchinfo) prints {complexity.torchinfo_macs:,} MACs, "
         f"{complexity.torchinfo_macs / complexity.macs:.1%} of the true cost: it counts a Linear layer once instead of "
-        "once per token, and 0 for the scan and for whatever else is computed without calling a module."
+        "once per token, and 0 for the scan and for other operations outside modules."
     )
 
 
 def warning(complexity: Complexity, name: str) -> str | None:
-    """One line to print where the model is over a limit; None where it is not."""
+    """Return a line to print where the model is over a limit, or None."""
     over = []
     if not complexity.memory_within_limit:
         fits = [bits for bits, n in complexity.bytes_in_bits.items() if n <= MAX_PARAMS_MEMORY]
@@ -345,9 +344,9 @@ class ComplexityConfig:
     target_length: int = 65
     """Frames of the log-mel; a 1-s clip has 65."""
     weight_bits: WeightBits = 32
-    """Bits of the stored weights, with all that is stored beside them; 32: the parameters alone, as they are."""
+    """Bits of the stored weights, with everything stored beside them. 32: only the parameters, in their own bits."""
     enforce: bool = False
-    """End with exit code 1 where a limit is exceeded."""
+    """End with exit code 1 if a limit is exceeded."""
 
 
 def main() -> None:

@@ -247,7 +247,7 @@ def test_rotary_buffers_are_left_out_and_said(tmp_path):
     path = saved({"model": vim(16, 2) | rope}, tmp_path)
     model = model_for(path)
     report = aum.load_pretrained(model, path)
-    assert set(report.left_out) == set(rope) and "computes otherwise: rotary" in str(report)
+    assert set(report.left_out) == set(rope) and "computes differently: rotary" in str(report)
 
 
 def test_the_report_of_415_tensors_fits_a_terminal(tmp_path):
@@ -261,7 +261,7 @@ def test_the_report_of_415_tensors_fits_a_terminal(tmp_path):
         "layers.0-23.mixer.conv1d_b.bias", "adapted: 2 tensors", "patch_embed.proj.weight: mean of its 3 channels",
         "row, 8 of 17, moved to the front; grid 4 x 4 resized to 16 x 4 (mel x time)", "left out: 2 tensors",
         "another head (linear, 1000 classes; here mlp, 10 classes)", "left at its initial value: 6 tensors",
-        "computes otherwise: pool is cls in the published model, mean here (--pool)",
+        "computes differently: pool is cls in the published model, mean here (--pool)",
     ):  # fmt: skip
         assert part in text, part
 

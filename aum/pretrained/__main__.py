@@ -1,10 +1,9 @@
-"""What becomes of a checkpoint's weights in a model, without training anything: `load_pretrained`'s report.
+"""Show what `load_pretrained` does with a checkpoint's weights, without training.
 
-    python -m aum.pretrained vim_t_midclstok.pth                  # the model that the file was made with
+    python -m aum.pretrained vim_t_midclstok.pth                  # the model that wrote the file
     python -m aum.pretrained aum-base.pth --source_grid 8,64 --model aum_base --direction fo_bi --pos_embed True
 
-Without --model the shape is the file's own, and the flags change it. Where anything is unexpected it ends with one line
-and exit code 1.
+Without --model, the shape is the file's, and flags override it. An unexpected file ends with one line and exit code 1.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from aum.pretrained.transfer import load_pretrained
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """The exit code."""
+    """Return the exit code."""
     parser = argparse.ArgumentParser("python -m aum.pretrained", description=__doc__.splitlines()[0])
     parser.add_argument(
         "path", help="checkpoint of Vim, AuM, the earlier code or a run: .pth, .pt, .ckpt, .safetensors"
@@ -49,7 +48,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _own_shape(source: Source, source_grid: tuple[int, int] | None) -> AuMConfig:
-    """The model that the file was made with; any input will do where it has no position embedding."""
+    """Return the shape of the file's model; without a position embedding, any input size fits."""
     config = source.config
     if source.grid is not None or POS_EMBED not in source.state:
         return config

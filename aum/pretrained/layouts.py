@@ -1,4 +1,7 @@
-"""A checkpoint file's tensors under our names, whatever container and prefixes they are in. Reading runs no code."""
+"""Read a checkpoint file's tensors, in any known container and with any known prefixes, under our names.
+
+Reading runs no code.
+"""
 
 import argparse
 import pickle
@@ -10,21 +13,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
-BESIDE = {  # beginnings of names that are no weights of an Audio Mamba, and why they are left out
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DataParallel and torch.compile
+BESIDE = {  # prefix of names that are no weights of an Audio Mamba -> why they are left out
     "logmel.": "the run's own front end",
     "mel.": "the earlier code's front end",
-    "device_models.": "models of single devices: only the general one is taken",
-    "rope.": "rotary position embedding, which this model has not",
+    "device_models.": "device-specific models: only the general model is taken",
+    "rope.": "rotary position embedding, which this model does not have",
 }
 
 
 class PretrainedError(ValueError):
-    """What is wrong with a checkpoint, or with the model that it was meant for: one line."""
+    """A checkpoint cannot be used, or not for this model. The message is one line."""
 
 
 def read_file(path: Path) -> object:
-    """What a file holds, on the CPU."""
+    """Return the content of a file, on the CPU."""
     if not path.is_file():
         raise PretrainedError(f"{path} does not exist, or is no file")
     try:
@@ -37,7 +40,7 @@ def read_file(path: Path) -> object:
                 damaged = file.testzip()  # torch itself does not look at the checksums it writes
             if damaged:
                 raise ValueError(f"{damaged} in it is damaged")
-        # Namespaces, plain attributes, are the training script's flags in files of Vim and of Lightning.
+        # Files of Vim and of Lightning hold the training script's flags as a Namespace of plain attributes.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -45,8 +48,8 @@ def read_file(path: Path) -> object:
         if not found:
             raise PretrainedError(f"{path} cannot be read: it is damaged, or no checkpoint") from error
         raise PretrainedError(
-            f"{path} is refused: it holds {found[1]} beside weights, which could run code. Where you trust it, save "
-            "its state dict alone, where it was made"
+            f"{path} is refused: it holds {found[1]} beside weights, which could run code. If you trust it, save "
+            "only its state dict where it was made"
         ) from error
     except Exception as error:  # a damaged file can make torch raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -56,7 +59,7 @@ def read_file(path: Path) -> object:
 
 
 def state_dict(checkpoint: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in what a file holds: under "model" (Vim), under "state_dict" (Lightning), or all of it."""
+    """Return the state dict in a file's content: under "model" (Vim), under "state_dict" (Lightning), or all of it."""
     found = checkpoint
     for key in ("model", "state_dict"):
         if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):

@@ -1,4 +1,4 @@
-"""Reading a checkpoint file of a published or earlier Audio Mamba, and finding out what it holds.
+"""Read a checkpoint file of a published or earlier Audio Mamba, and find out its layout and shape.
 
 | layout | recognised by |
 |---|---|
@@ -31,7 +31,7 @@ HEADS = ("head.", "classifier.")  # beginnings of the head's names
 
 
 class UnknownGrid(PretrainedError):
-    """Which patches the rows of a position embedding stand for has to be given (``source_grid``)."""
+    """The file does not say which patches its position embedding stands for: give ``source_grid``."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class Source:
         return [name for name in self.state if name.startswith(HEADS)]
 
     def find_grid(self, given: tuple[int, int] | None = None) -> tuple[int, int]:
-        """The grid that is ``given``, or that the file leaves no choice about.
+        """Return the ``given`` grid, or the only grid that fits the file.
 
-        Raises `UnknownGrid`, with the candidates, where there is a choice, and where the one given does not fit.
+        Raises `UnknownGrid`, with the candidates, where several fit or the given one does not.
         """
         rows = self.state[POS_EMBED].shape[1] - self.n_cls
         has = f"the position embedding of {self.path} has {rows} rows for patches"
@@ -94,7 +94,7 @@ def _by(grid: tuple[int, int]) -> str:
 
 
 def read_source(path: Path | str) -> Source:
-    """Read a checkpoint of any layout above. Runs nothing that the file holds, whatever that is.
+    """Read a checkpoint of any layout above. No code in the file is run.
 
     Raises `PretrainedError` for a file that cannot be read, is of no such layout, or is not whole.
     """
@@ -145,7 +145,7 @@ def _channels(state: Mapping[str, Tensor]) -> int | None:
 
 
 def _from_vim(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, str]:
-    """Bring Vim's patch kernel and position embedding into AuM's form, in place; what was done, by our names."""
+    """Convert Vim's patch kernel and position embedding to AuM's form, in place. Return what was done, by our names."""
     changed = {}
     if _channels(state) == 3:
         state[PATCH] = state[PATCH].mean(1, keepdim=True)
@@ -164,7 +164,7 @@ def _from_vim(state: dict[str, Tensor], names: dict[str, str]) -> dict[str, str]
 
 
 def _described(checkpoint: Mapping) -> AuMConfig | None:
-    """The shape that a run's checkpoint states; None where it states none."""
+    """Return the shape that a run's checkpoint states, or None."""
     try:
         plain, n_mels, frames = (
             checkpoint["config"]["model"],
@@ -179,7 +179,7 @@ def _described(checkpoint: Mapping) -> AuMConfig | None:
 
 
 def _derived(state: Mapping[str, Tensor], kind: str, path: Path) -> AuMConfig:
-    """The shape that the tensors show. Of the layers it is the majority's, so that one bad tensor is named as such."""
+    """Return the shape that the tensors show. The majority of the layers decides, so that one bad tensor is named."""
     layers = [re.match(r"layers\.(\d+)\.mixer\.(.+)", name) for name in state]
     layers = [(int(found[1]), found[2]) for found in layers if found]
     special = {name.split(".")[0] for name in state} & {"stem", "freq_norm", "local"}

@@ -1,6 +1,6 @@
-"""Taking over a checkpoint's weights into a model of another input size and other classes.
+"""Load a checkpoint's weights into a model with another input size and other classes.
 
-Patch kernels of another size are resized so that they give the same for a patch that is resized too (PI-resize,
+Patch kernels of another size are resized so that a resized patch gives the same output (PI-resize,
 FlexiViT, arXiv:2212.08013); position embeddings are interpolated over the grid of patches, with antialiasing.
 """
 
@@ -24,22 +24,22 @@ MUST_FIT = (
     "local_conv",
 )  # fmt: skip
 SHOWN = 40  # kinds of names, at most
-COMPUTES = ("pool", "cls_position", "row_scan", "freq_norm", "norm_eps")  # shows in no tensor
+COMPUTES = ("pool", "cls_position", "row_scan", "freq_norm", "norm_eps")  # no tensor shows these
 
 
 @dataclass
 class Report:
-    """What became of every tensor of a checkpoint, and of every one of the model. Printed, it is readable."""
+    """A readable report of every tensor of a checkpoint and of the model."""
 
     title: str
     loaded: list[str] = field(default_factory=list)
-    """Of the model, taken as they are."""
+    """The model's tensors that were loaded unchanged."""
     adapted: dict[str, str] = field(default_factory=dict)
-    """Of the model, taken -> what was done to them."""
+    """The model's tensors that were adapted -> how."""
     left_out: dict[str, str] = field(default_factory=dict)
-    """Of the file, not taken -> why."""
+    """The file's tensors that were not used -> why."""
     initial: dict[str, str] = field(default_factory=dict)
-    """Of the model, at its initial value -> why."""
+    """The model's tensors that keep their initial value -> why."""
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Report:
 
 
 def _collapsed(names: Iterable[str]) -> list[str]:
-    """Names, those that differ in a number only as one: layers.0-23.norm.weight. Very many as device_models.*."""
+    """Join names that differ only in a number: layers.0-23.norm.weight. Many names become device_models.*."""
     numbers: dict[tuple[str, str], list[int]] = {}
     beginnings: Counter[str] = Counter()
     for name in names:
@@ -87,7 +87,7 @@ def _ranges(numbers: list[int]) -> str:
 def load_pretrained(
     model: AudioMamba, path: Path | str | Source, *, source_grid: tuple[int, int] | None = None
 ) -> Report:
-    """Put a checkpoint's weights into ``model``; every tensor of both is accounted for in the report.
+    """Load a checkpoint's weights into ``model``. The report accounts for every tensor of both.
 
     Args:
         path: a file of Vim, AuM, the earlier code or a run (`source`): .safetensors, or what torch.load reads.
@@ -162,15 +162,15 @@ def _title(source: Source) -> str:
 
 
 def _notes(source: Source, config: AuMConfig) -> list[str]:
-    """What is not to be seen in any tensor."""
+    """Return the differences that no tensor shows."""
     notes = []
     for name in COMPUTES:
         theirs, ours = getattr(source.config, name), getattr(config, name)
         if theirs != ours:
             there = "there" if source.kind == RUN else "in the published model"
-            notes.append(f"computes otherwise: {name} is {theirs} {there}, {ours} here (--{name})")
+            notes.append(f"computes differently: {name} is {theirs} {there}, {ours} here (--{name})")
     if any(file.rpartition("rope.")[1] for file in source.beside):
-        notes.append("computes otherwise: rotary position embedding there, none here")
+        notes.append("computes differently: rotary position embedding there, none here")
     if source.kind == RUN:
         notes.append(
             "the clips it was trained on are not compared with those held out here (--init_from RUN_ID does that)"
@@ -179,7 +179,7 @@ def _notes(source: Source, config: AuMConfig) -> list[str]:
 
 
 def _fit_head(new: dict[str, Tensor], report: Report, source: Source, model: AudioMamba) -> None:
-    """Leave the head out, as a whole, where its kind or number of classes is another."""
+    """Leave out the whole head where its kind or number of classes differs."""
     theirs, ours = source.config, model.config
     if (theirs.head, theirs.n_classes) == (ours.head, ours.n_classes) or not source.head():
         return
@@ -200,14 +200,12 @@ def _fit_position_embedding(
     model: AudioMamba,
     source_grid: tuple[int, int] | None,
 ) -> None:
-    """Bring it to the model's grid, or leave it out where the model has none of its kind."""
+    """Resize the position embedding to the model's grid, or leave it out where the model has none of its kind."""
     theirs = {name for name in new if name.startswith("pos_embed.")}
     ours = {name for name in model.state_dict() if name.startswith("pos_embed.")}
     if source_grid is not None:
         if POS_EMBED not in theirs:
-            raise PretrainedError(
-                f"{source.path} has no position embedding, so a grid for it says nothing: leave it out"
-            )
+            raise PretrainedError(f"{source.path} has no position embedding, so leave --source_grid out")
         source.find_grid(source_grid)
     if theirs != ours:
         for name in theirs:

@@ -34,10 +34,10 @@ class Backend:
     devices: tuple[str, ...] | None
     """Types of device; None: any."""
     dtypes: tuple[torch.dtype, ...] | None
-    """Of the data, the state being float32; None: any."""
+    """Dtypes of the data; the state is float32. None: any dtype."""
     deterministic: bool
     fused: bool
-    """Whether it has the kernels of `aum.scan.fused`."""
+    """Whether it provides the kernels of `aum.scan.fused`."""
     missing: Callable[[], str | None]
     """Why it cannot be used on this machine; None where it can."""
 
@@ -62,7 +62,7 @@ def _cpu_missing() -> str | None:
         build.library()
     except build.NotAvailable as error:
         return str(error)
-    except Exception as error:  # whatever else a machine has in store costs speed, not the run
+    except Exception as error:  # an unexpected failure costs speed, not the run
         return f"the CPU kernels cannot be compiled: {type(error).__name__}: {error}"
     return None
 
@@ -79,7 +79,7 @@ def _triton_missing() -> str | None:
 
 
 def _interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on the CPU, for tests."""
+    """Return whether Triton's kernels run in its interpreter, on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -104,7 +104,7 @@ _forced: ContextVar[str | None] = ContextVar("use_backend", default=None)
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Inside this context, in this thread, every scan uses the backend ``name``, whatever AUM_SCAN_BACKEND says.
+    """Make every scan in this context and thread use the backend ``name``; it overrides AUM_SCAN_BACKEND.
 
     A model that torch.compile has compiled keeps the backend it was compiled with.
     """

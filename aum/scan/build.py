@@ -32,7 +32,7 @@ def library() -> ctypes.CDLL:
     """The compiled kernels. Raises `NotAvailable` where there is no compiler, or it fails.
 
     The file is kept in `aum.cache.cache_folder`. Its name is made of the source, the compiler and the
-    processor's instruction set, so that a home folder shared between machines serves all, and of its own content,
+    processor's instruction set, so that machines can share a home folder, and by its content,
     because loading a damaged library would end the process.
     """
     compiler = _compiler()
@@ -47,7 +47,7 @@ def library() -> ctypes.CDLL:
                 return _load(path)
             log.warning("%s is damaged: compiling it again", path)
         return _load(_compile(compiler, machine, folder, name))
-    except OSError as error:  # not writable, full, or mounted noexec: compile for this process alone
+    except OSError as error:  # not writable, full, or mounted noexec: compile only for this process
         log.warning(
             "the compiled CPU kernels cannot be kept in %s (%s): compiling them for this run only. "
             "AUDIO_MAMBA_CACHE names another folder",

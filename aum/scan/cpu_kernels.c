@@ -4,8 +4,8 @@
  *
  * Axes: k convolutions, s scans, b batch, l steps, d channels, g groups of channels that share B and C, n states.
  * Tensors are channel-last: the VL lanes of a vector are neighbouring channels of one step (a "tile" of channels).
- * Work is cut into units of a few clips and a few tiles. The cut depends on the sizes alone, and a unit writes only to
- * places of its own, so results are the same bits whatever the number of threads.
+ * Work is cut into units of a few clips and a few tiles. The cut depends only on the sizes, and units write to
+ * separate places, so results are the same bits with any number of threads.
  *
  * A direction is only an order of steps: what is read for a chunk of steps is put in scan order first, and everything
  * after that is blind to the direction.
@@ -111,7 +111,7 @@ static const float POWERS[32] __attribute__((aligned(64))) = { /* 2^(j/32) */
     1.68179283f, 1.7186193f, 1.75625216f, 1.79470908f, 1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
 
 /* x is rounded to 32nds, whose powers are in two registers; the rest, within 1/64, needs but two terms (minimax for the
- * relative error: 5.3e-8). Multiplications are what the scan has most of, and this has few. */
+ * relative error: 5.3e-8). The scan is bound by multiplications, and this needs few. */
 INLINE vf exp2v(vf x) {
     vf shifted = x + 393216.f; /* 1.5 * 2^18: its last five bits are now the number of 32nds */
     vf whole = shifted - 393216.f, f = x - whole;
@@ -494,7 +494,7 @@ INLINE void scan_states(int64_t steps, const vf *delta, const vf *delta_u, const
     for (int k = 0; k < count; k++) h[k] = H[k];
 }
 
-/* Of a tile's chunk: the step sizes, the input they scale, and the skip. */
+/* For a tile's chunk: the step sizes, the input they scale, and the skip. */
 INLINE void prepare(const Scan *p, Rows at_u, Rows at_delta, int64_t steps, int lanes, int half, vf bias, vf D,
                     vf *delta, vf *delta_u, vf *y) {
     const void *u = p->u, *raw_delta = p->delta;

@@ -62,7 +62,7 @@ def _call(function: str, arguments: ctypes.Structure, backward: bool) -> None:
 
 
 def _pieces(b: int, channels: int, groups: int = 1) -> tuple[int, int]:
-    """Into how many pieces to cut the clips and the channels of a group: by the sizes alone, never by the threads."""
+    """Return the numbers of pieces to cut the clips and a group's channels into. They depend only on the sizes."""
     tiles = -(-channels // library().aum_vector_lanes())
     by_channel = min(tiles, max(-(-channels // 256), -(-UNITS // max(1, 4 * b * groups))))
     return min(b, -(-UNITS // (by_channel * groups))), by_channel
@@ -134,7 +134,7 @@ def scan_backward(
 
 
 def states_shape(s: int, b: int, l: int, d: int, g: int, n: int) -> tuple[int, ...]:
-    """Of the states before each chunk of steps but the first."""
+    """Return the shape of the states before each chunk of steps except the first."""
     return s, b, max(_chunks(l), 1) - 1, n, d
 
 

@@ -1,7 +1,7 @@
 """The published CUDA kernels of mamba-ssm and causal-conv1d, where they are installed.
 
 They are found by the compiled symbols, not by the packages: after 2.3.2.post1 mamba-ssm installs without the kernels
-of Mamba-1 unless told otherwise (state-spaces/mamba#977), and its import fails for reasons of its own.
+of Mamba-1 by default (state-spaces/mamba#977), and its import can fail for unrelated reasons.
 Interfaces: state-spaces/mamba, csrc/selective_scan/selective_scan.cpp; Dao-AILab/causal-conv1d.
 """
 
@@ -76,7 +76,7 @@ def scan(
     softplus: bool,
     reverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `aum.scan.interface` calls it. The kernels know one direction: data are flipped for the other."""
+    """As `aum.scan.interface` calls it. The kernels scan forward only: data are flipped for the other direction."""
     if reverse:
         u, delta, B, C, z = (x if x is None else x.flip(-1) for x in (u, delta, B, C, z))
     y, last = _Scan.apply(*(x if x is None else x.contiguous() for x in (u, delta, A, B, C, D, z, bias)), softplus)

@@ -51,7 +51,7 @@ def _scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, reverse: bo
 
     All contiguous, of one float dtype. ``delta`` is the step size itself (its bias added, softplus applied).
     ``reverse`` runs from the last step to the first. Returns y (l, b, d), h (b, d, n), both differentiable (once), and
-    the states (chunks, b, d, n). It is an operation of its own so that torch.compile does not unroll its loops.
+    the states (chunks, b, d, n). It is a custom operation so that torch.compile does not unroll its loops.
     """
     l, b, d = u.shape
     g, n = B.shape[2:]

@@ -7,7 +7,7 @@ Axes: b batch, l time steps, d channels, n states, g groups of channels that sha
 One program of one warp takes one clip and a tile of channels with all their states, and runs through time with the
 state in registers. Both directions run in the same program, one after the other, because the gate needs the sum of
 their outputs: the first leaves its output in a float32 buffer, which the second finds in the L2 cache. That costs less
-than two outputs and a kernel of its own for the gate; it halves the programs, which b times the tiles can spare.
+than two outputs and a separate kernel for the gate; it halves the programs, which b times the tiles can spare.
 
 Time goes in chunks: load the steps of a chunk, compute, store, so that many loads are under way at once; the forward
 pass stores the state between chunks, and the backward pass recomputes those within a chunk, keeping them in registers.
@@ -244,7 +244,7 @@ def conv_backward(
 
 @triton.jit
 def _place(n: tl.constexpr, dg: tl.constexpr, G: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
-    """What this program works on: clip, group, tile within its group, states j [N], channels c [BD], their masks."""
+    """Return this program's clip, group, tile within the group, states j [N], channels c [BD], and their masks."""
     program = tl.program_id(0)
     per_group: tl.constexpr = (dg + BD - 1) // BD
     batch = tl.cast(program // (G * per_group), tl.int64)
@@ -497,7 +497,7 @@ def _tile(l: int, d: int, g: int, n: int) -> tuple[int, int, int]:
 
 
 def states_shape(s: int, b: int, l: int, d: int, g: int, n: int) -> tuple[int, ...]:
-    """Of the states before each chunk of steps but the first."""
+    """Return the shape of the states before each chunk of steps except the first."""
     return max(triton.cdiv(l, _tile(l, d, g, n)[2]), 1) - 1, s, b, d, n
 
 

@@ -1,7 +1,7 @@
-"""Fine-tuning of few parameters: low-rank adapters beside a frozen model, or its head alone.
+"""Fine-tune few parameters: low-rank adapters beside a frozen model, or only its head.
 
 A weight W, seen as a matrix (out, in), becomes W + up @ down with ``up`` (out, rank) and ``down`` (rank, in). The model
-itself is neither changed nor wrapped: `LowRank` makes the sums, and ``torch.func.functional_call`` runs the model on
+is neither changed nor wrapped: `LowRank` computes the sums, and ``torch.func.functional_call`` runs the model on
 them:
 
     logits = torch.func.functional_call(model, adapters.weights(model), (x,))
@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from dcase.errors import UserError
 
 Finetune = Literal["full", "lora", "head"]
-HEADS = ("head", "classifier", "feed_forward")  # what Audio Mamba and CP-Mobile call their last layers
+HEADS = ("head", "classifier", "feed_forward")  # names of the last layers of Audio Mamba and CP-Mobile
 
-# Delta is made by x_proj's first rows and dt_proj, a low-rank product already: the adapter of x_proj can move it.
+# Delta is a low-rank product already, of x_proj's first rows and dt_proj; the adapter of x_proj can change it.
 LEFT_OUT = ("dt_proj", "dt_proj_b")
 
 
 class LowRank(nn.Module):
-    """Adapters for every Linear and every ungrouped Conv2d of a model whose matrix is worth one.
+    """Adapters for every Linear and every ungrouped Conv2d of a model where an adapter saves parameters.
 
-    It is where the adapter has fewer parameters than the matrix, rank * (out + in) < out * in; ``skipped`` names the
-    others, which stay as they are. A convolution's matrix is (out channels, in channels * kernel). Depthwise
-    convolutions are left alone: their rows are filters of one channel each, with nothing to share.
+    It does where rank * (out + in) < out * in; ``skipped`` names the other layers, which stay unchanged. A
+    convolution's matrix is (out channels, in channels * kernel). Depthwise convolutions have no adapters: their rows
+    are filters of one channel each.
 
-    Raises `UserError` where ``rank`` is below 1 or above what any matrix is worth.
+    Raises `UserError` where ``rank`` is below 1 or saves parameters in no matrix.
     """
 
     def __init__(self, model: nn.Module, rank: int):
@@ -43,7 +43,7 @@ class LowRank(nn.Module):
         self.rank = rank
         self.skipped: list[str] = []
         self.down, self.up = nn.ParameterDict(), nn.ParameterDict()
-        largest = 0  # rank that some matrix is worth
+        largest = 0  # the highest useful rank of any matrix
         for name, weight in _matrices(model):
             n_out, n_in = weight.flatten(1).shape
             most = (n_out * n_in - 1) // (n_out + n_in)
@@ -70,11 +70,11 @@ class LowRank(nn.Module):
 
     @torch.no_grad()
     def merged(self, model: nn.Module) -> dict[str, Tensor]:
-        """The whole state dict of ``model``, buffers too, with the adapters added in; a copy, for a model like it."""
+        """Return a copy of ``model``'s state dict, buffers included, with the adapters added in."""
         return {name: value.detach().clone() for name, value in {**model.state_dict(), **self.weights(model)}.items()}
 
     def line(self) -> str:
-        """What is adapted, for the log."""
+        """Return a line about the adapted layers for the log."""
         size = sum(p.numel() for p in self.parameters())
         said = f"low-rank adapters: {size:,} parameters of rank {self.rank} in {len(self.up)} layers"
         small = ", ".join(name.removesuffix(".weight") for name in self.skipped)
@@ -82,7 +82,7 @@ class LowRank(nn.Module):
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(parameter name, weight) of the layers that may have an adapter, in the model's order."""
+    """Yield (parameter name, weight) of the layers that can have an adapter, in the model's order."""
     for name, layer in model.named_modules():
         plain = isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1)
         if plain and name.rpartition(".")[2] not in LEFT_OUT:
@@ -90,16 +90,16 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _key(name: str) -> str:
-    """A parameter's name as the name of another parameter, which may not have dots in it."""
+    """Return a parameter's name without dots, which a ParameterDict does not allow."""
     return name.replace(".", "/")
 
 
 def trainable(model: nn.Module, finetune: Finetune) -> None:
     """Set which of the model's parameters have gradients: all, none ("lora": the adapters have them) or the head's.
 
-    Only parameters: a BatchNorm in training mode still follows the new data with its running mean and variance.
+    This does not freeze BatchNorm: in training mode its running mean and variance still follow the new data.
 
-    Raises `UserError` for another ``finetune``, or where the head is to be trained and no layer has a name in `HEADS`.
+    Raises `UserError` for an unknown ``finetune``, or where no layer has a name in `HEADS` to train as the head.
     """
     if finetune not in get_args(Finetune):
         raise UserError(f"--finetune is one of {', '.join(get_args(Finetune))}; got {finetune!r}")

@@ -1,8 +1,8 @@
-"""CP-Mobile, the baseline of DCASE2025 Task 1, to train and compare beside Audio Mamba with everything else the same.
+"""CP-Mobile, the baseline of DCASE2025 Task 1, for comparisons with Audio Mamba under the same conditions.
 
 log-mel (b, 1, n_mels, frames) -> logits (b, n_classes).
 
-| part | layers | gives, of a log-mel of 256 x 65 |
+| part | layers | output for a log-mel of 256 x 65 |
 |---|---|---|
 | ``in_c`` | two 3 x 3 convolutions of stride 2 | 32 channels of 64 x 17 |
 | ``stages.s1`` | inverted-residual blocks b1, b2, b3; b3 halves the frames | 32 of 64 x 9 |
@@ -14,8 +14,8 @@ log-mel (b, 1, n_mels, frames) -> logits (b, n_classes).
 
 Source: Schmid et al., "Distilling the knowledge of transformers and CNNs with CP-Mobile", DCASE Workshop 2023, in the
 simpler form of the 2024 and 2025 baselines (github.com/CPJKU/dcase2025_task1_baseline): ReLU everywhere and no global
-response normalisation. Written from that description; the layers have the names that they have there, so that a state
-dict of the baseline loads. The shape is fixed: it is what the published figures belong to.
+response normalisation. Written from that description. The layers have the baseline's names, so that its state
+dicts load. The shape is fixed, because the published figures belong to it.
 """
 
 import torch
@@ -79,6 +79,6 @@ class Block(nn.Module):
 def _conv(
     c_in: int, c_out: int, kernel: int = 1, stride: Stride = (1, 1), groups: int = 1, relu: bool = True
 ) -> nn.Sequential:
-    """Convolution without bias, BatchNorm and, unless told otherwise, ReLU."""
+    """Return a convolution without bias, BatchNorm and, by default, ReLU."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([nn.ReLU()] if relu else []))

@@ -1,4 +1,4 @@
-"""Device-specific models beside the general one: a mixed batch costs one forward per model present."""
+"""Send a mixed batch through the general model and device-specific models, with one forward pass per model."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from dcase.data.labels import DEVICES
 
 
 def forward_by_device(general: nn.Module, specific: Mapping[str, nn.Module], x: Tensor, device: Tensor) -> Tensor:
-    """Send each clip of a batch through its device's model; a device without one uses the general model.
+    """Send each clip of a batch through its device's model, or through the general model where its device has none.
 
     Args:
         general: x (b, ...) -> logits (b, n_classes).

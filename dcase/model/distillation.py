@@ -1,4 +1,4 @@
-"""Learning from a teacher: its outputs, softened, as further targets.
+"""Knowledge distillation: a teacher's softened outputs as further targets.
 
 Source: Hinton et al., arXiv:1503.02531; for acoustic scenes and a small student, CP-JKU's submissions to DCASE 2022 and
 2023 (Schmid et al.).
@@ -16,14 +16,14 @@ from dcase.errors import UserError
 @dataclass(frozen=True)
 class DistillConfig:
     teacher: str = ""
-    """Run ids of trained models in --project_name, with commas: the model learns from the mean of their outputs too."""
+    """Ids of trained runs in --project_name, separated by commas. The model also learns the mean of their outputs."""
     teacher_input: Literal["cached", "live"] = "cached"
-    """What the teachers hear: cached: each clip as it is, once, and their outputs are kept in their runs' folders;
-    live: in every step what the model hears, with --roll_sec and --dir_path, without MixStyle and masks."""
+    """Input of the teachers. cached: each unaugmented clip once, with the outputs kept in the teachers' run folders.
+    live: the student's waveforms in every step, with --roll_sec and --dir_path, without MixStyle and masks."""
     teacher_weight: float = 0.9
-    """Share of the teachers in the loss, 0 to 1; the rest is the labels'."""
+    """Share of the teachers in the loss, 0 to 1; the labels have the rest."""
     temperature: float = 2.0
-    """What logits are divided by before the teachers' and the model's probabilities are compared."""
+    """Divisor of the logits before the teachers' and the model's probabilities are compared."""
 
     def __post_init__(self):
         if not 0 <= self.teacher_weight <= 1:
@@ -39,14 +39,14 @@ class DistillConfig:
 
 
 def soft_targets(logits: Tensor, temperature: float) -> Tensor:
-    """A teacher's logits (b, n_classes) -> probabilities (b, n_classes) at a temperature."""
+    """Return a teacher's probabilities (b, n_classes) at a temperature from its logits (b, n_classes)."""
     return F.softmax(logits.float() / temperature, dim=1)
 
 
 def soft_loss(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Mean over the batch of temperature^2 KL(targets || softmax(logits / temperature)), a scalar; (b, n_classes) both.
+    """Return the batch's mean of temperature^2 KL(targets || softmax(logits / temperature)), from (b, n_classes) both.
 
-    The square keeps the gradient's size whatever the temperature (arXiv:1503.02531, section 2).
+    The square keeps the gradient's size independent of the temperature (arXiv:1503.02531, section 2).
     """
     log_probabilities = F.log_softmax(logits.float() / temperature, dim=1)
     return temperature**2 * F.kl_div(log_probabilities, targets, reduction="batchmean")

@@ -1,7 +1,7 @@
-"""Every figure of an evaluation, from one table of counts: device x true scene x predicted scene.
+"""Compute every figure of an evaluation from one table of counts: device x true scene x predicted scene.
 
-Counts are integers and losses are summed in float64, so the batch size does not matter. What did not occur in the
-data has no accuracy: it is None in `results`, and left out of averages, never 0 and never NaN.
+Counts are integers and losses are summed in float64, so the batch size does not matter. A scene or device without a
+clip has the accuracy None in `results`, and averages leave it out.
 """
 
 import math
@@ -16,7 +16,7 @@ from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 
 
 class SceneMetrics(Metric):
-    """Collects (logits, scene, device, loss) and gives the results of DESIGN's ``results.json``."""
+    """Collect (logits, scene, device, loss) and compute the content of ``results.json``."""
 
     full_state_update = False
 
@@ -46,10 +46,10 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def results(confusion: Tensor, loss_sum: float) -> dict:
-    """The figures of one evaluation, as plain values (accuracies are fractions of 1).
+    """Return the figures of one evaluation as plain values (accuracies are fractions of 1).
 
     ``confusion`` (devices, scenes, scenes) counts clips by device, true scene and predicted scene; ``loss_sum`` is the
-    sum of the clips' cross-entropies, natural logarithm. ``macro_avg_acc`` is the mean over scenes, always;
+    sum of the clips' cross-entropies, natural logarithm. ``macro_avg_acc`` is always the mean over scenes;
     ``device_avg_acc`` is the mean over devices; a device group's accuracy pools its clips.
     """
     total = confusion.sum(2)  # (devices, scenes)
@@ -72,9 +72,9 @@ def results(confusion: Tensor, loss_sum: float) -> dict:
 
 
 def mean_and_error(values: Sequence[float], groups: Sequence) -> tuple[float, float]:
-    """The mean of clips' values, and its standard error where clips of one group (a recording location) are alike.
+    """Return the mean of clips' values and its standard error, clustered by group (a recording location).
 
-    With one group alone the error is infinite. Source: the cluster-robust variance of a mean, Liang and Zeger,
+    With a single group the error is infinite. Source: the cluster-robust variance of a mean, Liang and Zeger,
     Biometrika 73(1), 1986.
     """
     values, (_, group) = np.asarray(values, np.float64), np.unique(groups, return_inverse=True)

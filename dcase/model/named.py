@@ -1,4 +1,4 @@
-"""Named models and the flags that change them."""
+"""Named models and the flags that override them."""
 
 import dataclasses
 import typing
@@ -10,7 +10,7 @@ from dcase.data.labels import SCENES
 from dcase.errors import UserError
 from dcase.model.cp_mobile import CPMobile
 
-# Models whose shape no flag changes: name -> module, made from the number of scenes.
+# Models whose shape no flag overrides: name -> module, called with the number of scenes.
 FIXED = {"cp_mobile": CPMobile}
 
 
@@ -40,12 +40,12 @@ ModelConfig.__doc__ = f"""A named model and overrides: the fields of `aum.AuMCon
 
 
 def names() -> list[str]:
-    """What --model takes."""
+    """Return the values of --model."""
     return [*aum.list_models(), *FIXED]
 
 
 def fill(config: ModelConfig, n_mels: int, frames: int) -> ModelConfig:
-    """The same with every None replaced by the named model's value. Raises `UserError` where it makes no model."""
+    """Replace every None by the named model's value. Raises `UserError` where the values are invalid."""
     if config.model not in names():
         raise UserError(f"--model is one of {', '.join(names())}; got {config.model!r}")
     if config.model in FIXED:
@@ -65,7 +65,7 @@ def fill(config: ModelConfig, n_mels: int, frames: int) -> ModelConfig:
 
 
 def build(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
-    """The model for log-mels (b, 1, n_mels, frames). Raises `UserError` where the flags make no model."""
+    """Return the model for log-mels (b, 1, n_mels, frames). Raises `UserError` where the flags are invalid."""
     config = fill(config, n_mels, frames)
     if config.model in FIXED:
         return FIXED[config.model](config.n_classes)
@@ -81,5 +81,5 @@ def _shape(config: ModelConfig, n_mels: int, frames: int) -> aum.AuMConfig:
 
 
 def _given(config: ModelConfig) -> dict:
-    """The flags that change the named model, by name."""
+    """Return the overrides of the named model, by name."""
     return {name: value for name, value in vars(config).items() if name != "model" and value is not None}

@@ -1,19 +1,18 @@
-"""A trained Audio Mamba made smaller: `shrink` leaves out the channels, states and layers that matter least.
+"""Make a trained Audio Mamba smaller: `shrink` removes the least important channels, states and layers.
 
-Whole channels go, so that the result is an ordinary smaller model, to be fine-tuned from there. Source: structured
-magnitude pruning, arXiv:1608.08710, which leaves out the filters with the smallest weights. Ours is what "smallest"
-means in an Audio Mamba. What passes a channel is first written, then read, so its importance is a product: the energy
-(sum of squared weights) that writes it times the energy that reads it. Scaling the one up and the other down, which
-changes no output, does not change the choice. Of several writers or readers in parallel each counts the same in the
-sum, however large its weights are.
+Whole channels are removed, so that the result is an ordinary smaller model, ready for fine-tuning. Source: structured
+magnitude pruning, arXiv:1608.08710, which removes the filters with the smallest weights. The importance of a channel
+in an Audio Mamba is ours: the energy (sum of squared weights) that writes it times the energy that reads it. Scaling
+the one up and the other down, which changes no output, does not change the choice. Several writers or readers in
+parallel count equally, independent of the size of their weights.
 
-| size | what is left out | written by | read by |
+| size | removed | written by | read by |
 |---|---|---|---|
 | ``embed_dim`` | channels of the residual stream, everywhere the same | tokens, out_proj | norm and in_proj, head |
 | ``expand`` | inner channels of each mixer (expand * embed_dim) | x of in_proj, conv1d | z and out_proj, x_proj |
 | ``d_state`` | states of each x_proj | its rows B | its rows C |
 | ``stem`` | channels of each convolution (not the last one's before blocks) | its BatchNorm | next convolution |
-| ``depth`` | layers; those evenly spread stay, the first and the last among them | | |
+| ``depth`` | layers; evenly spread ones stay, among them the first and the last | | |
 
 With ``embed_dim`` the rank of delta falls, a 16th of it: dt_proj and x_proj's first rows become the nearest product of
 the lower rank. Depth does not go by magnitude, because the residual stream grows with depth, and weights of different
@@ -36,20 +35,20 @@ from torch import Tensor
 from aum import AuMConfig
 from dcase.errors import UserError
 
-SIZES = ("embed_dim", "depth", "d_state", "expand")  # what may be smaller; so may the stem's channels
+SIZES = ("embed_dim", "depth", "d_state", "expand")  # may be smaller, as the stem's channels
 HEADS = {  # name of the first matrix after the stream's end, and of the norm before it
     "mlp": ("classifier.2.weight", "norm_f.weight"),
     "linear": ("head.weight", "norm_f.weight"),
     "patch": ("head.linear.weight", "head.norm.weight"),
 }
-FREE = ("dropout", "drop_path")  # matter in training only: any value goes with any weights
+FREE = ("dropout", "drop_path")  # used only in training: any value fits any weights
 
 State = dict[str, Tensor]
 
 
 @torch.no_grad()
 def shrink(state: Mapping[str, Tensor], large: AuMConfig, small: AuMConfig) -> State:
-    """The state dict of ``AudioMamba(large)``, pruned to one of ``AudioMamba(small)``: a copy.
+    """Return a copy of the state dict of ``AudioMamba(large)``, pruned to one of ``AudioMamba(small)``.
 
     Raises `UserError`, naming the field, where ``small`` is larger in any size or differs in anything else.
     """
@@ -91,26 +90,26 @@ def _shown(value) -> str:
     return (",".join(map(str, value)) or "none") if isinstance(value, tuple) else str(value)
 
 
-# ---- what matters most -----------------------------------------------------------------------------------------------
+# ---- importance ------------------------------------------------------------------------------------------------------
 
 
 def _energy(weight: Tensor, axis: int = 0) -> Tensor:
-    """Squares of a weight, summed over all axes but one, in float64."""
+    """Return the squares of a weight, summed over all axes but one, in float64."""
     return weight.double().movedim(axis, 0).reshape(weight.shape[axis], -1).square().sum(1)
 
 
 def _sum_of_shares(energies: Iterable[Tensor]) -> Tensor:
-    """Energies of the same channels by several weights, each over its own sum: all weights count the same."""
+    """Return the sum of several weights' energies by channel, each divided by its total: all weights count equally."""
     return sum(energy / energy.sum().clamp(min=1e-300) for energy in energies)
 
 
 def _most_important(importance: Tensor, n: int) -> Tensor:
-    """Indices of the ``n`` largest, in their order in the model; of equal ones the first."""
+    """Return the indices of the ``n`` largest values, in their order in the model; the first of equal ones wins."""
     return importance.argsort(descending=True, stable=True)[:n].sort().values
 
 
 def _keep(state: State, axes: Mapping[str, int], kept: Tensor) -> None:
-    """Of the tensors of these names, leave only the indices ``kept`` along the axis given."""
+    """Keep only the indices ``kept`` of the named tensors, along the given axes."""
     for name, axis in axes.items():
         state[name] = state[name].index_select(axis, kept)
 
@@ -119,14 +118,14 @@ def _keep(state: State, axes: Mapping[str, int], kept: Tensor) -> None:
 
 
 def _spread(large: AuMConfig, depth: int) -> list[int]:
-    """Numbers of ``depth`` layers, evenly spread; pairs of layers where they are paired."""
+    """Return the numbers of ``depth`` evenly spread layers, in pairs where layers are paired."""
     step = 2 if large.paired_layers else 1
     heads = torch.linspace(0, large.depth // step - 1, depth // step, dtype=torch.float64).round().long().tolist()
     return [step * head + i for head in heads for i in range(step)]
 
 
 def _of_layers(state: Mapping[str, Tensor], kept: list[int]) -> State:
-    """The state dict with these layers only, numbered anew."""
+    """Return the state dict with only these layers, renumbered."""
     number = {str(old): str(new) for new, old in enumerate(kept)}
     result = {}
     for name, value in state.items():
@@ -142,7 +141,7 @@ def _of_layers(state: Mapping[str, Tensor], kept: list[int]) -> State:
 
 
 def _prune_stem(state: State, i: int, channels: int, last: bool) -> None:
-    """Leave ``channels`` of the stem's convolution ``i``. After BatchNorm its weight and bias are all there is."""
+    """Keep ``channels`` of the stem's convolution ``i``. BatchNorm's weight and bias determine its output's size."""
     reader = "patch_embed.proj.weight" if last else f"stem.{i + 1}.0.weight"
     norm = f"stem.{i}.1"
     written = _energy(state[f"{norm}.weight"]) + _energy(state[f"{norm}.bias"])
@@ -155,7 +154,7 @@ def _prune_stem(state: State, i: int, channels: int, last: bool) -> None:
 
 
 def _prune_stream(state: State, small: AuMConfig) -> None:
-    """Leave ``small.embed_dim`` channels of the residual stream, and make up for it in the norms."""
+    """Keep ``small.embed_dim`` channels of the residual stream, and compensate in the norms."""
     before, after = len(state["patch_embed.proj.bias"]), small.embed_dim
     if after == before:
         return
@@ -176,7 +175,7 @@ def _prune_stream(state: State, small: AuMConfig) -> None:
     _keep(state, {name: state[name].dim() - 1 for name in tokens}, kept)
     if small.head == "mlp":
         _keep(state, {"classifier.0.bias": 0}, kept)
-    if small.head == "patch":  # its BatchNorm knows no other channels, and needs no making up
+    if small.head == "patch":  # its BatchNorm works per channel and needs no compensation
         _keep(state, {f"head.norm.{part}": 0 for part in ("bias", "running_mean", "running_var")}, kept)
         norms.remove(head_norm)
     # The mean square was (energy of all channels) / before; now it is (energy of those kept) / after.
@@ -188,7 +187,7 @@ def _prune_stream(state: State, small: AuMConfig) -> None:
 def _token_energy(state: State, tokens: list[str]) -> Tensor:
     """The tokens' expected square by channel, for a log-mel of mean square 1: patches, and the means of the rest.
 
-    A local convolution only hands on what its channel has; its bias is new.
+    A local convolution only passes its channel on; its bias adds to it.
     """
     biases = [name for name in state if name.startswith("local.") and name.endswith(".bias")]
     energy = sum(_energy(state[name]) for name in ("patch_embed.proj.weight", "patch_embed.proj.bias", *biases))
@@ -212,7 +211,7 @@ def _prune_mixer(state: State, layer: str, large: AuMConfig, small: AuMConfig) -
 
 
 def _prune_inner(state: State, norm: str, mixer: str, branches: tuple[str, ...], small: AuMConfig) -> None:
-    """Leave ``small.expand * small.embed_dim`` of a mixer's inner channels; in_proj has their x first and z last.
+    """Keep ``small.expand * small.embed_dim`` of a mixer's inner channels; in_proj has their x first and z last.
 
     The rows of x_proj count the same, because B, C and delta's factors may be scaled against each other.
     """
@@ -234,7 +233,7 @@ def _prune_inner(state: State, norm: str, mixer: str, branches: tuple[str, ...],
 
 
 def _prune_states(state: State, x_proj: str, decays: list[str], large: AuMConfig, small: AuMConfig) -> None:
-    """Leave ``small.d_state`` states of one x_proj, whose rows are delta's (r), B's (n) and C's (n)."""
+    """Keep ``small.d_state`` states of one x_proj, whose rows are delta's (r), B's (n) and C's (n)."""
     n = large.d_state
     r = len(state[x_proj]) - 2 * n
     B, C = state[x_proj][r:].split(n)

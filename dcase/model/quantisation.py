@@ -1,4 +1,4 @@
-"""Weights rounded to what is stored of them, at 32, 16 or 8 bits; names of parameters and modules stay as they are.
+"""Round weights to their stored form in 32, 16 or 8 bits. Names of parameters and modules stay unchanged.
 
 | bits | stored |
 |---|---|
@@ -6,17 +6,17 @@
 | 16 | every tensor as float16 |
 | 8 | matrices and kernels as int8 codes with a float16 scale per output channel; every other tensor as float16 |
 
-At 8 bits these stay at 16 (`is_8_bit` has the rule): A_log, D and the delta bias, because the state matrix and the
-state are what a state-space model's accuracy is most sensitive to (arXiv:2506.12480); norms, other biases, class token
-and position embedding, because each of their values acts on a whole channel or token; and kernels of short rows, where
-a scale for each eats up what is saved: Mamba's depthwise convolution of 4 taps would take 6 bytes a channel, not 8.
+At 8 bits these stay at 16 (`is_8_bit` has the rule): A_log, D and the delta bias, because a state-space model's
+accuracy is most sensitive to the state matrix and the state (arXiv:2506.12480); norms, other biases, class token and
+position embedding, because each of their values acts on a whole channel or token; and kernels of short rows, where the
+scales would cost what the codes save: Mamba's depthwise convolution of 4 taps would take 6 bytes a channel, not 8.
 
 A channel's weights w, with m the largest |w|, become code * scale: scale = m / 127 rounded to float16, code = w / scale
-rounded to an integer, -127 to 127, so that 0 stays 0 (symmetric, per channel: arXiv:1712.05877). What was rounded once
-is not changed by rounding it again, to the bit: a stored model, loaded and stored again, is the same file.
+rounded to an integer, -127 to 127, so that 0 stays 0 (symmetric, per channel: arXiv:1712.05877). Rounding is
+idempotent to the bit: a stored model, loaded and stored again, is the same file.
 
 BatchNorm's running mean and variance are part of a model, so they are rounded, stored and counted like the rest.
-Integer buffers (BatchNorm's count of batches) are not: nothing is calculated with them.
+Integer buffers (BatchNorm's count of batches) are not stored: no computation uses them.
 """
 
 from collections import Counter
@@ -29,20 +29,20 @@ from dcase.errors import UserError
 
 WIDTHS = (32, 16, 8)
 CODE_MAX = 127
-MIN_8_BIT_ROW = 8  # weights of an output channel from which 2 bytes of scale are worth it
+MIN_8_BIT_ROW = 8  # weights per output channel from which 2 bytes of scale pay off
 SCALE = ".scale"  # a stored int8 tensor's name and this: its scales
 SMALLEST = 2.0**-24  # of float16, above 0
 FINE = 2.0**-17  # from here on float16 has at least 128 steps of its size
 
 
 def is_8_bit(name: str, tensor: Tensor) -> bool:
-    """Whether a parameter is stored as int8 at 8 bits: a matrix or kernel of at least 8 weights per output channel."""
+    """Return whether a parameter is stored as int8: a matrix or kernel of at least 8 weights per output channel."""
     long_rows = tensor.ndim >= 2 and tensor.numel() >= MIN_8_BIT_ROW * tensor.shape[0] > 0
     return long_rows and name.endswith("weight")
 
 
 def encode(state: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """A state dict as it is stored, in new tensors on the same device.
+    """Return a state dict in its stored form, in new tensors on the same device.
 
     A float tensor ``name`` becomes ``name`` in float32 or float16, or int8 ``name`` and float16 ``name.scale``
     (channels,).
@@ -69,10 +69,10 @@ def encode(state: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
 
 
 def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `encode` has stored, as a state dict of new float32 tensors, without the integer buffers.
+    """Return the state dict that `encode` stored, in new float32 tensors, without the integer buffers.
 
-    Raises `UserError`, naming the tensor, for what `encode` does not make: another dtype, an int8 tensor without its
-    scales, a value that is not finite.
+    Raises `UserError`, naming the tensor, for another dtype, an int8 tensor without its scales, or a value that is not
+    finite.
     """
     state = {}
     for name, value in stored.items():
@@ -92,9 +92,9 @@ def decode(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stored_bytes(model: nn.Module | Mapping[str, Tensor], bits: int) -> dict[str, int]:
-    """Bytes that a model, or a state dict of one, takes when stored, by dtype: parameters, scales and buffers.
+    """Return the stored bytes of a model or its state dict by dtype: parameters, scales and buffers.
 
-    Nothing is encoded for it.
+    This encodes nothing.
     """
     _check(bits)
     total: Counter[str] = Counter()
@@ -110,7 +110,7 @@ def stored_bytes(model: nn.Module | Mapping[str, Tensor], bits: int) -> dict[str
 
 
 def bytes_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Bytes of tensors by name of dtype; of what `encode` gives, the same as `stored_bytes`."""
+    """Return the bytes of tensors by name of dtype; for the result of `encode`, as `stored_bytes`."""
     total: Counter[str] = Counter()
     for value in tensors.values():
         total[_dtype_name(value.dtype)] += value.numel() * value.element_size()
@@ -118,9 +118,9 @@ def bytes_by_dtype(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def rounded(model: nn.Module | Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """The parameters of a model, or named weights, as they will be when they have been stored and loaded again.
+    """Return the parameters of a model, or named weights, as they are after storing and loading.
 
-    For training with rounded weights, and for evaluating exactly what will be stored, without a changed module:
+    Use this to train with rounded weights, and to evaluate the stored model, without changing the module:
 
         logits = torch.func.functional_call(model, rounded(model, 8), (x,))
 
@@ -128,8 +128,8 @@ def rounded(model: nn.Module | Mapping[str, Tensor], bits: int) -> dict[str, Ten
     given, so that steps smaller than the rounding's add up. Frozen weights stay frozen. Buffers are left to the model,
     where training updates them; give ``model.state_dict()`` to evaluate with rounded ones.
 
-    Unlike `encode` it does not look for values that are not finite or too large, which would make a GPU wait: they show
-    in the loss.
+    Unlike `encode` it does not check for values that are not finite or too large, which would make a GPU wait: the loss
+    shows them.
     """
     _check(bits)
     weights = dict(model.named_parameters()) if isinstance(model, nn.Module) else dict(model)
@@ -141,7 +141,7 @@ def rounded(model: nn.Module | Mapping[str, Tensor], bits: int) -> dict[str, Ten
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Rounds all weights of a model as one node, since with a hundred small tensors every operation saved counts.
+    """Round all weights of a model as one node: with a hundred small tensors, every saved operation counts.
 
     The plain w + (round(w) - w).detach() has the same gradient, in three operations more per tensor.
     """
@@ -165,7 +165,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _largest(weight: Tensor) -> Tensor:
-    """(channels, ...) -> the largest magnitude of each channel, (channels,), float32."""
+    """Return the largest magnitude of each channel, (channels, ...) -> (channels,), float32."""
     return weight.float().abs().flatten(1).amax(1)
 
 
