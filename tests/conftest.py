@@ -1,23 +1,21 @@
 """A small data folder that can be learnt from in seconds, and the scripts as a user runs them."""
 
 import json
-import os
-import subprocess
 import sys
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 from data_folder import clip_row, write_lists
+from forked import ROOT, Finished, run_script, stop_server
 
 from dcase import errors
 from dcase.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
+__all__ = ["ROOT", "Finished"]  # for the tests that import them from here
 RATE = 8000  # Hz
-os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts: fast at this size, and the same roundings everywhere
 SCENES = ("airport", "bus", "park", "tram")
 HERTZ = {"airport": 300, "bus": 700, "park": 1500, "tram": 3000}
 TRAIN_DEVICES = ("a", "b", "s1")
@@ -63,43 +61,10 @@ def learnable(tmp_path_factory) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A script that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The last line on stderr, from where a progress bar that stood in it ends."""
-        line = self.err.replace("\r", "\n").strip().splitlines()[-1]
-        return line[line.index("error: ") :] if "error: " in line else line
-
-    def succeeded(self) -> None:
-        assert self.code == 0, self.err
-
-    def refused(self, *parts: str) -> None:
-        """It ended with exit code 2 and one clear line that has these parts, without a traceback."""
-        assert self.code == 2, self.err
-        assert "Traceback" not in self.out + self.err
-        assert self.error.startswith("error: "), self.err
-        for part in parts:
-            assert part in self.error, self.error
-
-
 @pytest.fixture
 def script(tmp_path):
     """Run a script or module in a folder of its own: script("train_base.py", "--lr", "1")."""
-
-    def run(name: str, *args, cwd: Path = tmp_path, env: dict | None = None) -> Finished:
-        command = [sys.executable, *(["-m", name] if name.startswith("dcase.") else [str(ROOT / name)])]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-        done = subprocess.run([*command, *map(str, args)], cwd=cwd, env=environment, capture_output=True, text=True)
-        return Finished(done.returncode, done.stdout, done.stderr)
-
-    return run
+    return partial(run_script, cwd=tmp_path)
 
 
 @pytest.fixture
@@ -142,7 +107,9 @@ def read_results(run: Path) -> dict:
 def general_run(learnable, tmp_path_factory) -> Path:
     """The folder of a finished run of train_base.py; its project is the folder above."""
     cwd = tmp_path_factory.mktemp("general")
-    command = [sys.executable, str(ROOT / "train_base.py"), "--dataset_dir", str(learnable), *SMALL, *FIT]
-    done = subprocess.run([*command, "--project_name", "P"], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script("train_base.py", "--dataset_dir", learnable, *SMALL, *FIT, "--project_name", "P", cwd=cwd).succeeded()
     return only_run(cwd / "P")
+
+
+def pytest_sessionfinish() -> None:
+    stop_server()
