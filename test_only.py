@@ -11,6 +11,7 @@ from dcase.data.loading import find_source, open_sound, with_sound
 from dcase.machine import is_main
 from dcase.runs.checkpoints import save_checkpoint
 from dcase.runs.config import parse_test, start_run, with_data_of
+from dcase.runs.loggers import open_loggers
 from dcase.training import evaluation, fit
 from dcase.training.lit import SceneClassifier
 
@@ -27,7 +28,7 @@ def main() -> None:
     run = start_run(config, None)
     if "," in config.ckpt_path and is_main():
         save_checkpoint(module.as_checkpoint(), run.best)
-    with fit.loggers(config, run) as loggers:
+    with open_loggers(config, run) as loggers:
         optimistic = checkpoint["config"]["split"]["val_split"] == "test"
         evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
 

@@ -21,6 +21,7 @@ from dcase.model import named as models
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import parse_base, same_place, start_run
 from dcase.runs.folder import find_checkpoint
+from dcase.runs.loggers import open_loggers
 from dcase.training import evaluation, fit, seeds
 from dcase.training.lit import SceneClassifier
 from dcase.training.teachers import load_teachers
@@ -43,7 +44,7 @@ def main() -> None:
     pl.seed_everything(config.fit.seed, workers=True, verbose=False)
     module = SceneClassifier(config, frames)
     module.clips_id = clips_id(train_clips, val_clips)
-    module.load_responses()
+    module.augment.load_responses()
     teachers = load_teachers(config, module)
     begins = run is None or not fit.checkpoint_to_resume(run.checkpoints)
     if config.pretrained and begins:
@@ -55,7 +56,7 @@ def main() -> None:
     evaluation.warn_if_over(module)
     run = start_run(config, run)
 
-    with fit.loggers(config, run) as loggers:
+    with open_loggers(config, run) as loggers:
         if begins:
             fit.fit_normalisation(module, train, config.machine)
         fit.train(module, train, val, config, run.checkpoints, loggers, teachers)

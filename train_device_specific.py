@@ -18,6 +18,7 @@ from dcase.errors import UserError
 from dcase.machine import is_main
 from dcase.runs.checkpoints import save_checkpoint
 from dcase.runs.config import parse_device_specific, same_place, start_run, with_data_of
+from dcase.runs.loggers import open_loggers
 from dcase.training import evaluation, fine_tuning, fit
 from dcase.training.lit import SceneClassifier
 from dcase.training.teachers import load_teachers
@@ -41,12 +42,12 @@ def main() -> None:
     module.refuse_other_frames(train)
     module.clips_id = clips_id(*clips)
     module.refuse_other_clips(checkpoint, f"the general model --ckpt_id {config.ckpt_id}")
-    module.load_responses()
+    module.augment.load_responses()
     teachers = load_teachers(config, module)
     evaluation.warn_if_over(module)
     run = start_run(config, run)
 
-    with fit.loggers(config, run) as loggers:
+    with open_loggers(config, run) as loggers:
         outcomes, weights = {}, {}
         for device_id in config.devices_to_tune:
             outcome, kept = fine_tuning.fine_tune(device_id, module, clips, train, config, run, loggers, teachers)

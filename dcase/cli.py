@@ -14,11 +14,11 @@ from functools import partial
 from typing import TypeVar
 
 import tyro
-from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
 Config = TypeVar("Config")
 
 _registry = tyro.constructors.ConstructorRegistry()
+_asking = False  # whether `_one_paragraph` is waiting for tyro's own rules
 
 
 @_registry.primitive_rule
@@ -32,7 +32,7 @@ def _integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
     def read(args: list[str]) -> tuple[int, ...]:
         values = tuple(int(value) for value in args[0].split(",") if value or two)
         if two and len(values) != 2:
-            raise ValueError(f"two whole numbers with a comma between them, not {args[0]}")
+            raise ValueError(f"two whole numbers separated by a comma, not {args[0]}")
         return values
 
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -45,31 +45,38 @@ def _integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
 
 
 @_registry.struct_rule
-def _flowing_help(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
-    """A dataclass as tyro reads it, but for the line breaks of the source: tyro keeps those before an indented line."""
-    spec = dataclass_rule(info)
-    if spec is None:
+def _one_paragraph(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
+    """Take tyro's own reading of a dataclass, with each field's help as one paragraph: tyro keeps the source's line
+    breaks."""
+    global _asking
+    if _asking:
+        return None  # this question is ours: tyro's own rules answer it
+    _asking = True
+    try:
+        spec = _registry.get_struct_spec(info)
+    finally:
+        _asking = False
+    if not isinstance(spec, tyro.constructors.StructConstructorSpec):
         return None
-    fields = tuple(dataclasses.replace(field, helptext=_without_breaks(field.helptext)) for field in spec.fields)
-    return dataclasses.replace(spec, fields=fields)
+    fields = (dataclasses.replace(field, helptext=partial(_unfolded, field.helptext)) for field in spec.fields)
+    return dataclasses.replace(spec, fields=tuple(fields))
 
 
-def _without_breaks(helptext: str | Callable | None) -> str | Callable | None:
-    """Of a text, or of what a function gives, since tyro reads docstrings when it needs them."""
-    if callable(helptext):
-        return lambda: _without_breaks(helptext())
-    return helptext and re.sub(r"\s*\n\s*", " ", helptext)
+def _unfolded(text: str | Callable[[], str | None] | None) -> str | None:
+    """Return a help text in one line. It may be a function, since tyro reads docstrings only when it needs them."""
+    text = text() if callable(text) else text
+    return text and " ".join(text.split())
 
 
 def flowing(text: str, width: int) -> str:
-    """A docstring with its paragraphs wrapped anew; indented ones, such as commands, stay as they are."""
+    """Return a docstring with its paragraphs wrapped to ``width``; indented ones, such as commands, stay."""
     paragraphs = re.split(r"\n\s*\n", text.strip("\n"))
     fill = partial(textwrap.fill, width=width, break_long_words=False, break_on_hyphens=False)  # flags and paths
     return "\n\n".join(part if part.startswith(" ") else fill(part) for part in paragraphs)
 
 
 def _module() -> str | None:
-    """How the usage names a module that `python -m` runs; None: a script, whose path it shows."""
+    """Return how the usage names a module that `python -m` runs; None for a script, whose path it shows."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec and f"python -m {spec.name.removesuffix('.__main__')}"
 
@@ -85,15 +92,15 @@ def parse(
     """
     options = {} if default is None else {"default": default}
     if {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
-        # By tyro it would stand after the usage, in lines as long as its paragraphs.
+        # tyro would print it after the usage, in lines as long as its paragraphs.
         print(flowing(description, shutil.get_terminal_size().columns), end="\n\n")
-    with _registry:
-        return tyro.cli(
-            config,
-            prog=_module(),
-            description="",
-            args=args,
-            config=(tyro.conf.OmitArgPrefixes,),
-            use_underscores=True,
-            **options,
-        )
+    return tyro.cli(
+        config,
+        prog=_module(),
+        description="",
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes,),
+        use_underscores=True,
+        registry=_registry,
+        **options,
+    )

@@ -1,6 +1,8 @@
-"""The one exception for what a user can put right: its message is all that they see, and it says what to do."""
+"""Errors that a user can put right, signals, and what a command prints and returns for them."""
 
+import math
 import multiprocessing
+import operator
 import os
 import signal
 import sys
@@ -14,7 +16,7 @@ DOCTOR = " (`python -m dcase.doctor` tells more)"
 class UserError(Exception):
     """Bad input: a flag, a file or a data folder. The message, one line, names it and says what to do.
 
-    Not a ``ValueError``, so that no library on the way (tyro, Lightning) takes it for one of its own.
+    Not a ``ValueError``, which libraries (tyro, Lightning) would catch and handle as their own.
     """
 
 
@@ -36,12 +38,34 @@ def resumable(command: str) -> Iterator[None]:
         raise Stopped(getattr(end, "number", signal.SIGINT), f"{message}; go on with: {command}") from end
 
 
+_COMPARISONS = {
+    "least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "below": (operator.lt, "below"),
+    "most": (operator.le, "at most"),
+}
+
+
+def check_range(flags: object, names: str, **bounds: float) -> None:
+    """Raise `UserError` where one of the attributes ``names`` of ``flags`` is not finite or not within ``bounds``.
+
+    ``bounds`` are least, above, below and most. An attribute that is None passes.
+    """
+    for name in names.split():
+        value = getattr(flags, name)
+        within = value is None or all(_COMPARISONS[bound][0](value, limit) for bound, limit in bounds.items())
+        if not within or (value is not None and not math.isfinite(value)):
+            wanted = " and ".join(f"{_COMPARISONS[bound][1]} {limit}" for bound, limit in bounds.items())
+            raise UserError(f"--{name} must be {wanted}; got {value}")
+
+
 def one_line(error: Exception) -> str:
+    """Return an error's message in one line, or the name of its type."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def doctor_tells_more(look: Callable) -> Callable:
-    """A function that looks at the machine or the data: its `UserError` then points to `dcase.doctor`, too."""
+    """Decorate a function that checks the machine or the data: its `UserError` then also points to `dcase.doctor`."""
 
     @wraps(look)
     def looking(*args, **kwargs):
@@ -54,7 +78,7 @@ def doctor_tells_more(look: Callable) -> Callable:
 
 
 def _others_are_gone(error: RuntimeError) -> bool:
-    """Whether this is one of several processes, and can no longer reach another one."""
+    """Return whether this is one of several processes, and ``error`` says that it cannot reach another one."""
     several = "LOCAL_RANK" in os.environ or "SLURM_LOCALID" in os.environ
     return several and any(name in str(error) for name in ("gloo", "NCCL", "TCPStore"))
 
@@ -64,22 +88,22 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        # The line break ends a progress bar's line. A reading process hands its message on behind a traceback.
+        # `_end`'s line break ends a progress bar's line. A reading process passes its message on behind a traceback.
         _end(2, f"error: {str(error).strip().rpartition('UserError: ')[2]}")
     except RuntimeError as error:
         if not _others_are_gone(error):
             raise
         _end(
             1,
-            f"error: processes have lost each other; if one has said why above, that is the reason ({one_line(error)})",
+            f"error: the processes have lost contact; if one reports an error above, that is why ({one_line(error)})",
         )
     except (Stopped, KeyboardInterrupt) as end:
         with suppress(ValueError):  # outside the main thread
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # who presses Ctrl-C again has been heard
-        # Lightning kills the main process, which may still be busy, where another one ends with anything but 0.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing
+        # Lightning kills the main process, which may still be busy, where another one ends with a code other than 0.
         main_process = os.environ.get("LOCAL_RANK", "0") == "0"
         _end(128 + getattr(end, "number", signal.SIGINT) if main_process else 0, str(end) or "stopped by the keyboard")
-    except BrokenPipeError:  # the reader of a pipe, as `head`, has had enough
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     finally:
         _end_reading_processes()
@@ -91,7 +115,7 @@ def _end(code: int, message: str) -> None:
 
 
 def _end_reading_processes() -> None:
-    """Where an error has ended the training process; they are deaf to SIGTERM, which Python would wait for in vain."""
+    """Kill the processes that read clips after an error: they ignore SIGTERM, and Python would wait for them."""
     children = multiprocessing.active_children()
     if children and hasattr(signal, "SIGCHLD"):
         with suppress(ValueError):

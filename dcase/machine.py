@@ -6,11 +6,13 @@ A process that runs alone is rank 0 of 1, and the functions for several processe
 import atexit
 import logging
 import os
+import platform
 import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
@@ -55,6 +57,18 @@ class MachineConfig:
 def n_cores() -> int:
     """Cores that this process may use: in a container or a SLURM job fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def name_of(device: torch.device) -> str:
+    """Return the name of the GPU, or of this machine's processor, which Linux has only in a file."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 # Several processes

@@ -22,7 +22,7 @@ from matplotlib.image import imread
 
 from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 from dcase.model.metrics import mean_and_error
-from dcase.report import bootstrap, mistakes, sounds
+from dcase.report import bootstrap, mistakes, sounds, tested
 from dcase.report.__main__ import main
 from dcase.report.bootstrap import BINS, Figures, reliability
 from dcase.report.comparison import write_comparison
@@ -34,7 +34,6 @@ from dcase.report.tables import own_models
 from dcase.report.words import percent, title
 from dcase.runs.config import DeviceConfig
 from dcase.runs.folder import Run
-from dcase.training import evaluation
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 
@@ -272,8 +271,8 @@ def test_a_page_that_fails_does_not_fail_the_test(project, monkeypatch, capsys):
     def broken(*args):
         raise RuntimeError("no\nsuch luck")
 
-    monkeypatch.setattr(evaluation, "write_page", broken)
-    evaluation._make_page(Run(project / "one"), project.parent / "data", True)
+    monkeypatch.setattr(tested, "write_page", broken)
+    tested.make_page(Run(project / "one"), project.parent / "data", True)
     out = capsys.readouterr().out
     assert out == "The report's page could not be made (no such luck): python -m dcase.report one tries again\n"
 

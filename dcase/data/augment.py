@@ -6,12 +6,15 @@ the mean of the normalised log-mel.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torchaudio
 from torch import Tensor, nn
 
+from dcase.data.logmel import LogMelConfig
+from dcase.data.responses import DeviceResponses
 from dcase.errors import UserError
 
 
@@ -128,3 +131,35 @@ class Masking(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.masks(x)
+
+
+class Augment(nn.Module):
+    """Every augmentation of a training batch, in order: `waveform`, then `log_mel` of what that gives.
+
+    It has no entries in a state dict.
+    """
+
+    def __init__(self, config: AugmentConfig, logmel: LogMelConfig, frames: int):
+        super().__init__()
+        self.config, self.sample_rate = config, logmel.sample_rate
+        self.masking = Masking(config, logmel.n_mels, frames)
+        self.responses: DeviceResponses | None = None
+
+    def load_responses(self) -> None:
+        """Read the responses of --dir_path. Raises `UserError` where the folder or a file cannot be used."""
+        if self.config.dir_path:
+            folder = Path(self.config.dir_path)
+            self.responses = DeviceResponses.from_folder(folder, self.sample_rate, self.config.dir_p)
+
+    def waveform(self, x: Tensor, device: Tensor, length: Tensor) -> Tensor:
+        """Apply device responses and time rolling to (b, 1, samples); ``device`` (b,), ``length`` (b,) in samples."""
+        if self.responses is not None:
+            x = self.responses(x, device, length)
+        return roll(x, round(self.config.roll_sec * self.sample_rate), length)
+
+    def log_mel(self, x: Tensor) -> tuple[Tensor, Mix]:
+        """Apply Freq-MixStyle, mixup and masking to (b, 1, n_mels, frames). Return it with the mixup that its targets
+        need."""
+        x = freq_mixstyle(x, self.config.mixstyle_p, self.config.mixstyle_alpha)
+        mix = Mix.draw(len(x), self.config.mixup_alpha, x.device)
+        return self.masking(mix(x)), mix

@@ -4,6 +4,7 @@ Source: Hinton et al., arXiv:1503.02531; for acoustic scenes and a small student
 2023 (Schmid et al.).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +37,14 @@ class DistillConfig:
     @property
     def teacher_ids(self) -> list[str]:
         return [run_id for run_id in self.teacher.split(",") if run_id]
+
+    def loss(
+        self, label_loss: Tensor, logits: Tensor, teacher_logits: Tensor, mix: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Return the weighted mean of the labels' loss and the teachers'; ``mix`` mixes targets as the clips are."""
+        targets = mix(soft_targets(teacher_logits, self.temperature))
+        soft = soft_loss(logits, targets, self.temperature)
+        return (1 - self.teacher_weight) * label_loss + self.teacher_weight * soft
 
 
 def soft_targets(logits: Tensor, temperature: float) -> Tensor:

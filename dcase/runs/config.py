@@ -1,10 +1,12 @@
-"""The configuration of the three scripts: every part's dataclass, put together, and where its defaults come from.
+"""The configuration of the three scripts: the dataclasses of all rooms together, and where their defaults come from.
 
-A checkpoint carries its configuration as plain values, and config.json of a run does too. A script that starts from
-one takes its defaults from there, so that a flag that differs can only have been given by the user.
+A checkpoint and a run's config.json hold it as plain values. A script that starts from one takes its defaults from
+there, so that a flag that differs can only have been given by the user.
 """
 
+import argparse
 import dataclasses
+import math
 import os
 import platform
 import shlex
@@ -20,7 +22,7 @@ from dcase.data.augment import AugmentConfig
 from dcase.data.labels import SCENES
 from dcase.data.logmel import LogMelConfig
 from dcase.data.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
-from dcase.errors import UserError
+from dcase.errors import UserError, check_range
 from dcase.files import write_json
 from dcase.machine import MachineConfig, from_main, is_main
 from dcase.model import named as models
@@ -51,50 +53,42 @@ class FitConfig:
     warmup_steps: int = 4000
     """Optimiser steps until --lr is reached; at most a fifth of the run."""
     weight_decay: float = 0.0001
-    """AdamW's weight decay; A_log, D, biases, norms and the class token are spared."""
+    """AdamW's weight decay; it spares A_log, D, biases, norms and the class token."""
     layer_decay: float = 1.0
-    """Learning rate of a block over that of the next one, for fine-tuning pretrained weights, as 0.75: --lr is the
-    head's, and the patch embedding has the lowest; 1: --lr for all."""
+    """Learning rate of a block over that of the next one, such as 0.75, for fine-tuning pretrained weights: the head
+    gets --lr, the patch embedding the lowest rate. 1: --lr for all."""
     freeze_epochs: int = 0
-    """In the first epochs, as many, only the head is trained: pretrained weights stand still until it is of use."""
+    """Train only the head for this many epochs, so that an untrained head does not disturb pretrained weights."""
     accumulate_grad_batches: int = 1
-    """Batches per optimiser step: clips per step are processes x --batch_size x this."""
+    """Batches per optimiser step: a step uses processes x --batch_size x this many clips."""
     gradient_clip_val: float = 1.0
     """Largest norm of the gradient; 0: no clipping."""
     check_val_every_n_epoch: int = 10
-    """Validate, and keep the best model, every so many epochs and after the last one."""
+    """Validate every N epochs and after the last one, and keep the best model."""
     ema_decay: float = 0.0
-    """Validate and keep the average of the weights over the last steps: the share of it that a step keeps, as 0.995
-    (a memory of 200 steps); 0: the last step's weights."""
+    """Validate and keep an exponential moving average of the weights: the share of it that a step keeps, such as 0.995
+    (a memory of 200 steps). 0: the last step's weights."""
     qat_epochs: int = 10
-    """Of the last epochs, as many as are trained with weights rounded to --weight_bits (quantisation-aware)."""
+    """Train the last N epochs with weights rounded to --weight_bits (quantisation-aware)."""
     compile: bool = False
-    """torch.compile the model: a minute or more at the start of training, on GPUs fewer launches after it."""
+    """Compile the model with torch.compile: training starts a minute or more later, and a GPU has fewer launches."""
     seed: int = 0
-    """Seed of weights, order and augmentation; two runs with one seed on a CPU give the same weights."""
+    """Seed of weights, order and augmentation; on a CPU two runs with one seed give the same weights."""
 
     def __post_init__(self):
-        for name in ("n_epochs", "check_val_every_n_epoch", "accumulate_grad_batches"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} is at least 1; got {getattr(self, name)}")
-        for name in ("lr", "warmup_steps", "weight_decay", "gradient_clip_val", "seed", "qat_epochs"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"--{name} is a number not below 0; got {getattr(self, name)}")
-        if self.seed >= 2**32:
-            raise UserError(f"--seed is below 2^32; got {self.seed}")
-        if not 0 < self.layer_decay <= 1:
-            raise UserError(f"--layer_decay is above 0, and at most 1; got {self.layer_decay}")
-        if not 0 <= self.freeze_epochs < self.n_epochs:
-            raise UserError(f"--freeze_epochs is from 0 to below --n_epochs {self.n_epochs}; got {self.freeze_epochs}")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"--ema_decay is from 0 to below 1; got {self.ema_decay}")
+        check_range(self, "n_epochs check_val_every_n_epoch accumulate_grad_batches", least=1)
+        check_range(self, "lr warmup_steps weight_decay gradient_clip_val qat_epochs", least=0)
+        check_range(self, "seed", least=0, below=2**32)
+        check_range(self, "layer_decay", above=0, most=1)
+        check_range(self, "freeze_epochs", least=0, below=self.n_epochs)
+        check_range(self, "ema_decay", least=0, below=1)
 
 
 @dataclass(frozen=True)
 class StorageConfig:
     weight_bits: Literal[32, 16, 8] = 32
-    """Bits of the weights in stored/, which are counted and tested: 16; or 8 with a 16-bit scale per channel, and 16
-    for A_log, D, biases, norms and whatever is small. 32: the checkpoint is tested, and nothing is stored beside it."""
+    """Bits of the weights in stored/, which are counted and tested. 16; or 8, with a 16-bit scale per channel and with
+    A_log, D, biases, norms and small matrices in 16. 32: test the checkpoint and store nothing beside it."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +101,7 @@ class EvalConfig:
     machine: MachineConfig = field(default_factory=MachineConfig)
 
     def __post_init__(self):
-        if self.data.dataset_dir:  # another script, in another folder, may be the next to read it
+        if self.data.dataset_dir:  # the next script may run in another folder
             folder = Path(self.data.dataset_dir).expanduser().absolute()
             object.__setattr__(self, "data", dataclasses.replace(self.data, dataset_dir=str(folder)))
 
@@ -115,14 +109,14 @@ class EvalConfig:
 @dataclass(frozen=True)
 class TestConfig(EvalConfig):
     ckpt_path: str = ""
-    """Checkpoint file to evaluate, of either stage; several of stage 2, with commas between them, are merged. Or a
-    stored model: stored/general.safetensors, or the folder stored/ with all devices' models."""
+    """Checkpoint file to evaluate, of either stage; several of stage 2, separated by commas, are merged. Or a stored
+    model (stored/general.safetensors), or the folder stored/ with the models of all devices."""
 
 
 @dataclass(frozen=True)
 class TrainConfig(EvalConfig):
     resume: str = ""
-    """Id of a run to go on with: its configuration, weights, optimiser, schedule, epoch and random state."""
+    """Id of a run to continue, with its configuration, weights, optimiser, schedule, epoch and random state."""
     split: SplitConfig = field(default_factory=SplitConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
@@ -137,29 +131,28 @@ class TrainConfig(EvalConfig):
 @dataclass(frozen=True)
 class BaseConfig(TrainConfig):
     seeds: int = 1
-    """Train and test as many seeds, --seed and those after it, a run each, one behind the other; at the end come mean
-    and deviation over them."""
+    """Train and test this many seeds one after another, each in its own run, from --seed upwards; then print mean and
+    deviation over them."""
     init_from: str = ""
-    """Id of a run of train_base.py whose weights to start from. Where that Audio Mamba is wider, deeper or has more
-    states, its most important channels, layers and states are taken (structured pruning)."""
+    """Id of a run of train_base.py to start from its weights. Where that Audio Mamba is wider, deeper or has more
+    states, take its most important channels, layers and states (structured pruning)."""
     pretrained: str = ""
-    """Checkpoint file whose weights to start from: of Vim (ImageNet), AuM, the earlier code or a run, as .pth, .pt,
-    .ckpt or .safetensors. python -m aum.pretrained FILE shows what it holds."""
+    """Checkpoint file to start from its weights: of Vim (ImageNet), AuM, the earlier code or a run, as .pth, .pt, .ckpt
+    or .safetensors. python -m aum.pretrained FILE shows what it holds."""
     pretrained_grid: tuple[int, int] | None = None
-    """Patches along mel and time that its position embedding stands for, as 8,64, where the file does not say."""
+    """Patches along mel and time of the file's position embedding, such as 8,64, where the file does not say."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.seeds < 1:
-            raise UserError(f"--seeds is at least 1; got {self.seeds}")
+        check_range(self, "seeds", least=1)
         if self.fit.seed + self.seeds > 2**32:
-            raise UserError(f"--seed {self.fit.seed} and the {self.seeds - 1} after it are not all below 2^32")
+            raise UserError(f"--seed {self.fit.seed}: it and the {self.seeds - 1} after it must be below 2^32")
         if self.pretrained_grid is not None:
             object.__setattr__(self, "pretrained_grid", tuple(self.pretrained_grid))  # a list, from JSON
             if min(self.pretrained_grid) < 1:
-                raise UserError(f"--pretrained_grid is two numbers of at least 1; got {self.pretrained_grid}")
+                raise UserError(f"--pretrained_grid must be two numbers of at least 1; got {self.pretrained_grid}")
             if not self.pretrained:
-                raise UserError("--pretrained_grid is of the file of --pretrained: give that, too")
+                raise UserError("--pretrained_grid describes the file of --pretrained: give that too")
         if self.pretrained and self.init_from:
             raise UserError("--pretrained and --init_from both say which weights to start from: give one of them")
         if self.pretrained and self.model.model in models.FIXED:
@@ -171,24 +164,23 @@ class DeviceConfig(TrainConfig):
     ckpt_id: str = ""
     """Run id of the general model, trained by train_base.py in the same --project_name."""
     only_devices: str = ""
-    """Devices to fine-tune for, as a,b; without it a, b, c, s1, s2, s3. The test is then left to test_only.py."""
+    """Fine-tune only for these devices, such as a,b, and leave the test to test_only.py. "": a, b, c, s1, s2, s3."""
     finetune: Literal["full", "lora", "head"] = "full"
-    """What is fine-tuned: full: every weight; lora: a low-rank addition to each matrix, merged into it at the end;
-    head: the classifier."""
+    """Fine-tune every weight (full); a low-rank addition to each matrix, merged into it at the end (lora); or the
+    classifier (head)."""
     lora_rank: int = 4
     """Rank of the additions of --finetune lora."""
     lr_choices: str = ""
-    """Learning rates to try for each device, as 0.0001,0.0005; the device's validation clips decide. "": --lr alone."""
+    """Learning rates to try for each device, such as 0.0001,0.0005; the device's validation clips decide. "": --lr."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(n_epochs=50, warmup_steps=100))
 
     def __post_init__(self):
         super().__post_init__()
         if self.finetune != "full" and (self.fit.layer_decay != 1 or self.fit.freeze_epochs):
             raise UserError(f"--layer_decay and --freeze_epochs need --finetune full; got {self.finetune}")
-        if self.lora_rank < 1:
-            raise UserError(f"--lora_rank is at least 1; got {self.lora_rank}")
-        if not all(0 < lr < float("inf") for lr in self.learning_rates):
-            raise UserError(f"--lr_choices {self.lr_choices}: learning rates above 0, with commas between them")
+        check_range(self, "lora_rank", least=1)
+        if not all(0 < lr < math.inf for lr in self.learning_rates):
+            raise UserError(f"--lr_choices must be learning rates above 0, separated by commas; got {self.lr_choices}")
         if self.lr_choices and self.split.val_split != "test" and self.split.val_fraction == 0:
             raise UserError("--lr_choices needs validation clips, and --val_fraction is 0: give --lr instead")
         unknown = set(filter(None, self.only_devices.split(","))) - set(TRAIN_DEVICES)
@@ -197,11 +189,11 @@ class DeviceConfig(TrainConfig):
 
     @property
     def learning_rates(self) -> list[float]:
-        """Those to try: --lr_choices, or --lr alone."""
+        """Those to try: --lr_choices, or --lr."""
         try:
             return [float(lr) for lr in self.lr_choices.split(",") if lr] or [self.fit.lr]
         except ValueError:
-            return [float("nan")]
+            return [math.nan]
 
     @property
     def devices_to_tune(self) -> list[str]:
@@ -220,10 +212,28 @@ FREE_ON_RESUME = {
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
 
+# Reading the command line
+
+
+def split_flags(args: list[str] | None, *names: str) -> tuple[dict[str, str | None], list[str]]:
+    """Return (values of these flags, None where not given; the command line without them), to read a few flags before
+    the defaults of the others are known."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in names:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", dest=name)
+    values, rest = parser.parse_known_args(args)
+    return vars(values), rest
+
+
+def _place_flags(args: list[str] | None) -> dict[str, str | None]:
+    """Return the flags that say which run or checkpoint a script starts from."""
+    given, _ = split_flags(args, "project_name", "resume", "ckpt_id", "ckpt_path", "wandb_mode", "logger")
+    return given | {"project_name": given["project_name"] or RunConfig.project_name}
+
+
 def parse_base(description: str, args: list[str] | None = None) -> tuple[BaseConfig, Run | None]:
-    """train_base.py's configuration, and the run where one is resumed."""
-    resumed = _resumed(BaseConfig, description, args)
-    if resumed:
+    """Return train_base.py's configuration, and the run where one is resumed."""
+    if resumed := _resumed(BaseConfig, description, args):
         return resumed
     config = cli.parse(BaseConfig, description, args=args)
     # Before any data is looked for: the clips' length is not known yet, so a patch may be of any length.
@@ -232,46 +242,121 @@ def parse_base(description: str, args: list[str] | None = None) -> tuple[BaseCon
 
 
 def parse_device_specific(description: str, args: list[str] | None = None) -> tuple[DeviceConfig, Run | None, dict]:
-    """train_device_specific.py's configuration, the run where one is resumed, and the general model's checkpoint."""
-    resumed = _resumed(DeviceConfig, description, args)
-    if resumed:
-        config, run = resumed
-        artifacts.fetch(config.run.project_name, config.ckpt_id, config.run.wandb_mode, config.run.logger)
-        return config, run, load_checkpoint(find_checkpoint(config.run.project_name, config.ckpt_id))
-    project_name = peek("project_name", args) or RunConfig().project_name
-    ckpt_id = peek("ckpt_id", args)
+    """Return train_device_specific.py's configuration, the run where one is resumed, and the general model's
+    checkpoint."""
+    config, run = _resumed(DeviceConfig, description, args) or (None, None)
+    given = {**vars(config.run), "ckpt_id": config.ckpt_id} if config else _place_flags(args)
+    ckpt_id = given["ckpt_id"]
     if not ckpt_id:
         cli.parse(DeviceConfig, description, args=args)  # --help, or a flag that does not exist
         raise UserError("--ckpt_id is missing: give the run id that train_base.py printed")
-    artifacts.fetch(project_name, ckpt_id, peek("wandb_mode", args), peek("logger", args))
-    checkpoint = load_checkpoint(find_checkpoint(project_name, ckpt_id))
-    default = _like_checkpoint(DeviceConfig, checkpoint)
-    config = cli.parse(DeviceConfig, description, default, args)
-    decided = ("model", "logmel", "data", "split")
-    _refuse_changes(default, config, decided, f"the checkpoint of --ckpt_id {ckpt_id}", free=_FREE_DATA)
-    return config, None, checkpoint
+    artifacts.fetch(given["project_name"], ckpt_id, given["wandb_mode"], given["logger"])
+    checkpoint = load_checkpoint(find_checkpoint(given["project_name"], ckpt_id))
+    if config is None:
+        default = _like_checkpoint(DeviceConfig, checkpoint)
+        config = cli.parse(DeviceConfig, description, default, args)
+        decided = ("model", "logmel", "data", "split")
+        _refuse_changes(default, config, f"the checkpoint of --ckpt_id {ckpt_id}", _FREE_DATA, decided)
+    return config, run, checkpoint
 
 
 def parse_test(description: str, args: list[str] | None = None) -> tuple[TestConfig, dict]:
-    """test_only.py's configuration and the checkpoint."""
-    path = peek("ckpt_path", args)
+    """Return test_only.py's configuration and the checkpoint."""
+    given = _place_flags(args)
+    path = given["ckpt_path"]
     if not path:
         cli.parse(TestConfig, description, args=args)
         raise UserError(
-            "--ckpt_path is missing: give a checkpoint file, as <project_name>/<run_id>/checkpoints/best.ckpt"
+            "--ckpt_path is missing: give a checkpoint file, such as <project_name>/<run_id>/checkpoints/best.ckpt"
         )
-    checkpoint = load_trained(path, peek("project_name", args) or RunConfig().project_name)
+    checkpoint = load_trained(path, given["project_name"])
     default = _like_checkpoint(TestConfig, checkpoint)
     config = cli.parse(TestConfig, description, default, args)
-    _refuse_changes(default, config, ("model", "logmel", "data"), f"the checkpoint {path}", free=_FREE_DATA)
+    _refuse_changes(default, config, f"the checkpoint {path}", _FREE_DATA, ("model", "logmel", "data"))
     return config, checkpoint
 
 
-def find_dataset_dir(given: str | None, checkpoint: dict, ckpt_path: str | None = None) -> str | None:
-    """--dataset_dir; without it and without TAU22_DIR the folder that a checkpoint's run was given, which is then said.
+def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tuple[Config, Run] | None:
+    given = _place_flags(args)
+    run_id, project_name = given["resume"], given["project_name"]
+    if not run_id:
+        return None
+    artifacts.fetch(project_name, run_id, given["wandb_mode"], given["logger"])
+    run = find_run(project_name, run_id, "--resume")
+    saved = run.read_config()
+    script = SCRIPTS[kind_of(saved)]
+    if kind_of(saved) == "test":
+        raise UserError(f"--resume {run_id}: that run was made by {script}: run a test again instead of resuming it")
+    if kind_of(saved) != kind_of(to_plain(cls())):
+        how = resume_command(script, run_id, project_name)
+        raise UserError(f"--resume {run_id}: that run was made by {script}; go on with: {how}")
+    refuse_other_scenes(run.scenes(), f"the run --resume {run_id}")
+    default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
+    config = cli.parse(cls, description, default, args)
+    _refuse_changes(default, config, f"the run --resume {run_id}", FREE_ON_RESUME)
+    return config, run
 
-    Stored models name no folder of this machine: theirs is that of the run which they lie in, by ``ckpt_path``.
-    Raises `UserError` where it is not there any more.
+
+def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
+    """Return a script's defaults, with the model, the front end and the split of a checkpoint."""
+    saved = from_plain(cls, checkpoint["config"])
+    data = DataConfig(orig_sample_rate=saved.data.orig_sample_rate)
+    kept = {"split": saved.split} if isinstance(saved, TrainConfig) else {}
+    return dataclasses.replace(cls(), model=saved.model, logmel=saved.logmel, data=data, storage=saved.storage, **kept)
+
+
+def _refuse_changes(default, config, what: str, free: set[str], parts: tuple[str, ...] | None = None) -> None:
+    """Raise `UserError`, with both values, where a flag (of these parts) differs from what is already decided."""
+    before, after = _flat(default, parts), _flat(config, parts)
+    for name, value in before.items():
+        if name not in free and after[name] != value:
+            shown, decided = (",".join(map(str, v)) if isinstance(v, tuple) else v for v in (after[name], value))
+            raise UserError(f"--{name} {shown} contradicts {what}, which has {decided}: leave it out")
+
+
+def _flat(config, parts: tuple[str, ...] | None) -> dict:
+    """Return flag -> value of a configuration, or of some of its parts."""
+    flags = {}
+    for name, value in vars(config).items():
+        if parts is None or name in parts:
+            flags |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
+    return flags
+
+
+# Configurations in checkpoints and config.json
+
+
+def to_plain(config) -> dict:
+    """Return a configuration as plain values, for a checkpoint or JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_plain(cls: type[Config], plain: dict) -> Config:
+    """Return the configuration that `to_plain` gave ``plain`` for; missing parts and fields keep their defaults."""
+    default = cls()
+    parts = {}
+    for name in (f.name for f in dataclasses.fields(cls) if f.name in plain):
+        part = getattr(default, name)
+        parts[name] = _from_values(type(part), plain[name]) if dataclasses.is_dataclass(part) else plain[name]
+    return cls(**parts)
+
+
+def _from_values(cls: type, values: dict):
+    known = {f.name for f in dataclasses.fields(cls)}
+    if cls is ModelConfig and values.get("depth") is not None:  # a run from before a field existed: as without it
+        values = {f.name: f.default for f in dataclasses.fields(aum.AuMConfig) if f.name in known} | values
+    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}  # JSON has no tuples
+    return cls(**tuples)
+
+
+# From one script to the next
+
+
+def find_dataset_dir(given: str | None, checkpoint: dict, ckpt_path: str | None = None) -> str | None:
+    """Return --dataset_dir; without it and without TAU22_DIR the data folder of the checkpoint's run, and print that.
+
+    Stored models name no folder of this machine: theirs is the data folder of the run in which ``ckpt_path`` lies.
+    Raises `UserError` where that folder is missing.
     """
     of_run = checkpoint["config"]["data"].get("dataset_dir")
     if not of_run and ckpt_path and (run := run_of(ckpt_path)):
@@ -285,28 +370,26 @@ def find_dataset_dir(given: str | None, checkpoint: dict, ckpt_path: str | None 
 
 
 def with_data_of(checkpoint: dict, config: Config) -> Config:
-    """The configuration with `find_dataset_dir`'s folder."""
-    dataset_dir = find_dataset_dir(config.data.dataset_dir, checkpoint, getattr(config, "ckpt_path", None))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset_dir=dataset_dir))
+    """Return the configuration with `find_dataset_dir`'s folder."""
+    folder = find_dataset_dir(config.data.dataset_dir, checkpoint, getattr(config, "ckpt_path", None))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dataset_dir=folder))
 
 
 def same_place(config: EvalConfig) -> str:
-    """The flags that lead the next script to this one's runs and data, for a shell."""
+    """Return the flags that lead the next script to this one's runs and data, for a shell."""
     data = ["--dataset_dir", config.data.dataset_dir] if config.data.dataset_dir else []
     return shlex.join(["--project_name", config.run.project_name, *data])
 
 
 def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
-    """The run to write to: the resumed one, or a new one with its config.json written."""
+    """Return the run to write to: the resumed one, or a new one with its config.json written."""
     if run is not None and (run.folder / "results.json").is_file():
         print(f"run {run.id} is trained to its end: it is only tested again")
     if run is None:
-        run = new_run(config.run.project_name, config.run.run_id) if is_main() else None
-        run = from_main(run)
+        run = from_main(new_run(config.run.project_name, config.run.run_id) if is_main() else None)
     if is_main() and not run.has_config():
-        versions = {
-            name: sys.modules[name].__version__ for name in ("torch", "torchaudio", "pytorch_lightning", "numpy")
-        }
+        libraries = ("torch", "torchaudio", "pytorch_lightning", "numpy")
+        versions = {name: sys.modules[name].__version__ for name in libraries}
         write_json(
             run.folder / "config.json",
             {
@@ -321,91 +404,8 @@ def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
     return run
 
 
-def to_plain(config) -> dict:
-    """A configuration as plain values, for a checkpoint or JSON."""
-    return dataclasses.asdict(config)
-
-
-def from_plain(cls: type[Config], plain: dict) -> Config:
-    """The opposite of `to_plain`; parts and fields that are not there keep their defaults."""
-    default = cls()
-    parts = {}
-    for f in dataclasses.fields(cls):
-        value, part = plain.get(f.name), getattr(default, f.name)
-        if f.name in plain:
-            parts[f.name] = _from_values(type(part), value) if dataclasses.is_dataclass(part) else value
-    return cls(**parts)
-
-
-def _from_values(cls: type, values: dict):
-    known = {f.name for f in dataclasses.fields(cls)}
-    if cls is ModelConfig and values.get("depth") is not None:  # of a run before a field was there: as without it
-        values = {f.name: f.default for f in dataclasses.fields(aum.AuMConfig) if f.name in known} | values
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}  # JSON has no tuples
-    return cls(**tuples)
-
-
-def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
-    """A script's defaults, with the model, the front end and the split of a checkpoint."""
-    saved = from_plain(cls, checkpoint["config"])
-    data = DataConfig(orig_sample_rate=saved.data.orig_sample_rate)
-    kept = {"model": saved.model, "logmel": saved.logmel, "data": data, "storage": saved.storage}
-    if "split" in {f.name for f in dataclasses.fields(cls)}:
-        kept["split"] = saved.split
-    return dataclasses.replace(cls(), **kept)
-
-
-def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tuple[Config, Run] | None:
-    run_id = peek("resume", args)
-    if not run_id:
-        return None
-    project_name = peek("project_name", args) or RunConfig().project_name
-    artifacts.fetch(project_name, run_id, peek("wandb_mode", args), peek("logger", args))
-    run = find_run(project_name, run_id, "--resume")
-    saved = run.read_config()
-    kind = kind_of(saved)
-    if kind == "test":
-        raise UserError(
-            f"--resume {run_id}: that run was made by {SCRIPTS[kind]}: a test is not resumed, but run again"
-        )
-    if (kind == "device-specific") != (cls is DeviceConfig):
-        how = resume_command(SCRIPTS[kind], run_id, project_name)
-        raise UserError(f"--resume {run_id}: that run was made by {SCRIPTS[kind]}; go on with: {how}")
-    refuse_other_scenes(run.scenes(), f"the run --resume {run_id}")
-    default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
-    config = cli.parse(cls, description, default, args)
-    parts = tuple(f.name for f in dataclasses.fields(cls))
-    _refuse_changes(default, config, parts, f"the run --resume {run_id}", free=FREE_ON_RESUME)
-    return config, run
-
-
-def _refuse_changes(default, config, parts: tuple[str, ...], what: str, free: set[str] = frozenset()) -> None:
-    """Raise `UserError`, with both values, where a flag differs from what is already decided."""
-    for part in parts:
-        before, after = getattr(default, part), getattr(config, part)
-        fields = vars(before) if dataclasses.is_dataclass(before) else {part: before}
-        for name, value in fields.items():
-            given = getattr(after, name) if dataclasses.is_dataclass(after) else after
-            if given != value and name not in free:
-                raise UserError(f"--{name} {_shown(given)} contradicts {what}, which has {_shown(value)}: leave it out")
-
-
-def _shown(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def peek(name: str, args: list[str] | None) -> str | None:
-    """The value of one flag, before the command line is parsed with the defaults that it leads to."""
-    args = sys.argv[1:] if args is None else args
-    for i, arg in enumerate(args):
-        flag, _, value = arg.partition("=")
-        if flag.startswith("--") and flag[2:].replace("-", "_") == name:
-            return value or (args[i + 1] if i + 1 < len(args) else None)
-    return None
-
-
 def _commit() -> str | None:
-    """The git commit of this code, where it is a checkout."""
+    """Return the git commit of this code, where it is a checkout."""
     here = Path(__file__).parent
     try:
         shown = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10)

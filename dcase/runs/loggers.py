@@ -1,35 +1,37 @@
-"""Where figures go while a model is trained: metrics.csv always, and W&B or TensorBoard beside it (--logger).
+"""Loggers of a run's metrics: metrics.csv always, and W&B or TensorBoard beside it (--logger).
 
-In W&B a run is shown under its own id. Stage 2 stands in one group with the general model's run, ``best/...`` in its
-summary is the best validated epoch, and charts have the optimiser's step as axis. ``wandb sync`` of an offline run
-sends the same.
+W&B shows a run under its own id. Stage 2 is in one group with the general model's run, ``best/...`` in the summary is
+the best validated epoch, and charts have the optimiser's step as axis. ``wandb sync`` sends the same for an offline
+run.
 """
 
 import csv
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.loggers.logger import Logger
 
-from dcase.errors import UserError, one_line
+from dcase.errors import UserError, one_line, resumable
 from dcase.files import replace_file
+from dcase.machine import is_main
 from dcase.runs import artifacts
-from dcase.runs.folder import Run, RunConfig
+from dcase.runs.config import EvalConfig, to_plain
+from dcase.runs.folder import SCRIPTS, Run, kind_of, resume_command
 
 
 class MetricsCsv(Logger):
-    """Appends what is logged to metrics.csv: columns step, name, value. A resumed run drops the rows it will redo."""
+    """Appends metrics to metrics.csv: columns step, name, value. A resumed run drops the rows that it repeats."""
 
     def __init__(self, path: Path):
         super().__init__()
         self.path = path
 
-    name = version = ""  # of Logger; the progress bar would show others
+    name = version = ""  # the progress bar would show Logger's
     columns = ("step", "name", "value")
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
@@ -60,14 +62,14 @@ class MetricsCsv(Logger):
 
 
 class Wandb(Logger):
-    """W&B's logger, which from its first error on is only a silence: training goes on without it."""
+    """W&B's logger. After its first error it does nothing, and training goes on without it."""
 
     def __init__(self, logger: Logger, run: Run, keeps_checkpoints: bool = False):
-        """``keeps_checkpoints``: they are uploaded, too."""
+        """``keeps_checkpoints``: upload checkpoints too."""
         super().__init__()
         self._logger, self._run, self._keeps_checkpoints, self._works = logger, run, keeps_checkpoints, True
 
-    name = version = ""  # of Logger; the progress bar would show others
+    name = version = ""  # the progress bar would show Logger's
 
     def log_hyperparams(self, params, *args, **kwargs) -> None:
         pass  # W&B has them since its start
@@ -76,11 +78,11 @@ class Wandb(Logger):
         self.call(lambda logger: logger.log_metrics(metrics, step))
 
     def summarise(self, figures: dict[str, float]) -> None:
-        """Show these as the run's own, whatever is logged later."""
+        """Put these into the run's summary, where later metrics do not replace them."""
         self.call(lambda logger: logger.experiment.summary.update(figures))
 
     def keep_checkpoints(self) -> None:
-        """Upload them as they are now, where --log_checkpoints asks for it."""
+        """Upload the current checkpoints, with --log_checkpoints."""
         if self._keeps_checkpoints:
             self.call(lambda logger: artifacts.upload(logger.experiment, self._run))
 
@@ -88,34 +90,31 @@ class Wandb(Logger):
         self.keep_checkpoints()
         self.call(lambda logger: logger.experiment.finish(exit_code=int(failed)))
         if not self._works:
-            _end_wandb()  # else it fails once more at the program's end, loudly
+            _end_wandb()  # otherwise it fails again at the program's end, with a traceback
 
     def call(self, what: Callable[[Logger], object]) -> None:
-        """Do something with W&B's own logger, where it still works."""
+        """Call ``what`` with Lightning's logger for W&B, unless that has failed before."""
         if self._works:
             try:
                 what(self._logger)
-            except Exception as error:  # its process gone, its folder full, its network: whatever it is
+            except Exception as error:  # its process is gone, its folder full, its network down, ...
                 self._works = False
                 where = self._run.folder
                 print(f"W&B has failed ({one_line(error)}); the run goes on without it, metrics go to {where}")
 
 
-def wandb_logger(
-    config: RunConfig, run: Run, name: str, content: dict, group: str | None = None, job_type: str | None = None
-) -> Wandb | None:
-    """W&B's logger for this run's id: online, or offline where it cannot be reached; None where it is disabled or does
-    not even work offline. Training never waits for it longer than half a minute.
+def wandb_logger(config: EvalConfig, run: Run) -> Wandb | None:
+    """Return W&B's logger for this run's id: online, or offline where it cannot be reached; None where it is disabled
+    or fails offline too. Training never waits for it longer than half a minute.
 
-    ``content`` is the configuration to show there; runs of one ``group`` are shown together, those of a ``job_type``
-    told apart in it. Uploaded are metrics, configuration, plots, what was predicted of each test clip, and a dozen
-    mistakes as log-mel pictures with their file names; sound never, checkpoints with --log_checkpoints.
+    It uploads metrics, configuration, plots, the prediction for each test clip, and a dozen mistakes as log-mel
+    pictures with their file names; never sound, and checkpoints only with --log_checkpoints.
     """
-    modes = {"disabled": (), "offline": ("offline",)}.get(config.wandb_mode, (config.wandb_mode, "offline"))
-    for mode in modes:
+    given = config.run.wandb_mode
+    for mode in {"disabled": (), "offline": ("offline",)}.get(given, (given, "offline")):
         try:
-            experiment, mode = _start_wandb(mode, config, run, name, content, group, job_type)
-        except Exception as error:  # whatever ails W&B, its folder or the network, the run goes on
+            experiment, mode = _start_wandb(mode, config, run)
+        except Exception as error:  # whatever fails in W&B, its folder or the network, the run goes on
             what = f"W&B cannot be used {mode if mode == 'offline' else 'online'}"
             print(f"{what} ({type(error).__name__}: {one_line(error)}); metrics go to {run.folder}")
             _end_wandb()  # it would hold on to the run's id
@@ -124,7 +123,7 @@ def wandb_logger(
         print(f"W&B: {mode}, run id {run.id}{sync}")
         from pytorch_lightning.loggers import WandbLogger
 
-        return Wandb(WandbLogger(experiment=experiment), run, config.log_checkpoints)
+        return Wandb(WandbLogger(experiment=experiment), run, config.run.log_checkpoints)
     return None
 
 
@@ -133,24 +132,25 @@ def _end_wandb() -> None:
         sys.modules["wandb"].teardown()
 
 
-def _start_wandb(
-    mode: str, config: RunConfig, run: Run, name: str, content: dict, group: str | None, job_type: str | None
-):
-    """(W&B's run, "online" or "offline")."""
-    import wandb  # 2 seconds: only where it is wanted
+def _start_wandb(mode: str, config: EvalConfig, run: Run):
+    """Return (W&B's run, "online" or "offline")."""
+    import wandb  # 2 seconds: only where it is used
 
     if mode == "auto":
         mode = "online" if wandb.login(prompt=False) else "offline"
+    plain = to_plain(config)
+    kind = kind_of(plain)
+    group = {"general": run.id, "device-specific": plain.get("ckpt_id")}.get(kind)
     experiment = wandb.init(
-        project=Path(config.project_name).name,
+        project=Path(config.run.project_name).name,
         id=run.id,
-        name=name,
+        name=config.run.experiment_name or config.model.model,
         group=os.environ.get("WANDB_RUN_GROUP") or group,  # seeds.py sets it, or the user
-        job_type=job_type,
+        job_type=kind,
         dir=run.folder,
         mode=mode,
         resume="allow",
-        config=content,
+        config=plain | {"commit": run.commit()},
         settings=wandb.Settings(
             silent=True,
             console="off",
@@ -168,50 +168,17 @@ def _start_wandb(
 
 
 class TensorBoard(TensorBoardLogger):
-    """TensorBoard's files, in the run's folder: ``tensorboard --logdir <project_name>`` shows all runs of a project.
+    """TensorBoard's files in the run's folder: ``tensorboard --logdir <project_name>`` shows all runs of a project.
 
-    A resumed run drops from the files that it finds what it will redo. SummaryWriter's ``purge_step`` would hide every
-    later step, those of other devices' models too, and each model's steps begin at 0.
+    A resumed run shows the steps that it repeats twice. SummaryWriter's ``purge_step`` would hide every later step,
+    those of other devices' models too, since each model's steps begin at 0.
     """
 
     def __init__(self, run: Run):
         super().__init__(run.folder, name="tensorboard", version="", default_hp_metric=False)
-        self._earlier = sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
 
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
-
-    def drop_from(self, step: int, prefix: str) -> None:
-        """As `MetricsCsv.drop_from`, of what was logged before this process; charts are of step 0."""
-        from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        for path in self._earlier:
-            records = list(RawEventFileLoader(str(path)).Load())  # a record that a kill has cut is left out
-            kept = []
-            for record in records:
-                event = Event.FromString(record)
-                if event.step < step or not any(value.tag.startswith(prefix) for value in event.summary.value):
-                    kept.append(record)
-            if len(kept) < len(records):
-                replace_file(path, partial(_write_records, kept))
-
-
-def _write_records(records: Iterable[bytes], path: Path) -> None:
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    with open(path, "wb") as file:
-        writer = RecordWriter(file)
-        for record in records:
-            writer.write(record)
-
-
-def drop_from(loggers: Sequence[Logger], step: int, prefix: str) -> None:
-    """Drop what was logged at this optimiser step or later under names that start with ``prefix``: the run does it
-    again. W&B cannot."""
-    for logger in loggers:
-        if isinstance(logger, (MetricsCsv, TensorBoard)):
-            logger.drop_from(step, prefix)
 
 
 def tensorboard_logger(run: Run) -> TensorBoard:
@@ -224,10 +191,49 @@ def tensorboard_logger(run: Run) -> TensorBoard:
     return logger
 
 
-def show_charts(logger: TensorBoardLogger, paths: dict[str, Path]) -> None:
-    """Charts (PNG) by the names that TensorBoard is to show them under."""
-    from matplotlib.image import imread
+@contextmanager
+def open_loggers(config: EvalConfig, run: Run) -> Iterator[list[Logger]]:
+    """Yield the loggers of metrics.csv and of --logger; none in a process that is not the main one.
 
-    for name, path in paths.items():
-        logger.experiment.add_image(name, imread(path), dataformats="HWC")
-    logger.experiment.flush()
+    W&B learns at the end whether the run failed. The message of a signal that ends a training run names the command
+    that resumes it; a test is run again.
+    """
+    kind = kind_of(to_plain(config))
+    resuming = nullcontext()
+    if kind != "test":
+        resuming = resumable(resume_command(SCRIPTS[kind], run.id, config.run.project_name))
+    loggers, failed = [], True
+    if is_main():
+        make = {"wandb": partial(wandb_logger, config), "tensorboard": tensorboard_logger}.get(config.run.logger)
+        loggers = [MetricsCsv(run.folder / "metrics.csv"), make and make(run)]
+        loggers = [logger for logger in loggers if logger is not None]
+    try:
+        with resuming:
+            yield loggers
+        failed = False
+    finally:
+        for logger in loggers:
+            if isinstance(logger, Wandb):
+                logger.finish(failed)
+
+
+def drop_from(loggers: Sequence[Logger], step: int, prefix: str) -> None:
+    """Drop from metrics.csv what was logged at this optimiser step or later under names that start with ``prefix``: the
+    run logs it again."""
+    for logger in loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.drop_from(step, prefix)
+
+
+def show_test(loggers: Sequence[Logger], charts: dict[str, Path], media: Callable[[Logger], object]) -> None:
+    """Show a test beside its metrics: in TensorBoard ``charts`` (PNG files by name), in W&B what ``media`` gives to its
+    logger."""
+    for logger in loggers:
+        if isinstance(logger, Wandb):
+            logger.call(media)
+        elif isinstance(logger, TensorBoard):
+            from matplotlib.image import imread
+
+            for name, path in charts.items():
+                logger.experiment.add_image(name, imread(path), dataformats="HWC")
+            logger.experiment.flush()

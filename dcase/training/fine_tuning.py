@@ -27,14 +27,14 @@ from dcase.training.lit import SceneClassifier
 from dcase.training.teachers import Teachers
 
 TUNED = "tuned.ckpt"  # a device's own model, ready for use
-# Standard errors by which it must be better. With few locations that is a weak test: of three, luck passes one time in
-# eleven, and epoch and learning rate were chosen on the same clips.
+# Standard errors by which it must be better. With few locations that is a weak test: with three, chance passes one time
+# in eleven, and epoch and learning rate were chosen on the same clips.
 CERTAINTY = 2
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What fine-tuning for one device came to. Accuracies are macro averages on the device's validation clips."""
+    """The outcome of fine-tuning for one device. Accuracies are macro averages on the device's validation clips."""
 
     kept: bool
     reason: str
@@ -65,10 +65,10 @@ def fine_tune(
     loggers: Sequence[Logger],
     teachers: Teachers | None = None,
 ) -> tuple[Outcome, dict[str, Tensor] | None]:
-    """Fine-tune the general model on one device's clips; (outcome, the model's weights if kept).
+    """Fine-tune the general model on one device's clips. Return (outcome, the model's weights if kept).
 
-    ``clips`` are (training, validation) of all devices; ``like`` is their data set, for the clips' length.
-    A device that an interrupted run has finished is not trained again; one that it was in goes on where it was.
+    ``clips`` are (training, validation) of all devices; ``like`` is their data set, for the clips' length. Where a run
+    is resumed, a finished device is not trained again, and an interrupted one goes on where it was.
     """
     folder = run.checkpoints / device_id
     decision = folder / "outcome.json"
@@ -100,7 +100,7 @@ def _decide(
     train_set = TAU22(train_clips, like.sound, like)
     val_set = TAU22(val_clips, like.sound, like) if val_clips is not None else None
 
-    # Each device has a seed of its own, so that its result does not depend on which were trained before it.
+    # Each device has its own seed, so that its result does not depend on which were trained before it.
     seed = mixed_seed(config.fit.seed, DEVICES.index(device_id)) % 2**32
     print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
     tried = []
@@ -110,7 +110,7 @@ def _decide(
         module = SceneClassifier(tuned, general.frames)
         module.load_state_dict(general.state_dict())
         module.choose_trained(config.finetune, config.lora_rank)
-        module.responses = general.responses
+        module.augment.responses = general.augment.responses
         module.log_prefix, module.clips_id = f"{device_id}/", general.clips_id
         place = folder
         if len(config.learning_rates) > 1:
@@ -125,12 +125,12 @@ def _decide(
     counts = {"n_train": len(train_set), "n_val": len(val_set) if val_set else 0, "lr": lr}
     if val_set is None:
         return Outcome(True, "nothing was held out to compare on (--val_fraction 0)", **counts)
-    before, loss_before = _heard(general, val_set, config, folder)
+    before, loss_before = _compared(general, val_set, config, folder)
     module = SceneClassifier(config, general.frames)
     module.load_state_dict(general.state_dict())
     module.model.load_state_dict(load_checkpoint(folder / TUNED)["state_dict"])
-    after, loss_after = _heard(module, val_set, config, folder)
-    # A handful of clips of two or three places hardly moves the accuracy, and is often luck.
+    after, loss_after = _compared(module, val_set, config, folder)
+    # Not the accuracy: a few clips from two or three places hardly move it, and often by chance.
     gain, error = mean_and_error(loss_before - loss_after, val_clips.location)
     is_clear, no_worse = gain > CERTAINTY * error, after[MONITOR] >= before[MONITOR]
     reason = f"the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.3f} with a standard error of {error:.3f}"
@@ -151,8 +151,8 @@ def _decide(
     )
 
 
-def _heard(module: SceneClassifier, val_set: TAU22, config: DeviceConfig, folder: Path) -> tuple[dict, Tensor]:
-    """(results on the validation clips, each clip's loss (n,))"""
+def _compared(module: SceneClassifier, val_set: TAU22, config: DeviceConfig, folder: Path) -> tuple[dict, Tensor]:
+    """Return (results on the validation clips, each clip's loss (n,))."""
     batches = loader(val_set, config.machine, evaluation_batches(val_set, config.machine))
     with no_silent_exit():
         make_trainer(config.machine, folder, []).validate(module, batches, verbose=False)

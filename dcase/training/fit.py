@@ -1,4 +1,4 @@
-"""What both training scripts need around the module: the Trainer, its checkpoints, and the normalisation."""
+"""The Trainer of every script, its checkpoints, and the log-mel's normalisation."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -24,7 +24,7 @@ from aum.allocator import keep_freed_memory
 from aum.scan import choose
 from dcase.data.dataset import TAU22
 from dcase.data.loading import Batches, evaluation_batches, loader, shuffled
-from dcase.errors import Stopped, UserError, doctor_tells_more, resumable
+from dcase.errors import Stopped, UserError, doctor_tells_more
 from dcase.machine import (
     MachineConfig,
     from_main,
@@ -34,12 +34,12 @@ from dcase.machine import (
     process_rank,
     same_everywhere,
     start_processes,
+    sum_over_all,
 )
 from dcase.progress import progress
 from dcase.runs.checkpoints import SafeCheckpoints, newest_checkpoint
-from dcase.runs.config import DeviceConfig, EvalConfig, TrainConfig, to_plain
-from dcase.runs.folder import SCRIPTS, Run, kind_of, resume_command
-from dcase.runs.loggers import MetricsCsv, Wandb, drop_from, tensorboard_logger, wandb_logger
+from dcase.runs.config import TrainConfig
+from dcase.runs.loggers import Wandb, drop_from
 from dcase.training.bars import Bars
 from dcase.training.lit import SceneClassifier
 from dcase.training.stopping import StopRequest
@@ -51,8 +51,8 @@ NORMALISATION_CLIPS = 5000  # at most: enough for four digits of the mean
 
 
 class KeepCheckpoints(Checkpoint):
-    """last.ckpt after every epoch, and in the middle of one where a signal ends the run; best.ckpt, weights only, when
-    validation accuracy is higher than ever before.
+    """Writes last.ckpt after every epoch, and within one where a signal ends the run; best.ckpt, weights only, when
+    validation accuracy reaches a new maximum.
 
     Lightning's ModelCheckpoint would forget the best score of a run whose folder was moved. Validation is started here
     and not by Lightning, so that last.ckpt holds an epoch's training before its validation begins.
@@ -73,7 +73,7 @@ class KeepCheckpoints(Checkpoint):
         self._catch_up(trainer, module)
 
     def on_fit_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
-        # Where the last epoch's validation is all that a resumed run has left to do. Lightning has cleared up by now.
+        # Where a resumed run has only the last epoch's validation left to do. Lightning has cleaned up by now.
         module.to(trainer.strategy.root_device)
         self._catch_up(trainer, module)
         module.cpu()
@@ -82,7 +82,7 @@ class KeepCheckpoints(Checkpoint):
         if self.validation_due:
             drop_from(trainer.loggers, trainer.global_step - 1, f"{module.log_prefix}val/")
             progress = trainer.fit_loop.epoch_progress.current
-            progress.completed -= 1  # as it was when the epoch's training ended: the checkpoints tell the epoch
+            progress.completed -= 1  # as when the epoch's training ended: checkpoints record the epoch
             self._validate(trainer, module)
             progress.completed += 1
 
@@ -92,18 +92,19 @@ class KeepCheckpoints(Checkpoint):
         if not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self.stopped_by = self._stop_asked(trainer)
             if self.stopped_by:
+                module.train_loss = sum_over_all(module.train_loss)  # the epoch goes on from the main process's file
                 self._save(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args) -> None:
-        if self.stopped_by:  # not sooner: Lightning had still to log the last batch
+        if self.stopped_by:  # not sooner: Lightning still had to log the last batch
             self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         for name, parameter in module.named_parameters():
             if not parameter.isfinite().all():
                 raise UserError(
-                    f"{name} is not finite after epoch {trainer.current_epoch + 1}; the checkpoints are of before. "
-                    "Lower --lr, clip the gradient (--gradient_clip_val 1) or use --precision 32"
+                    f"{name} is not finite after epoch {trainer.current_epoch + 1}; the checkpoints were saved before "
+                    "that. Lower --lr, clip the gradient (--gradient_clip_val 1) or use --precision 32"
                 )
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         loss = module.epoch_loss()
@@ -170,7 +171,7 @@ class KeepCheckpoints(Checkpoint):
 
 @contextmanager
 def no_silent_exit() -> Iterator[None]:
-    """Lightning ends the program without a word where a signal hits it; turn that into what `errors.run` tells."""
+    """Turn Lightning's silent exit on a signal into an exception that `errors.run` reports."""
     try:
         yield
     except SIGTERMException as end:
@@ -180,7 +181,7 @@ def no_silent_exit() -> Iterator[None]:
 
 
 class PlainSignals(Callback):
-    """SIGTERM ends an evaluation as it ends any program. Lightning's handler would end it with exit code 0."""
+    """Lets SIGTERM end an evaluation as it ends any program. Lightning's handler would end it with exit code 0."""
 
     def on_test_start(self, *args) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -190,25 +191,30 @@ class PlainSignals(Callback):
 
 
 def checkpoint_to_resume(folder: Path) -> Path | None:
-    """`runs.newest_checkpoint`, as the main process finds it; None where a run begins."""
+    """Return the main process's `newest_checkpoint`; None where a run begins."""
     return from_main(newest_checkpoint(folder) if is_main() else None)
 
 
+def scan_of(model: torch.nn.Module, device: torch.device, precision: str) -> str | None:
+    """Return the name of the scan backend that an Audio Mamba uses there; None for another model."""
+    return choose(device.type, DTYPES[precision]) if isinstance(model, aum.AudioMamba) else None
+
+
 def epochs_done(trainer: pl.Trainer) -> int:
-    """Epochs whose training is behind a run. ``trainer.current_epoch`` is one less while a run is being resumed."""
+    """Return the number of trained epochs. ``trainer.current_epoch`` is one less while a run is being resumed."""
     return trainer.fit_loop.epoch_progress.current.processed
 
 
 def batches_done(trainer: pl.Trainer, n_batches: int) -> int:
-    """Batches of the epoch under way that a resumed run has behind it; 0 where the epoch is over."""
+    """Return the number of batches that a resumed run has trained in the current epoch; 0 where it is complete."""
     return trainer.fit_loop.epoch_loop.batch_progress.current.processed % n_batches
 
 
 @doctor_tells_more
 def check_machine(machine: MachineConfig) -> None:
-    """Raise `UserError` for flags that do not fit this machine, before anything is made or read.
+    """Start the processes that train together, and print which scan will run, and why.
 
-    Says which scan will run, and why.
+    Raises `UserError` for flags that do not fit this machine, before anything is written or read.
     """
     if machine.scan_backend != "auto":
         os.environ["AUM_SCAN_BACKEND"] = machine.scan_backend  # for the processes that this one starts, too
@@ -217,7 +223,7 @@ def check_machine(machine: MachineConfig) -> None:
     if "LOCAL_RANK" in os.environ and started != trainer.world_size:  # torchrun sets both
         raise UserError(
             f"{started} processes were started, and --devices {machine.devices} --num_nodes {machine.num_nodes} make "
-            f"{trainer.world_size}: give as many"
+            f"{trainer.world_size}: make them match"
         )
     if trainer.world_size > 1:
         start_processes(trainer)
@@ -233,7 +239,8 @@ def check_machine(machine: MachineConfig) -> None:
 def make_trainer(
     machine: MachineConfig, folder: Path, loggers: list[Logger], config: TrainConfig | None = None, checkpoints=None
 ) -> pl.Trainer:
-    """Lightning's Trainer; without ``config`` only for evaluation. Raises `UserError` for flags that it refuses."""
+    """Return Lightning's Trainer; without ``config`` only for evaluation. Raises `UserError` for flags that it
+    refuses."""
     quieten()
     fit = {}
     if config is not None:
@@ -269,62 +276,27 @@ def make_trainer(
     return trainer
 
 
-@contextmanager
-def loggers(config: EvalConfig, run: Run) -> Iterator[list[Logger]]:
-    """metrics.csv and what --logger says: W&B under the run's own id, where it can be used; it is told when the run is
-    over."""
-    if not is_main():
-        with _resumable(config, run):
-            yield []
-        return
-    wandb = _wandb(config, run) if config.run.logger == "wandb" else None
-    beside = [wandb] if wandb else [tensorboard_logger(run)] if config.run.logger == "tensorboard" else []
-    failed = True
-    try:
-        with _resumable(config, run):
-            yield [MetricsCsv(run.folder / "metrics.csv"), *beside]
-        failed = False
-    finally:
-        if wandb:
-            wandb.finish(failed)
-
-
-def _resumable(config: EvalConfig, run: Run) -> AbstractContextManager:
-    """Tell how an interrupted training run goes on; a test is run again."""
-    kind = kind_of(to_plain(config))
-    if kind == "test":
-        return nullcontext()
-    return resumable(resume_command(SCRIPTS[kind], run.id, config.run.project_name))
-
-
-def _wandb(config: EvalConfig, run: Run) -> Wandb | None:
-    name = config.run.experiment_name or config.model.model
-    group, job = None, "test"
-    if isinstance(config, DeviceConfig):
-        group, job = config.ckpt_id, "device-specific"
-    elif isinstance(config, TrainConfig):
-        group, job = run.id, "general"
-    return wandb_logger(config.run, run, name, to_plain(config) | {"commit": run.commit()}, group, job)
-
-
 def quieten() -> None:
-    """Leave the terminal to what matters: our lines, progress bars and real warnings."""
+    """Silence Lightning's routine messages, so that our lines, progress bars and real warnings stand out."""
     for name in ("pytorch_lightning", "lightning_fabric", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s")
     if is_main():
         logging.getLogger("aum").setLevel(logging.INFO)  # which scan backend is used, and why
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*lower value for log_every_n_steps.*")
-    warnings.filterwarnings("ignore", message=".*have no `val_dataloader`.*")  # --val_fraction 0
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")  # DDP, of (n, 1) weights
-    # Lightning cannot know that loading.Batches begins where an interrupted run was.
-    warnings.filterwarnings("ignore", message=".*resuming from a checkpoint that ended before the epoch ended.*")
+    for message in (
+        ".*does not have many workers.*",
+        ".*lower value for log_every_n_steps.*",
+        ".*have no `val_dataloader`.*",  # --val_fraction 0
+        ".*LeafSpec.*",
+        "Grad strides do not match bucket view strides",  # DDP, of (n, 1) weights
+        # Lightning cannot know that loading.Batches begins where an interrupted run was.
+        ".*resuming from a checkpoint that ended before the epoch ended.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineConfig) -> None:
-    """Set the log-mel's mean and deviation from the training clips: all of them, or 5,000 evenly spaced ones."""
+    """Set the log-mel's mean and deviation from the training clips, at most about 5,000 evenly spaced ones."""
     clips = range(0, len(train), -(-len(train) // NORMALISATION_CLIPS))
     if is_main():
         batches = loader(train, machine, Batches(len(clips), machine.batch_size, lambda: clips))
@@ -337,7 +309,7 @@ def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineCon
 
 @doctor_tells_more
 def _prepare_model(module: SceneClassifier, trainer: pl.Trainer, config: TrainConfig) -> None:
-    """Test the scan on the device that is to train, and compile the model where asked to."""
+    """Test the scan on the training device, and compile the model with --compile."""
     device = trainer.strategy.root_device
     try:
         aum.self_test(device, DTYPES[config.machine.precision])
@@ -346,7 +318,7 @@ def _prepare_model(module: SceneClassifier, trainer: pl.Trainer, config: TrainCo
     if config.fit.compile:
         if device.type == "cpu" and not shutil.which(shlex.split(os.environ.get("CXX", "g++"))[0]):
             raise UserError("--compile needs a C++ compiler on the CPU: install one (apt install g++), or leave it out")
-        # In place, so that checkpoints keep their names. 65 tokens are bound by launches: on GPUs replay CUDA graphs.
+        # In place, so that checkpoints keep their names. Launches dominate 65 tokens: replay CUDA graphs on GPUs.
         module.model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
 
 
@@ -359,7 +331,7 @@ def train(
     loggers: list[Logger],
     teachers: Teachers | None = None,
 ) -> KeepCheckpoints:
-    """Train into ``folder``/{last,best}.ckpt, from last.ckpt where there is one; says which epoch was best."""
+    """Train into ``folder``/{last,best}.ckpt, from last.ckpt where it exists. Returns what knows the best epoch."""
     fit = config.fit
     if teachers is not None:
         if config.distill.teacher_input == "cached":
@@ -392,7 +364,6 @@ def train(
                 weights_only=True,
             )
         number = largest_of_all(stop.received, trainer.strategy.root_device)
-        if number:  # it came too late for a step's or an epoch's end
-            text = f"stopped by {signal.Signals(number).name} after training"
-            raise Stopped(number, text)
+        if number:  # it came after the last step's end
+            raise Stopped(number, f"stopped by {signal.Signals(number).name} after training")
     return checkpoints

@@ -1,8 +1,8 @@
-"""``--seeds N``: train_base.py once for each seed, in a process and a run of its own, and what they come to.
+"""``--seeds N``: run train_base.py once per seed, each in its own process and run; then mean and deviation.
 
     <project_name>/<series_id>.json    the flags, the runs, and at the end mean and deviation of their figures
 
-``--resume SERIES_ID`` goes on with the seed, and at the epoch, where a series was: runs that are finished stay.
+``--resume SERIES_ID`` goes on with the seed and the epoch at which a series stopped; finished runs stay.
 """
 
 import json
@@ -17,7 +17,7 @@ from dcase.errors import UserError, one_line
 from dcase.files import write_json
 from dcase.machine import SIGNALS
 from dcase.report import compare
-from dcase.runs.config import BaseConfig, from_plain, parse_base, peek, same_place
+from dcase.runs.config import BaseConfig, from_plain, parse_base, same_place, split_flags
 from dcase.runs.folder import Run, RunConfig, new_id, resume_command
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_base.py"
@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "train_base.py"
 
 @dataclass(frozen=True)
 class Series:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     path: Path
     args: list[str]  # of train_base.py, for every seed
@@ -44,14 +44,14 @@ class Series:
 
 
 def train_each(description: str) -> bool:
-    """Train every seed where --seeds asks for several, or --resume for a series. Whether it was so.
+    """Train every seed where --seeds asks for several or --resume for a series, and return whether one of them did.
 
-    Ends the program with the exit code of the first seed that fails, and says how to go on.
+    Ends the program with the exit code of the first seed that fails, and prints how to go on.
     """
     args = sys.argv[1:]
-    series, further = _to_resume(args), without(args, "resume", "project_name")
+    series, further = _to_resume(args)
     if series is None:
-        series, further = _new(args, description), []
+        series = _new(args, description)
     if series is None:
         return False
     for i, (seed, run_id) in enumerate(series.runs.items(), 1):
@@ -79,54 +79,44 @@ def _refuse_several_processes() -> None:
         )
 
 
-def without(args: list[str], *names: str) -> list[str]:
-    """The command line less these flags and their values."""
-    kept, skip = [], False
-    for arg in args:
-        flag, _, value = arg.partition("=")
-        named = flag.startswith("--") and flag[2:].replace("-", "_") in names
-        if not (named or skip):
-            kept.append(arg)
-        skip = named and not value
-    return kept
-
-
 def _new(args: list[str], description: str) -> Series | None:
-    if peek("seeds", args) in (None, "1"):
+    given, rest = split_flags(args, "seeds", "seed", "run_id")
+    if given["seeds"] in (None, "1"):
         return None
     _refuse_several_processes()
-    config, _ = parse_base(description, args)  # a mistake in the flags is found now
+    config, _ = parse_base(description, args)  # bad flags are found now
     series_id, project = config.run.run_id or new_id(), Path(config.run.project_name)
     seeds = range(config.fit.seed, config.fit.seed + config.seeds)
     if len(f"{series_id}-{seeds[-1]}") > 64:
-        raise UserError(f"--run_id {series_id} is too long: each run's id is this and its seed, 64 characters at most")
+        raise UserError(f"--run_id {series_id} is too long: with the seed a run's id has at most 64 characters")
     path = project / f"{series_id}.json"
     if path.exists():
         raise UserError(f"--run_id {series_id}: {path} is there already: --resume it, or give another id")
-    series = Series(path, without(args, "seeds", "seed", "run_id"), {seed: f"{series_id}-{seed}" for seed in seeds})
+    series = Series(path, rest, {seed: f"{series_id}-{seed}" for seed in seeds})
     write_json(path, series.content())
     print(f"{len(seeds)} seeds, runs {', '.join(series.runs.values())}; after an interruption: --resume {series_id}")
     return series
 
 
-def _to_resume(args: list[str]) -> Series | None:
-    series_id = peek("resume", args)
-    if not series_id or Path(series_id).name != series_id:
-        return None
-    path = Path(peek("project_name", args) or RunConfig().project_name) / f"{series_id}.json"
-    if not path.is_file():
-        return None
+def _to_resume(args: list[str]) -> tuple[Series | None, list[str]]:
+    """Return the series that --resume names, where there is one, and the flags to resume its runs with."""
+    given, rest = split_flags(args, "resume", "project_name")
+    series_id = given["resume"]
+    path = Path(given["project_name"] or RunConfig.project_name) / f"{series_id}.json"
+    if not series_id or Path(series_id).name != series_id or not path.is_file():
+        return None, []
     _refuse_several_processes()
     try:
         saved = json.loads(path.read_text())
-        return Series(path, list(saved["args"]), {int(seed): run_id for seed, run_id in saved["runs"].items()})
+        runs = {int(seed): run_id for seed, run_id in saved["runs"].items()}
+        return Series(path, list(saved["args"]), runs), rest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}): --resume its runs, one at a time") from error
 
 
 def _run(args: list[str], series_id: str) -> int:
-    """The exit code of train_base.py, which gets the signals that this process gets."""
-    # In a group of its own: a terminal's Ctrl-C would reach it twice, and twice means "at once".
+    """Run train_base.py, pass this process's signals on to it, and return its exit code."""
+    # In its own process group: a terminal's Ctrl-C would reach it twice, which ends it without saving.
     environment = {"WANDB_RUN_GROUP": series_id, **os.environ}
     child = subprocess.Popen([sys.executable, str(SCRIPT), *args], env=environment, process_group=0)
 
@@ -139,11 +129,11 @@ def _run(args: list[str], series_id: str) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return code if code >= 0 else 128 - code  # as a shell has it
+    return code if code >= 0 else 128 - code  # as a shell returns it
 
 
 def _tell(series: Series) -> None:
-    """Write mean and deviation into the series' file, and show them."""
+    """Write mean and deviation into the series' file, and print them."""
     finished, said = compare.read_all(series.project_name, list(series.runs.values()))
     if said:
         raise UserError(said[0])

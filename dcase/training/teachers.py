@@ -1,4 +1,4 @@
-"""The trained models that a model learns from: loaded by their run ids, their outputs kept or computed anew."""
+"""The trained models that a model learns from: loaded by their run ids, their outputs cached or computed live."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,7 +12,6 @@ from dcase.data.loading import Batches, loader
 from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.machine import MachineConfig, main_first
-from dcase.model.devices import forward_by_device
 from dcase.progress import progress
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import TrainConfig
@@ -21,38 +20,37 @@ from dcase.training.lit import SceneClassifier
 
 
 class Teachers:
-    """One or several trained models, of either stage; their logits are averaged."""
+    """One or more trained models, of either stage; their logits are averaged."""
 
     def __init__(self, modules: Sequence[SceneClassifier], paths: Sequence[Path]):
-        """``paths``: the modules' checkpoint files, beside whose runs outputs are kept."""
+        """``paths``: the modules' checkpoint files; outputs are cached in the folders of their runs."""
         self.modules, self.paths = [module.eval().requires_grad_(False) for module in modules], paths
         self.kept: Tensor | None = None  # (clips, n_classes), in the order of the training clips
 
     @torch.no_grad()
     def live(self, waveform: Tensor, length: Tensor, device: Tensor) -> Tensor:
-        """What the model hears, (b, 1, samples) at the model's rate -> mean logits (b, n_classes)."""
-        return torch.stack(
-            [_logits(module.to(waveform.device), waveform, length, device) for module in self.modules]
-        ).mean(0)
+        """Return mean logits (b, n_classes) of ``waveform`` (b, 1, samples) at the model's rate."""
+        modules = [module.to(waveform.device) for module in self.modules]
+        return torch.stack([m.by_device(m.model, waveform, length, device).float() for m in modules]).mean(0)
 
     def logits(self, batch: Batch, waveform: Tensor, length: Tensor) -> Tensor:
-        """Mean logits (b, n_classes) of a training batch: those kept, or those of this ``waveform``."""
+        """Return mean logits (b, n_classes) of a training batch: those kept, or those of this ``waveform``."""
         if self.kept is None:
             return self.live(waveform, length, batch.device)
         return self.kept[batch.index.cpu()].to(waveform.device)
 
     def keep(self, clips: TAU22, machine: MachineConfig) -> None:
-        """Compute the logits of every training clip as it is, or read them where an earlier run has kept them."""
+        """Keep the logits of every training clip without augmentation, read from an earlier run's file or computed."""
         with main_first():
             kept = [_kept(module, path, clips, machine) for module, path in zip(self.modules, self.paths, strict=True)]
         self.kept = torch.stack(kept).mean(0)
 
 
 def load_teachers(config: TrainConfig, student: SceneClassifier) -> Teachers | None:
-    """The teachers of --teacher, or None.
+    """Return the teachers of --teacher, or None.
 
-    Raises `UserError` where there is no such run, where a teacher learnt from other clips than the student will (it
-    could know those held out for validation), or where it needs another sampling rate.
+    Raises `UserError` where there is no such run, where a teacher was trained on other clips than the student will be
+    (it could know those held out for validation), or where it needs another sampling rate.
     """
     ids = config.distill.teacher_ids
     if not ids:
@@ -71,13 +69,8 @@ def load_teachers(config: TrainConfig, student: SceneClassifier) -> Teachers | N
     return Teachers(modules, paths)
 
 
-def _logits(module: SceneClassifier, waveform: Tensor, length: Tensor, device: Tensor) -> Tensor:
-    x = module.logmel(waveform, length)
-    return forward_by_device(module.model, module.device_models, x, device).float()
-
-
 def _kept(module: SceneClassifier, path: Path, clips: TAU22, machine: MachineConfig) -> Tensor:
-    """A teacher's logits of all clips (clips, n_classes), from its run's folder or now computed and kept there."""
+    """Return a teacher's logits (clips, n_classes), from its run's folder, or computed and written there."""
     state = hashlib.sha256(path.read_bytes()).hexdigest()[:16]  # another state of the teacher is another file
     file = path.parent.parent / "teacher_outputs" / f"{clips.clips.fingerprint()}-{state}.pt"
     if not file.is_file():
@@ -96,9 +89,9 @@ def _kept(module: SceneClassifier, path: Path, clips: TAU22, machine: MachineCon
 def _all_logits(module: SceneClassifier, clips: TAU22, machine: MachineConfig, run_id: str) -> Tensor:
     on = "cuda" if torch.cuda.is_available() and machine.accelerator != "cpu" else "cpu"
     module.to(on)
-    batches = loader(clips, machine, Batches(len(clips), machine.batch_size))  # all of them, whatever the processes
+    batches = loader(clips, machine, Batches(len(clips), machine.batch_size))  # every clip, in any process
     found = []
     for batch in progress(batches, desc=f"outputs of teacher {run_id}", leave=False):
         batch = Batch(*(x.to(on) if isinstance(x, Tensor) else x for x in batch))
-        found.append(_logits(module, *module.sound(batch), batch.device).cpu())
+        found.append(module.by_device(module.model, *module.sound(batch), batch.device).float().cpu())
     return torch.cat(found)

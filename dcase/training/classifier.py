@@ -1,0 +1,143 @@
+"""The classifier of both stages: front end, general model and device models; what a checkpoint of it holds."""
+
+import copy
+from collections.abc import Callable
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+import aum
+from dcase.data.dataset import TAU22, Batch
+from dcase.data.labels import DEVICES, SCENES
+from dcase.data.logmel import LogMel, frames_of
+from dcase.errors import UserError
+from dcase.model.devices import forward_by_device
+from dcase.model.named import build
+from dcase.model.pruning import shrink
+from dcase.runs.checkpoints import FORMAT, final_state
+from dcase.runs.config import EvalConfig, TrainConfig, from_plain, to_plain
+
+
+class Classifier(pl.LightningModule):
+    """Waveform (b, 1, samples) and device (b,) -> logits (b, scenes). `lit.SceneClassifier` trains and tests it.
+
+    ``model`` is the general model; ``device_models`` are those fine-tuned for one device each, in stage 2. A checkpoint
+    is complete: it carries the configuration, the number of frames and the normalisation, and `from_checkpoint`
+    rebuilds the module from nothing else.
+    """
+
+    def __init__(self, config: EvalConfig, frames: int, device_ids: tuple[str, ...] = ()):
+        super().__init__()
+        self.config = config
+        self.frames = frames
+        self.logmel = LogMel(config.logmel, config.data.orig_sample_rate)
+        self.model = build(config.model, config.logmel.n_mels, frames)
+        self.device_models = nn.ModuleDict({device_id: copy.deepcopy(self.model) for device_id in device_ids})
+        self.clips_per_step = 0  # of the optimiser, in all processes
+        self.clips_id = ""  # which clips were trained and chosen on: loading.clips_id
+        self.origin: dict = {}  # configuration of the run that trained it, where this one does not
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: dict, config: EvalConfig | None = None):
+        """Rebuild the module from a loaded checkpoint; ``config`` replaces what does not belong to the model."""
+        config = config or from_plain(TrainConfig, checkpoint["config"])
+        module = cls(config, checkpoint["frames"], tuple(checkpoint["device_ids"]))
+        try:
+            module.origin, module.clips_id = checkpoint["config"], checkpoint["clips_id"]
+            module.load_stored({"state_dict": final_state(checkpoint)})
+        except RuntimeError as error:
+            raise UserError(
+                f"the checkpoint's weights do not fit its configuration: {str(error).splitlines()[1].strip()}"
+            ) from error
+        return module
+
+    def as_checkpoint(self) -> dict:
+        """Return the module as a checkpoint without optimiser and loops."""
+        checkpoint = {"state_dict": self.state_dict()}
+        self.on_save_checkpoint(checkpoint)
+        return checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint |= {
+            "dcase_format": FORMAT,
+            "config": self.origin | to_plain(self.config),
+            "scenes": list(SCENES),
+            "frames": self.frames,
+            "device_ids": list(self.device_models),
+            "clips_id": self.clips_id,
+            "clips_per_step": self.clips_per_step,
+        }
+
+    def load_stored(self, checkpoint: dict) -> None:
+        """Take the weights of stored models (`runs.stored.load_stored`). They lack BatchNorm's counts of batches, which
+        nothing needs."""
+        counts = {name: x for name, x in self.state_dict().items() if name.endswith("num_batches_tracked")}
+        self.load_state_dict(counts | checkpoint["state_dict"])
+
+    def set_device_models(self, states: dict[str, dict[str, Tensor]]) -> None:
+        """Make device models of the general model's shape from their state dicts, in the order of DEVICES."""
+        self.device_models = nn.ModuleDict()
+        for device_id in filter(states.get, DEVICES):
+            model = copy.deepcopy(self.model)
+            model.load_state_dict(states[device_id])
+            self.device_models[device_id] = model
+
+    def start_from(self, checkpoint: dict) -> None:
+        """Take the weights of another run's general model (--init_from), pruned to this model's sizes.
+
+        Raises `UserError` where that model is smaller, or differs in more than its sizes.
+        """
+        other = self.from_checkpoint(checkpoint).model
+        state = other.state_dict()
+        if isinstance(other, aum.AudioMamba) and isinstance(self.model, aum.AudioMamba):
+            state = shrink(state, other.config, self.model.config)
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError("--init_from: that run's model is of another kind than --model: give the same") from error
+
+    def start_from_file(self, path: str, grid: tuple[int, int] | None) -> None:
+        """Take the weights of a checkpoint file (--pretrained), and print what became of each. The log-mel's
+        normalisation stays this run's.
+
+        Raises `UserError` where the file cannot be read, is incomplete, or does not fit the model.
+        """
+        try:
+            print(aum.load_pretrained(self.model, path, source_grid=grid))
+        except aum.PretrainedError as error:
+            more = ": give --pretrained_grid MEL,TIME" if isinstance(error, aum.UnknownGrid) else ""
+            raise UserError(f"--pretrained: {error}{more}") from error
+
+    def forward(self, waveform: Tensor, device: Tensor, length: Tensor | None = None) -> Tensor:
+        """``waveform`` at the recordings' rate; ``length`` (b,): samples of each, where some are padded at the end."""
+        length = torch.full_like(device, waveform.shape[-1]) if length is None else length
+        return self.by_device(self.model, *self.logmel.resampled(waveform, length), device)
+
+    def by_device(
+        self, general: Callable[[Tensor], Tensor], waveform: Tensor, length: Tensor, device: Tensor
+    ) -> Tensor:
+        """Return logits (b, scenes) of ``waveform`` (b, 1, samples) at the model's rate; ``general`` is the general
+        model, or a function of the log-mel in its place."""
+        return forward_by_device(general, self.device_models, self.logmel(waveform, length), device)
+
+    def sound(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return (waveform (b, 1, samples), length (b,)) at the model's rate."""
+        return self.logmel.resampled(batch.waveform, batch.length, batch.scale, batch.sample_rate)
+
+    def refuse_other_clips(self, checkpoint: dict, what: str) -> None:
+        """Raise `UserError` where the clips of this run are not those that a checkpoint was trained and chosen on."""
+        if checkpoint["clips_id"] != self.clips_id:
+            raise UserError(
+                f"the training and validation clips are not those of {what}: give its --dataset_dir, and leave "
+                "meta_clean.csv as it was (otherwise clips held out for validation could be trained on)"
+            )
+
+    def refuse_other_frames(self, dataset: TAU22) -> None:
+        """Raise `UserError` where the data set's clips make another number of frames than the model was made for."""
+        frames = frames_of(self.config.logmel, dataset.n_samples, dataset.sound.sample_rate)
+        if frames != self.frames:
+            raise UserError(
+                f"the clips ({dataset.measured}) make {frames} frames, but the model was trained on {self.frames}: "
+                "give data of the same clip length, or train with --target_length"
+            )
