@@ -1,4 +1,4 @@
-"""How every file that matters is written: beside its place, then renamed."""
+"""Writing files that matter: under a temporary name beside their place, then renamed."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from dcase.errors import UserError
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path``, then rename it: a reader, or a run after a kill, sees the old file or
-    the new one, never half of one. The folder is made where it is missing.
+    """Call ``write`` with a temporary path beside ``path``, then rename that file to ``path``, making its folder first:
+    a reader, or a run after a kill, sees the complete old or new file.
 
-    Raises `UserError`, naming the file, where it cannot be written; what was there stays.
+    Raises `UserError`, naming the file, where it cannot be written; the old file stays.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -36,7 +36,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _remove_halves(path: Path) -> None:
-    """What processes that were killed while they wrote this file have left beside it."""
+    """Remove what killed processes left beside this file while they wrote it."""
     for half in path.parent.iterdir():
         pid = half.name.removeprefix(f".{path.name}.")
         if pid != half.name and pid.isdigit() and not _is_running(int(pid)):
@@ -54,7 +54,7 @@ def _is_running(pid: int) -> bool:
 
 
 def keep_copy(path: Path, copy: Path) -> None:
-    """Make ``copy`` the same file as ``path``, without copying where the file system has hard links."""
+    """Make ``copy`` the same file as ``path``, as a hard link where the file system has them."""
     beside = copy.with_name(f".{copy.name}.{os.getpid()}")
     try:
         _remove_halves(copy)

@@ -1,6 +1,6 @@
 """This machine: its flags and cores, the signals that request a stop, and the processes that train together (DDP).
 
-A process that runs alone is rank 0 of 1, and the functions for several processes cost it nothing.
+A single process has rank 0 of 1, and the functions for several processes cost it nothing.
 """
 
 import atexit
@@ -18,7 +18,7 @@ from typing import Literal, TypeVar
 import torch
 import torch.distributed as dist
 
-from dcase.errors import UserError
+from dcase.errors import UserError, check_range
 
 Value = TypeVar("Value")
 
@@ -29,33 +29,31 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 @dataclass(frozen=True)
 class MachineConfig:
     batch_size: int = 64
-    """Clips in a batch of each process."""
+    """Clips per batch in each process."""
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """Bits of the matrix products; the scan's state and the residual stream are always 32-bit."""
+    """Precision of matrix products; the scan's state and the residual stream are always 32-bit."""
     num_workers: int = 8
-    """Processes that read WAV files, at most one per core; 0: the training process does. A pack takes one at most."""
+    """Processes that read WAV files, at most one per core; 0: the training process reads. A pack needs at most one."""
     accelerator: str = "auto"
-    """cpu, gpu, ... or auto: the best there is."""
+    """Hardware to run on: cpu, gpu, ..., or auto for the best available."""
     devices: str = "1"
-    """Accelerators of a machine, a process each, as Lightning's Trainer takes it: 2, or "2," for the third GPU only."""
+    """Accelerators per machine, one process each, as Lightning's Trainer takes them: 2, or "2," for the third GPU."""
     num_nodes: int = 1
-    """Machines that train together, started by torchrun or SLURM, with --project_name in a folder that all share."""
+    """Machines that train together, started by torchrun or SLURM; --project_name is in a folder that they share."""
     strategy: str = "auto"
-    """How several processes share the work: ddp, or auto, which is ddp where there are several."""
+    """How several processes share the work: ddp, or auto, which is ddp for more than one process."""
     scan_backend: Literal["auto", "cpu", "triton", "mamba_ssm", "torch"] = "auto"
-    """What computes the selective scan; auto: AUM_SCAN_BACKEND, else the fastest that fits. The log says which."""
+    """Backend of the selective scan; auto: AUM_SCAN_BACKEND, or the fastest that fits. The log says which."""
     deterministic: bool = False
-    """Refuse whatever does not give the same bits every time on one machine: mamba_ssm's scan, some of CUDA."""
+    """Refuse operations that are not bit-reproducible on one machine: mamba_ssm's scan, some of CUDA's."""
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size is at least 1; got {self.batch_size}")
-        if self.num_workers < 0:
-            raise UserError(f"--num_workers is not below 0; got {self.num_workers}")
+        check_range(self, "batch_size", least=1)
+        check_range(self, "num_workers", least=0)
 
 
 def n_cores() -> int:
-    """Cores that this process may use: in a container or a SLURM job fewer than the machine has."""
+    """Return how many cores this process may use: a container or a SLURM job may have fewer than the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -87,37 +85,37 @@ def process_count() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and speaks to the terminal."""
+    """Return whether this is the process that writes files and prints."""
     return process_rank() == 0
 
 
 def start_processes(trainer) -> None:
-    """Start the other processes of a Lightning Trainer and meet them; once per script, before there is a run.
+    """Start the other processes of a Lightning Trainer and connect them; once per script, before a run exists.
 
-    They run this same script from its beginning. Where torchrun or SLURM started them already, this only meets them.
+    They run this same script from its beginning. Where torchrun or SLURM started them already, only connect them.
     Raises `UserError` for a strategy other than DDP.
     """
     from pytorch_lightning.strategies import DDPStrategy
-    from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 
     launcher = trainer.strategy.launcher
-    if not isinstance(trainer.strategy, DDPStrategy) or not isinstance(launcher, _SubprocessScriptLauncher):
+    starts_scripts = hasattr(launcher, "cluster_environment")  # ddp_spawn's launcher, of functions, has none
+    if not isinstance(trainer.strategy, DDPStrategy) or not starts_scripts:
         raise UserError(f"--strategy: several processes train with ddp, not with {type(trainer.strategy).__name__}")
     try:
         launcher.launch(trainer.strategy.setup_environment)
     except ValueError as error:
         raise UserError(f"--devices and --num_nodes do not fit the processes that were started: {error}") from error
-    atexit.register(dist.destroy_process_group)  # else its threads may abort the program's end
-    # The others may wait for this one where it fails, deaf to gentler signals.
+    atexit.register(dist.destroy_process_group)  # otherwise its threads may abort the program's end
+    # Where this process fails, the others may wait for it and ignore gentler signals.
     atexit.register(launcher.kill, getattr(signal, "SIGKILL", signal.SIGTERM))
     if not is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process speaks
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - one process prints
         logging.getLogger("aum").setLevel(logging.WARNING)
 
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """Let the main process through alone, then the others: they find made what it has made."""
+    """Run the block in the main process first, then in the others, which find what it has made."""
     if _together() and not is_main():
         dist.barrier()
     yield
@@ -126,7 +124,7 @@ def main_first() -> Iterator[None]:
 
 
 def from_main(value: Value) -> Value:
-    """The main process's ``value``, in every process."""
+    """Return the main process's ``value`` in every process."""
     if not _together():
         return value
     values = [value]
@@ -135,23 +133,23 @@ def from_main(value: Value) -> Value:
 
 
 def same_everywhere(tensors: Iterable[torch.Tensor]) -> None:
-    """Give the main process's values to these tensors, in place, in every process."""
+    """Overwrite these tensors with the main process's values, in every process."""
     for tensor in tensors if _together() else ():
         dist.broadcast(tensor, src=0)
 
 
 def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of every process's tensor, in every process."""
+    """Return the sum of every process's tensor, in every process."""
     if not _together():
         return tensor
-    on_gpu = dist.get_backend() == "nccl"  # which knows no other tensors
+    on_gpu = dist.get_backend() == "nccl"  # which takes no other tensors
     total = tensor.to("cuda") if on_gpu else tensor.clone()
     dist.all_reduce(total)
     return total.to(tensor.device)
 
 
 def largest_of_all(number: int, device: torch.device) -> int:
-    """The largest of the processes' numbers, in every process."""
+    """Return the largest of the processes' numbers, in every process."""
     if not _together():
         return number
     found = torch.tensor(number, device=device)

@@ -1,4 +1,4 @@
-"""Progress bars: in a terminal often, in a log file (nohup, SLURM) seldom."""
+"""Progress bars, redrawn often in a terminal and rarely in a log file (nohup, SLURM)."""
 
 import sys
 from typing import TextIO
@@ -13,6 +13,6 @@ def on_terminal(stream: TextIO | None) -> bool:
 
 
 def progress(*args, **kwargs) -> tqdm:
-    """tqdm's bar, on stderr."""
-    seldom = {} if on_terminal(sys.stderr) else {"mininterval": IN_A_FILE, "maxinterval": IN_A_FILE}
-    return tqdm(*args, **seldom, **kwargs)
+    """Return tqdm's bar, on stderr."""
+    rarely = {} if on_terminal(sys.stderr) else {"mininterval": IN_A_FILE, "maxinterval": IN_A_FILE}
+    return tqdm(*args, **rarely, **kwargs)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 from data_folder import clip_row, write_lists
-from forked import ROOT, Finished, run_script, stop_server
+from forked import ROOT, Finished, Program, run_script, stop_server
 
 from dcase import errors
 from dcase.errors import UserError
@@ -26,7 +27,9 @@ SMALL = (
     "--orig_sample_rate 8000 --sample_rate 8000 --window_length 256 --n_fft 256 --hop_length 128 --n_mels 32 --freqm 4 "
     "--timem 4 --num_workers 0 --wandb_mode disabled --accelerator cpu"
 ).split()
+QUIET = "--num_workers 0 --wandb_mode disabled --accelerator cpu".split()  # of SMALL, where a checkpoint has the rest
 FIT = "--n_epochs 4 --batch_size 16 --lr 0.01 --warmup_steps 5 --check_val_every_n_epoch 3 --val_fraction 0.34".split()
+DEVICE_FIT = "--n_epochs 2 --batch_size 8 --lr 0.003 --warmup_steps 2 --check_val_every_n_epoch 1".split()
 
 
 def tone(scene: str, device: str, seed: int) -> np.ndarray:
@@ -109,6 +112,40 @@ def general_run(learnable, tmp_path_factory) -> Path:
     cwd = tmp_path_factory.mktemp("general")
     run_script("train_base.py", "--dataset_dir", learnable, *SMALL, *FIT, "--project_name", "P", cwd=cwd).succeeded()
     return only_run(cwd / "P")
+
+
+@pytest.fixture(scope="session")
+def device_run(general_run, learnable) -> tuple[Path, str]:
+    """(the folder of a finished run of train_device_specific.py, beside the general run; what it printed)"""
+    args = ["--ckpt_id", general_run.name, "--dataset_dir", learnable, "--project_name", "P", "--run_id", "tuned"]
+    cwd = general_run.parent.parent
+    done = run_script("train_device_specific.py", *args, *DEVICE_FIT, *QUIET, cwd=cwd).succeeded()
+    return general_run.parent / "tuned", done.out
+
+
+def weights(path: Path) -> dict:
+    import torch  # not before `forked` has set the number of threads
+
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def assert_same_run(run: Path, other: Path, checkpoints: tuple[str, ...] = ("last.ckpt", "best.ckpt")) -> None:
+    """Figures, logs and weights are equal to the last bit."""
+    for name in ("results.json", "metrics.csv"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    for name in checkpoints:
+        ours, theirs = (weights(folder / "checkpoints" / name) for folder in (run, other))
+        assert ours.keys() == theirs.keys() and all(value.equal(theirs[key]) for key, value in ours.items()), name
+
+
+def wait_for(pattern: str, folder: Path, program: Program) -> Path:
+    """Return the first file of that pattern that a program makes in ``folder``."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and program.is_running():
+        for found in folder.glob(pattern):
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"{pattern} did not appear: {program.wait(0)}")
 
 
 def pytest_sessionfinish() -> None:

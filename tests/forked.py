@@ -59,7 +59,7 @@ class Program:
     def __init__(self, name: str, *args, cwd: Path, env: dict | None = None, out: str = "", err: str = ""):
         self._folder = tempfile.TemporaryDirectory()
         self._files = [out or f"{self._folder.name}/out", err or f"{self._folder.name}/err"]
-        command = (name, [str(arg) for arg in args], str(cwd), {**os.environ, **(env or {})}, self._files)
+        command = (name, [str(arg) for arg in args], str(cwd.absolute()), {**os.environ, **(env or {})}, self._files)
         self._process = _context.Process(target=_become, args=command)
         self._process.start()
         self.pid = self._process.pid

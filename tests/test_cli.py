@@ -3,8 +3,6 @@
 import dataclasses
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
@@ -147,9 +145,7 @@ def names_of(cls: type) -> list[str]:
 
 @pytest.mark.parametrize("script", CONFIGS)
 def test_help_explains_every_flag(script, capsys):
-    with pytest.raises(SystemExit, match="0"):
-        cli.parse(CONFIGS[script], "", args=["--help"])
-    shown = re.sub(r"[│╭╮╰╯─\s]+", " ", capsys.readouterr().out.partition("options")[2])
+    shown = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(script, capsys).partition("options")[2])
     no_flags = {"fit", "paths", "run_ids"}  # a part made by a lambda; what has no flag before it
     names = [name for name in names_of(CONFIGS[script]) if name not in no_flags]
     assert len(names) > 1
@@ -172,13 +168,17 @@ def helptexts(shown: str) -> list[list[str]]:
     return texts
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("script", CONFIGS)
-def test_help_breaks_lines_where_they_are_full(script, columns, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
+def help_of(script: str, capsys) -> str:
     with pytest.raises(SystemExit, match="0"):
         cli.parse(CONFIGS[script], "", args=["--help"])
-    for lines in helptexts(capsys.readouterr().out):
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("script", ["train_base.py", "dcase.submit"])
+def test_help_breaks_lines_where_they_are_full(script, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for lines in helptexts(help_of(script, capsys)):
         for line, following in zip(lines, lines[1:], strict=False):
             word = following.split()[0]
             assert len(line.rstrip()) + 1 + len(word) > len(line), f"a break before {word!r}: {lines}"
@@ -198,12 +198,9 @@ def test_a_description_is_as_wide_as_the_terminal_and_commands_stay(columns, cap
 
 
 @pytest.mark.parametrize("name", ["dcase.predict", "dcase.report"])
-def test_the_usage_of_a_module_is_how_it_is_run(name):
-    done = subprocess.run([sys.executable, "-m", name, "--help"], cwd=ROOT, capture_output=True, text=True)
-    assert f"usage: python -m {name} [-h]" in done.stdout, done.stderr
+def test_the_usage_of_a_module_is_how_it_is_run(name, script):
+    assert f"usage: python -m {name} [-h]" in script(name, "--help").succeeded().out
 
 
-def test_help_of_a_script_that_needs_a_checkpoint():
-    command = [sys.executable, "train_device_specific.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "--ckpt_id" in done.stdout, done.stderr
+def test_help_of_a_script_that_needs_a_checkpoint(script):
+    assert "--ckpt_id" in script("train_device_specific.py", "--help").succeeded().out

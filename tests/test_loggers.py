@@ -6,7 +6,6 @@ W&B's API.
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +14,8 @@ import matplotlib.image
 import pytest
 import torch
 import wandb
-from conftest import FIT, ROOT, SMALL, only_run, read_results, refusal
+from conftest import FIT, SMALL, only_run, read_results, refusal
+from forked import run_script
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb_file import Kept, read_kept
 
@@ -23,20 +23,13 @@ import train_base
 import train_device_specific
 from dcase.runs import artifacts
 from dcase.runs.checkpoints import load_checkpoint
+from dcase.runs.config import TrainConfig
 from dcase.runs.folder import Run, RunConfig
-from dcase.runs.loggers import TensorBoard, Wandb, drop_from, tensorboard_logger, wandb_logger
-from dcase.training.fit import KeepCheckpoints
+from dcase.runs.loggers import Wandb, tensorboard_logger, wandb_logger
 
 OFFLINE = ["--wandb_mode", "offline", "--project_name", "P"]
 DEVICE_FIT = "--n_epochs 2 --batch_size 8 --warmup_steps 2 --check_val_every_n_epoch 1 --only_devices a".split()
-TENSORBOARD = ["--logger", "tensorboard"]
 QUIET = "--num_workers 0 --accelerator cpu".split()
-
-
-def run_script(cwd: Path, name: str, *args) -> str:
-    done = subprocess.run([sys.executable, ROOT / name, *map(str, args)], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def kept_of(run: Path) -> Kept:
@@ -48,7 +41,7 @@ def offline(learnable, tmp_path_factory) -> Path:
     """The folder of a general model's run, logged offline with its checkpoints."""
     cwd = tmp_path_factory.mktemp("offline")
     args = ["--dataset_dir", learnable, *SMALL, *FIT, *OFFLINE, "--run_id", "general", "--log_checkpoints"]
-    run_script(cwd, "train_base.py", *args)
+    run_script("train_base.py", *args, cwd=cwd).succeeded()
     return only_run(cwd / "P")
 
 
@@ -119,7 +112,7 @@ def test_checkpoints_are_an_artifact_where_asked_for(kept, offline):
 
 def test_stage_2_stands_in_the_group_of_its_stage_1(offline, learnable):
     args = ["--ckpt_id", "general", "--dataset_dir", learnable, *DEVICE_FIT, *QUIET, *OFFLINE, "--run_id", "tuned"]
-    run_script(offline.parent.parent, "train_device_specific.py", *args)
+    run_script("train_device_specific.py", *args, cwd=offline.parent.parent).succeeded()
     kept = kept_of(offline.parent / "tuned")
     assert (kept.run.run_group, kept.run.job_type) == ("general", "device-specific")
     assert kept.config["ckpt_id"] == "general" and kept.summary["a/best/epoch"] in (1, 2)
@@ -135,7 +128,8 @@ def test_a_series_of_seeds_or_the_user_names_the_group(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_RUN_GROUP", "many")
-    assert wandb_logger(RunConfig(wandb_mode="offline"), Run(tmp_path), "name", {}, group="one") is None
+    (tmp_path / "config.json").write_text("{}")
+    assert wandb_logger(TrainConfig(run=RunConfig(wandb_mode="offline")), Run(tmp_path)) is None
     assert given["group"] == "many"
 
 
@@ -193,7 +187,7 @@ def call(monkeypatch, main, *args) -> None:
 
 def test_resume_fetches_a_run_that_is_not_here(elsewhere, general_run, monkeypatch, capsys):
     before = read_results(general_run)
-    monkeypatch.setattr("dcase.training.fit.wandb_logger", lambda *args, **more: None)  # the stand-in takes no metrics
+    monkeypatch.setattr("dcase.runs.loggers.wandb_logger", lambda *args: None)  # the stand-in takes no metrics
     call(monkeypatch, train_base.main, "--resume", "general", "--logger", "wandb")
     assert "fetched from W&B: P/general/" in capsys.readouterr().out
     assert read_results(elsewhere / "general")["confusion"] == before["confusion"]
@@ -202,7 +196,7 @@ def test_resume_fetches_a_run_that_is_not_here(elsewhere, general_run, monkeypat
 
 def test_ckpt_id_fetches_a_run_that_is_not_here(elsewhere, learnable, monkeypatch, capsys):
     args = ["--ckpt_id", "general", "--dataset_dir", learnable, *DEVICE_FIT, *QUIET]
-    monkeypatch.setattr("dcase.training.fit.wandb_logger", lambda *args, **more: None)
+    monkeypatch.setattr("dcase.runs.loggers.wandb_logger", lambda *args: None)
     call(monkeypatch, train_device_specific.main, *args, "--n_epochs", "1", "--run_id", "tuned")
     assert "fetched from W&B: P/general/" in capsys.readouterr().out
     assert (elsewhere / "tuned" / "checkpoints" / "best.ckpt").is_file()
@@ -215,15 +209,18 @@ def test_what_is_here_comes_first(elsewhere, server, general_run, tmp_path):
     assert not server.asked and (elsewhere / "general" / "mark").exists()
 
 
-@pytest.mark.parametrize("logger", ["none", "tensorboard"])
-def test_who_logs_elsewhere_is_not_asked_for(elsewhere, server, logger):
-    artifacts.fetch("P", "general", None, logger)
-    assert not server.asked and not (elsewhere / "general").exists()
-
-
-@pytest.mark.parametrize("mode", ["offline", "disabled"])
-def test_wandb_is_not_asked_where_it_is_not_used(elsewhere, server, mode):
-    artifacts.fetch("P", "general", mode)
+@pytest.mark.parametrize(
+    "run_id, mode, logger",
+    [
+        ("general", None, "none"),
+        ("general", None, "tensorboard"),
+        ("general", "offline", None),
+        ("general", "disabled", None),
+        ("../general", None, None),  # a path
+    ],
+)
+def test_wandb_is_not_asked_where_it_is_not_used(elsewhere, server, run_id, mode, logger):
+    artifacts.fetch("P", run_id, mode, logger)
     assert not server.asked and not (elsewhere / "general").exists()
 
 
@@ -247,11 +244,6 @@ def test_half_an_artifact_is_no_run(elsewhere, server, capsys):
     assert "holds no config.json" in capsys.readouterr().out and not list(Path("P").glob("*"))
 
 
-def test_an_id_that_is_a_path_is_not_asked_for(elsewhere, server):
-    artifacts.fetch("P", "../general", None)
-    assert not server.asked
-
-
 def test_files_in_the_making_are_not_uploaded(server, general_run, tmp_path):
     here = Path(shutil.copytree(general_run, tmp_path / "P" / "general"))
     (here / "checkpoints" / ".last.ckpt.123").write_bytes(b"half")
@@ -270,7 +262,7 @@ def test_an_upload_that_fails_leaves_the_run_alone(general_run, capsys):
 
     logger = Wandb(SimpleNamespace(experiment=SimpleNamespace(log_artifact=full)), Run(general_run), True)
     logger.keep_checkpoints()
-    logger.summarise({"best/epoch": 1})  # a silence
+    logger.summarise({"best/epoch": 1})  # does nothing
     said = capsys.readouterr().out
     assert said.count("W&B has failed (quota exceeded); the run goes on without it") == 1
 
@@ -283,71 +275,19 @@ def test_log_checkpoints_needs_wandb():
 # TensorBoard, and nothing
 
 
-def shown_by_tensorboard(run: Path) -> EventAccumulator:
-    """Every event of the run's files, read by TensorBoard's own reader."""
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
-    return events.Reload()
-
-
-def assert_each_step_once(run: Path) -> EventAccumulator:
-    """TensorBoard shows what metrics.csv has, and nothing twice."""
-    events = shown_by_tensorboard(run)
+def test_tensorboard_has_what_metrics_csv_has(learnable, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--run_id", "one", "--logger", "tensorboard"]
+    call(monkeypatch, train_base.main, *args)
+    assert "TensorBoard: tensorboard --logdir P/one/tensorboard" in capsys.readouterr().out
+    run = tmp_path / "P" / "one"
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert set(events.Tags()["scalars"]) == {name for _, name, _ in rows}
     for name in {name for _, name, _ in rows}:
         kept = [(int(step), pytest.approx(float(value), rel=1e-6)) for step, other, value in rows if other == name]
         assert [(scalar.step, scalar.value) for scalar in events.Scalars(name)] == kept, name
-    assert set(events.Tags()["scalars"]) == {name for _, name, _ in rows}
-    return events
-
-
-def test_tensorboard_has_what_metrics_csv_has(learnable, tmp_path):
-    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", "P", "--run_id", "one"]
-    said = run_script(tmp_path, "train_base.py", *args, "--logger", "tensorboard")
-    assert "TensorBoard: tensorboard --logdir P/one/tensorboard" in said
-    events = assert_each_step_once(tmp_path / "P" / "one")
     assert {"test/confusion", "test/devices"} <= set(events.Tags()["images"])
-
-
-def test_a_resumed_run_has_each_step_once_in_tensorboard(learnable, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save = KeepCheckpoints._save
-
-    def killed(checkpoints, trainer):
-        if trainer.global_step == 9:  # the third epoch is logged, and last.ckpt is of the second
-            raise KeyboardInterrupt
-        save(checkpoints, trainer)
-
-    monkeypatch.setattr(KeepCheckpoints, "_save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, train_base.main, "--dataset_dir", learnable, *SMALL, *FIT, *TENSORBOARD, "--run_id", "one")
-    run = tmp_path / "P" / "one"
-    assert [loss.step for loss in shown_by_tensorboard(run).Scalars("train/loss")] == [2, 5, 8]
-    monkeypatch.setattr(KeepCheckpoints, "_save", save)
-    call(monkeypatch, train_base.main, "--resume", "one")
-    events = assert_each_step_once(run)
-    assert [loss.step for loss in events.Scalars("train/loss")] == [2, 5, 8, 11]
-    call(monkeypatch, train_base.main, "--resume", "one")  # of a run that is over: it tests once more
-    events = assert_each_step_once(run)
-    assert [len(events.Images(f"test/{chart}")) for chart in ("confusion", "devices")] == [1, 1]
-
-
-def test_tensorboard_keeps_the_steps_of_other_devices(tmp_path):
-    first = TensorBoard(Run(tmp_path))
-    for device in ("a", "b"):
-        for step in range(3):
-            first.log_metrics({f"{device}/train/loss": float(step), "epoch": 0}, step)
-    first.experiment.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    path.write_bytes(path.read_bytes()[:-3])  # a kill cuts the last record
-    again = TensorBoard(Run(tmp_path))
-    drop_from([again], 1, "b/")
-    again.log_metrics({"b/train/loss": 7.0}, 1)
-    again.experiment.close()
-    events = shown_by_tensorboard(tmp_path)
-    steps = {
-        name: [(scalar.step, scalar.value) for scalar in events.Scalars(name)] for name in events.Tags()["scalars"]
-    }
-    assert steps == {"a/train/loss": [(0, 0), (1, 1), (2, 2)], "b/train/loss": [(0, 0), (1, 7)]}
 
 
 def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from conftest import FIT, SMALL, only_run, read_results, refusal
 
 import test_only
 import train_base
-from dcase import errors
+import train_device_specific
+from dcase import errors, export
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import find_dataset_dir
 from dcase.runs.folder import resume_command
@@ -32,35 +33,28 @@ def what_comes_next(out: str) -> list[str]:
     return args
 
 
-def test_the_printed_commands_stay_with_the_data_of_the_first(learnable, script, tmp_path, monkeypatch):
+def test_the_printed_commands_stay_with_the_data_of_the_first(learnable, call_main, tmp_path, monkeypatch):
     monkeypatch.delenv("TAU22_DIR", raising=False)
     (tmp_path / "my data").symlink_to(learnable)
     more = ["--n_epochs", "1", "--project_name", "my runs", "--logger", "none"]
-    done = script("train_base.py", "--dataset_dir", "my data", *SMALL, *FIT, *more)
-    assert done.code == 0, done.err
+    done = call_main(train_base.main, "--dataset_dir", "my data", *SMALL, *FIT, *more).succeeded()
     place = ["--project_name", "my runs", "--dataset_dir", str(tmp_path / "my data")]
-    general = only_run(tmp_path / "my runs")
-    stage_2 = what_comes_next(done.out)
-    assert stage_2 == ["train_device_specific.py", "--ckpt_id", general.name, *place]
+    script, *args = what_comes_next(done.out)
+    assert script == "train_device_specific.py"
+    assert args == ["--ckpt_id", only_run(tmp_path / "my runs").name, *place]
 
-    done = script(*stage_2, *ON_CPU, "--n_epochs", "1", "--only_devices", "a", "--run_id", "tuned")
-    assert done.code == 0, done.err
-    assert what_comes_next(done.out) == [
-        "test_only.py",
-        "--ckpt_path",
-        "my runs/tuned/checkpoints/best.ckpt,...",
-        *place,
-    ]
+    more = ["--n_epochs", "1", "--only_devices", "a", "--run_id", "tuned"]
+    done = call_main(train_device_specific.main, *args, *ON_CPU, *more).succeeded()
+    given = ["test_only.py", "--ckpt_path", "my runs/tuned/checkpoints/best.ckpt,...", *place]
+    assert what_comes_next(done.out) == given
 
 
 def test_without_a_flag_the_data_is_that_of_the_checkpoints_run(project, learnable, call_main, tmp_path, monkeypatch):
     monkeypatch.delenv("TAU22_DIR", raising=False)
     best = project / "general" / "checkpoints" / "best.ckpt"
-    done = call_main(test_only.main, "--ckpt_path", best, "--project_name", "T", *ON_CPU)
-    assert done.code == 0, done.err
-    assert (
-        f"neither --dataset_dir nor TAU22_DIR is given: using the data of the checkpoint's run, {learnable}" in done.out
-    )
+    done = call_main(test_only.main, "--ckpt_path", best, "--project_name", "T", *ON_CPU).succeeded()
+    said = f"neither --dataset_dir nor TAU22_DIR is given: using the data of the checkpoint's run, {learnable}"
+    assert said in done.out
     assert "SynthTAU" not in done.out and read_results(only_run(tmp_path / "T"))["n_clips"] == 32
 
 
@@ -86,29 +80,28 @@ def test_the_flag_comes_first_then_tau22_dir_then_the_run(learnable, capsys, mon
     assert capsys.readouterr().out == ""
     assert find_dataset_dir(None, of_run(learnable)) == str(learnable)
     assert str(learnable) in capsys.readouterr().out
-    gone = refusal(find_dataset_dir, None, of_run(tmp_path / "gone"))
-    assert (
-        gone
-        == f"the data folder of the checkpoint's run, {tmp_path / 'gone'}, is not there any more: give --dataset_dir"
-    )
+    gone = tmp_path / "gone"
+    said = refusal(find_dataset_dir, None, of_run(gone))
+    assert said == f"the data folder of the checkpoint's run, {gone}, is not there any more: give --dataset_dir"
     monkeypatch.setenv("TAU22_DIR", "elsewhere")
     assert find_dataset_dir(None, of_run(tmp_path / "gone")) is None  # `find_source` takes TAU22_DIR
 
 
-@pytest.mark.parametrize("name", ["train_device_specific.py", "dcase.export"])
-def test_a_folder_that_is_gone_is_named(name, project, learnable, script, tmp_path):
+@pytest.mark.parametrize(
+    "main, args",
+    [
+        (train_device_specific.main, ["--ckpt_id", "general", "--project_name", "P", *ON_CPU]),
+        (export.main, ["--ckpt_path", "P/general/checkpoints/best.ckpt"]),
+    ],
+)
+def test_a_folder_that_is_gone_is_named(main, args, project, learnable, call_main, monkeypatch):
+    monkeypatch.delenv("TAU22_DIR", raising=False)
     best = project / "general" / "checkpoints" / "best.ckpt"
     moved = load_checkpoint(best)
     assert moved["config"]["data"]["dataset_dir"] == str(learnable)
     moved["config"]["data"]["dataset_dir"] = "/nowhere/tau22"
     torch.save(moved, best)
-    args = {
-        "train_device_specific.py": ["--ckpt_id", "general", "--project_name", "P", *ON_CPU],
-        "dcase.export": ["--ckpt_path", "P/general/checkpoints/best.ckpt"],
-    }
-    script(name, *args[name], env={"TAU22_DIR": ""}).refused(
-        "/nowhere/tau22, is not there any more: give --dataset_dir"
-    )
+    call_main(main, *args).refused("/nowhere/tau22, is not there any more: give --dataset_dir")
 
 
 def test_a_finished_run_that_is_resumed_is_only_tested(project, call_main):

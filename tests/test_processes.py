@@ -1,15 +1,16 @@
 """Several processes: each clip once, gradients that are means over all clips of a step, files written by one."""
 
 import csv
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import FIT, ROOT, SMALL, only_run, read_results
+from conftest import FIT, QUIET, ROOT, SMALL, only_run, read_results
+from forked import run_script
 from hypothesis import given
 from hypothesis import strategies as st
+from test_scripts import copy_general
 
 from dcase.data.loading import Batches, shuffled
 
@@ -59,9 +60,7 @@ def alone(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-PLAIN = (
-    "--roll_sec 0 --mixstyle_p 0 --freqm 0 --timem 0 --dropout 0 --subset 25".split()
-)  # nothing random but the order
+PLAIN = "--roll_sec 0 --mixstyle_p 0 --freqm 0 --timem 0 --dropout 0".split()  # nothing random but the order
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +68,7 @@ def alone_run(learnable, tmp_path_factory):
     """One process, 18 clips a step."""
     cwd = tmp_path_factory.mktemp("alone")
     args = [*SMALL, *FIT, *PLAIN, "--dataset_dir", learnable, "--project_name", "P", "--batch_size", "18"]
-    done = subprocess.run([sys.executable, ROOT / "train_base.py", *args], cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script("train_base.py", *args, cwd=cwd).succeeded()
     return only_run(cwd / "P")
 
 
@@ -98,8 +96,8 @@ def test_processes_and_accumulation_train_as_one_process_does(
 ):
     """48 clips in steps of 18: the last step has 12, and 3 processes test 32 clips, which none of them divides."""
     args = [*SMALL, *FIT, *PLAIN, "--dataset_dir", learnable, "--project_name", "P", "--devices", processes]
-    done = script("train_base.py", *args, "--batch_size", batch_size, "--accumulate_grad_batches", accumulate)
-    assert done.code == 0, done.err
+    sizes = ["--batch_size", batch_size, "--accumulate_grad_batches", accumulate]
+    done = script("train_base.py", *args, *sizes).succeeded()
     run = only_run(tmp_path / "P")  # one run, whatever the number of processes
     assert_same_training(run, alone_run)
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
@@ -107,59 +105,40 @@ def test_processes_and_accumulation_train_as_one_process_does(
     assert read_results(run)["n_clips"] == 32
     assert done.out.count("everything goes to") == 1 and done.err.count("scan backend") <= 1
     # The same weights in one process give the same figures.
-    alone = script("test_only.py", "--ckpt_path", run / "checkpoints" / "best.ckpt", "--dataset_dir", learnable,
-                   "--project_name", "T", "--wandb_mode", "disabled", "--accelerator", "cpu")  # fmt: skip
-    assert alone.code == 0, alone.err
+    args = ["--ckpt_path", run / "checkpoints" / "best.ckpt", "--dataset_dir", learnable, "--project_name", "T"]
+    script("test_only.py", *args, *QUIET).succeeded()
     again, before = read_results(only_run(tmp_path / "T")), read_results(run)
     assert again.pop("loss") == pytest.approx(before.pop("loss"), rel=1e-6) and again == before
 
 
-def test_torchrun_starts_them_and_a_resumed_run_keeps_its_steps(learnable, tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    args = [*SMALL, *FIT, "--dataset_dir", learnable, "--project_name", "P", "--devices", "2", "--n_epochs", "2"]
-    command = [*torchrun, ROOT / "train_base.py", *args]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=env, capture_output=True, text=True)
+def test_torchrun_starts_them_and_a_resumed_run_keeps_its_steps(learnable, script, tmp_path):
+    args = [*SMALL, *FIT, "--dataset_dir", learnable, "--project_name", "P", "--n_epochs", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = list(map(str, [*command, ROOT / "train_base.py", *args, "--devices"]))
+    done = subprocess.run([*command, "2"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     run = only_run(tmp_path / "P")
     assert read_results(run)["n_clips"] == 32 and done.stdout.count("everything goes to") == 1
-    alone = [
-        *torchrun,
-        ROOT / "train_base.py",
-        *args[:-4],
-        "--devices",
-        "1",
-    ]  # would be two runs that know nothing of each other
-    done = subprocess.run(list(map(str, alone)), cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert (
-        done.returncode != 0 and "2 processes were started, and --devices 1" in done.stderr and only_run(tmp_path / "P")
-    )
-    resumed = [sys.executable, ROOT / "train_base.py", "--resume", run.name, "--project_name", "P", "--devices", "1"]
-    done = subprocess.run(list(map(str, resumed)), cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 2 and "32 clips per optimiser step" in done.stderr and "--devices" in done.stderr
+    done = subprocess.run([*command, "1"], cwd=tmp_path, capture_output=True, text=True)  # two independent runs
+    assert done.returncode != 0 and "2 processes were started, and --devices 1" in done.stderr
+    assert only_run(tmp_path / "P") == run
+    resumed = script("train_base.py", "--resume", run.name, "--project_name", "P", "--devices", "1")
+    resumed.refused("32 clips per optimiser step", "--devices")
 
 
 def test_other_strategies_are_refused(learnable, script):
-    done = script(
-        "train_base.py", *SMALL, *FIT, "--dataset_dir", learnable, "--devices", "2", "--strategy", "ddp_spawn"
-    )
-    done.refused("--strategy", "ddp")
+    args = [*SMALL, *FIT, "--dataset_dir", learnable, "--devices", "2", "--strategy", "ddp_spawn"]
+    script("train_base.py", *args).refused("--strategy", "ddp")
 
 
-def test_an_error_ends_all_processes_with_one_line(learnable, script, tmp_path):
+def test_an_error_ends_all_processes_with_one_line(script, tmp_path):
     args = [*SMALL, *FIT, "--dataset_dir", tmp_path / "nowhere", "--devices", "2"]
-    done = script("train_base.py", *args)
-    done.refused("nowhere", "--dataset_dir")
+    script("train_base.py", *args).refused("nowhere", "--dataset_dir")
 
 
 def test_stage_2_in_two_processes(general_run, learnable, script, tmp_path):
-    kept = tmp_path / "P" / "general" / "checkpoints"
-    kept.mkdir(parents=True)
-    (kept.parent / "config.json").write_bytes((general_run / "config.json").read_bytes())
-    (kept / "best.ckpt").write_bytes((general_run / "checkpoints" / "best.ckpt").read_bytes())
-    args = "--ckpt_id general --project_name P --n_epochs 1 --batch_size 4 --devices 2 --num_workers 0".split()
-    done = script("train_device_specific.py", *args, "--dataset_dir", learnable, "--wandb_mode", "disabled",
-                  "--accelerator", "cpu", "--warmup_steps", "1")  # fmt: skip
-    assert done.code == 0, done.err
-    (run,) = [path for path in (tmp_path / "P").iterdir() if path.name != "general"]
-    assert read_results(run)["n_clips"] == 32 and read_results(run)["fine_tuning"]["a"]["n_train"] == 16
+    args = ["--ckpt_id", copy_general(general_run, tmp_path / "P"), "--dataset_dir", learnable, *QUIET]
+    more = "--project_name P --run_id tuned --n_epochs 1 --batch_size 4 --devices 2 --warmup_steps 1".split()
+    script("train_device_specific.py", *args, *more).succeeded()
+    results = read_results(tmp_path / "P" / "tuned")
+    assert results["n_clips"] == 32 and results["fine_tuning"]["a"]["n_train"] == 16

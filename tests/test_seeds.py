@@ -4,18 +4,16 @@ import json
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import FIT, ROOT, SMALL, read_results, refusal
+from conftest import FIT, SMALL, read_results, refusal, wait_for, weights
+from forked import Program, run_script
 
 import train_base
+from dcase.runs.config import split_flags
 from dcase.training import seeds
-from dcase.training.seeds import without
 
 SHORT = [*SMALL, *FIT, "--n_epochs", "1", "--project_name", "P", "--run_id", "many"]
 
@@ -24,10 +22,8 @@ SHORT = [*SMALL, *FIT, "--n_epochs", "1", "--project_name", "P", "--run_id", "ma
 def series(learnable, tmp_path_factory) -> Path:
     """The project folder of a finished series of two seeds, 3 and 4."""
     cwd = tmp_path_factory.mktemp("series")
-    command = [sys.executable, ROOT / "train_base.py", "--dataset_dir", learnable, *SHORT, "--seeds=2", "--seed", "3"]
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (cwd / "said").write_text(done.stdout)
+    args = ["--dataset_dir", learnable, *SHORT, "--seeds=2", "--seed", "3"]
+    (cwd / "said").write_text(run_script("train_base.py", *args, cwd=cwd).succeeded().out)
     return cwd / "P"
 
 
@@ -36,11 +32,8 @@ def test_each_seed_is_a_run_of_its_own(series):
     configs = [json.loads((series / f"many-{seed}" / "config.json").read_text())["config"] for seed in (3, 4)]
     assert [config["fit"]["seed"] for config in configs] == [3, 4]
     assert [config["seeds"] for config in configs] == [1, 1]
-    weights = [
-        torch.load(series / f"many-{seed}" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
-        for seed in (3, 4)
-    ]
-    assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    three, four = (weights(series / f"many-{seed}" / "checkpoints" / "best.ckpt") for seed in (3, 4))
+    assert not all(value.equal(four[name]) for name, value in three.items())
 
 
 def test_mean_and_deviation_are_told_and_written(series):
@@ -61,42 +54,41 @@ def copy(series, tmp_path) -> Path:
     return Path(shutil.copytree(series, tmp_path / "P"))
 
 
-def test_resuming_trains_only_what_is_missing(copy, script):
+@pytest.fixture
+def call_series(call_main, monkeypatch):
+    """Call train_base.py's main with each seed's process from the fork server."""
+    monkeypatch.setattr(seeds, "_run", lambda args, series_id: run_script("train_base.py", *args, cwd=Path()).code)
+    return lambda *args: call_main(train_base.main, *args)
+
+
+def test_resuming_trains_only_what_is_missing(copy, call_series):
     before = {path: path.stat().st_mtime_ns for path in (copy / "many-3").rglob("*") if path.is_file()}
     shutil.rmtree(copy / "many-4")
-    done = script("train_base.py", "--resume", "many", "--project_name", "P")
-    assert done.code == 0, done.err
+    done = call_series("--resume", "many", "--project_name", "P").succeeded()
     assert "seed 3: run many-3 is finished" in done.out and read_results(copy / "many-4")["n_clips"] == 32
     assert before == {path: path.stat().st_mtime_ns for path in (copy / "many-3").rglob("*") if path.is_file()}
 
 
-def test_the_first_failure_ends_the_series_and_says_how_to_go_on(copy, script, learnable, tmp_path):
+def test_the_first_failure_ends_the_series_and_says_how_to_go_on(copy, call_series):
     (copy / "many-3" / "results.json").unlink()
     shutil.rmtree(copy / "many-4")
     (copy / "many-3" / "checkpoints" / "best.ckpt").write_bytes(b"")
-    done = script("train_base.py", "--resume", "many", "--project_name", "P")
-    assert done.code == 2 and "best.ckpt" in done.err
-    assert "seed 3 (run many-3) ended with exit code 2" in done.error
+    done = call_series("--resume", "many", "--project_name", "P")
+    assert done.code == 2 and "seed 3 (run many-3) ended with exit code 2" in done.error
     assert done.error.endswith("go on with: python train_base.py --resume many --project_name P")
     assert not (copy / "many-4").exists()
 
 
-def test_a_signal_ends_the_seed_under_way_and_the_series_goes_on_from_there(learnable, tmp_path, script):
+def test_a_signal_ends_the_seed_under_way_and_the_series_goes_on_from_there(learnable, tmp_path, call_series):
     args = ["--dataset_dir", learnable, *SHORT, "--n_epochs", "10", "--batch_size", "4", "--seeds", "2"]
-    command = [sys.executable, ROOT / "train_base.py", *args]
-    program = subprocess.Popen(
-        list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "P/many-0/checkpoints/last.ckpt").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    program.send_signal(signal.SIGTERM)
-    said = program.communicate(timeout=60)[0]
-    assert program.returncode == 143, said
-    assert "stopped by SIGTERM, saved in epoch" in said and "--resume many --project_name P" in said
-    assert "Traceback" not in said and not (tmp_path / "P" / "many-1").exists()
-    done = script("train_base.py", "--resume", "many", "--project_name", "P")
-    assert done.code == 0, done.err
+    program = Program("train_base.py", *args, cwd=tmp_path)
+    wait_for("P/many-0/checkpoints/last.ckpt", tmp_path, program)
+    program.send(signal.SIGTERM)
+    done = program.wait()
+    assert done.code == 143, done.err
+    assert "stopped by SIGTERM, saved in epoch" in done.err and "--resume many --project_name P" in done.err
+    assert "Traceback" not in done.err and not (tmp_path / "P" / "many-1").exists()
+    call_series("--resume", "many", "--project_name", "P").succeeded()
     assert all(read_results(tmp_path / "P" / f"many-{seed}")["n_clips"] == 32 for seed in (0, 1))
     steps = (tmp_path / "P/many-0/metrics.csv").read_text().count("train/loss,")
     assert steps == 10  # each epoch once, none lost
@@ -111,9 +103,9 @@ def refused(monkeypatch, *args) -> str:
 def test_mistakes_are_found_before_anything_is_made(learnable, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = ["--dataset_dir", learnable, *SHORT]
-    assert "--seeds is at least 1" in refused(monkeypatch, *data, "--seeds", "0")
-    assert "--lr is" in refused(monkeypatch, *data, "--seeds", "2", "--lr", "-1")
-    assert "not all below 2^32" in refused(monkeypatch, *data, "--seeds", "2", "--seed", 2**32 - 1)
+    assert "--seeds must be at least 1" in refused(monkeypatch, *data, "--seeds", "0")
+    assert "--lr must be" in refused(monkeypatch, *data, "--seeds", "2", "--lr", "-1")
+    assert "must be below 2^32" in refused(monkeypatch, *data, "--seeds", "2", "--seed", 2**32 - 1)
     assert "--run_id is 1 to 64 letters" in refused(monkeypatch, *data, "--run_id", "a/b")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "under torchrun or srun give one seed at a time" in refused(monkeypatch, *data, "--seeds", "2")
@@ -144,4 +136,4 @@ def test_a_damaged_list_of_runs(copy, monkeypatch):
     ],
 )
 def test_the_command_line_without_some_flags(args, kept):
-    assert without(args.split(), "seeds", "seed", "run_id") == kept.split()
+    assert split_flags(args.split(), "seeds", "seed", "run_id")[1] == kept.split()

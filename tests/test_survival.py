@@ -6,136 +6,130 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIT, ROOT, SMALL, only_run, read_results
+from conftest import (
+    DEVICE_FIT,
+    FIT,
+    QUIET,
+    SMALL,
+    assert_same_run,
+    only_run,
+    read_results,
+    refusal,
+    wait_for,
+)  # fmt: skip
+from forked import Program, run_script
+from test_scripts import copy_general
 
 import train_base
 from dcase.errors import UserError
-from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint
+from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint, newest_checkpoint
+from dcase.runs.config import DeviceConfig
 from dcase.training.lit import SceneClassifier
 
 # 24 steps an epoch: a signal comes in the middle of one.
-LONG = [*SMALL, *FIT, "--n_epochs", "12", "--batch_size", "2", "--check_val_every_n_epoch", "5"]
-DEVICE_FIT = "--n_epochs 2 --batch_size 8 --lr 0.003 --warmup_steps 2 --check_val_every_n_epoch 1".split()
-QUIET = "--num_workers 0 --wandb_mode disabled --accelerator cpu".split()
+LONG = [*SMALL, *FIT, "--n_epochs", "12", "--batch_size", "2", "--check_val_every_n_epoch", "5", "--project_name", "P"]
+RESUME = ["--project_name", "P", "--resume"]
+
+
+def begin(learnable: Path, cwd: Path, *args, wait: str = "last.ckpt") -> tuple[Program, Path]:
+    """(train_base.py, under way; the checkpoint file that it has written)"""
+    program = Program("train_base.py", *LONG, "--dataset_dir", learnable, *args, cwd=cwd)
+    return program, wait_for(f"P/*/checkpoints/{wait}", cwd, program)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(learnable, tmp_path_factory) -> Path:
     cwd = tmp_path_factory.mktemp("undisturbed")
-    command = [sys.executable, ROOT / "train_base.py", *LONG, "--dataset_dir", learnable, "--project_name", "P"]
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script("train_base.py", *LONG, "--dataset_dir", learnable, cwd=cwd).succeeded()
     return only_run(cwd / "P")
-
-
-def start(args: list, cwd: Path, **options) -> subprocess.Popen:
-    """train_base.py, which does not inherit that Ctrl-C is ignored, as it is where the tests run in the background."""
-    command = [sys.executable, ROOT / "train_base.py", *args, "--project_name", "P"]
-    return subprocess.Popen(
-        list(map(str, command)), cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        **options,
-    )  # fmt: skip
-
-
-def wait_for(pattern: str, folder: Path, program: subprocess.Popen) -> Path:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and program.poll() is None:
-        for found in folder.glob(pattern):
-            return found
-        time.sleep(0.01)
-    raise AssertionError(f"{pattern} did not appear")
-
-
-def same_files(run: Path, other: Path) -> None:
-    for name in ("results.json", "metrics.csv"):
-        assert (run / name).read_bytes() == (other / name).read_bytes(), name
-    for name in ("last.ckpt", "best.ckpt"):
-        states = [load_checkpoint(r / "checkpoints" / name)["state_dict"] for r in (run, other)]
-        assert all(torch.equal(value, states[1][key]) for key, value in states[0].items()), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_the_step_and_the_run_goes_on_behind_it(number, undisturbed, learnable, script, tmp_path):
-    program = start([*LONG, "--dataset_dir", learnable], tmp_path)
-    last = wait_for("P/*/checkpoints/last.ckpt", tmp_path, program)
+    program, last = begin(learnable, tmp_path)
     seconds = random.Random(time.time()).uniform(0, 0.6)
     print(f"{number!r} {seconds:.3f} s after the first checkpoint")
     time.sleep(seconds)
-    program.send_signal(number)
-    said = program.communicate(timeout=60)[0]
-    assert program.returncode == 128 + number, said
-    found = re.search(rf"stopped by {number.name}, saved in epoch (\d+) after (\d+) steps", said)
-    assert found and "Traceback" not in said
+    program.send(number)
+    done = program.wait()
+    assert done.code == 128 + number, done.err
+    found = re.search(rf"stopped by {number.name}, saved in epoch (\d+) after (\d+) steps", done.err)
+    assert found and "Traceback" not in done.err
     assert load_checkpoint(last)["global_step"] == int(found[2])
     run = only_run(tmp_path / "P")
-    assert said.endswith(f"; go on with: python train_base.py --resume {run.name} --project_name P\n"), said
-    done = script("train_base.py", "--resume", run.name, "--project_name", "P")
-    assert done.code == 0 and "only tested again" not in done.out, done.err
-    same_files(run, undisturbed)
+    assert done.err.endswith(f"; go on with: python train_base.py --resume {run.name} --project_name P\n"), done.err
+    if number != signal.SIGUSR1:  # the same handler
+        done = script("train_base.py", *RESUME, run.name).succeeded()
+        assert "only tested again" not in done.out
+        assert_same_run(run, undisturbed)
 
 
 def test_a_signal_between_accumulated_batches_waits_for_the_step(learnable, script, tmp_path):
-    args = [*LONG, "--accumulate_grad_batches", "5", "--dataset_dir", learnable]
-    whole = script("train_base.py", *args, "--project_name", "W")
-    assert whole.code == 0, whole.err
-    program = start(args, tmp_path)
-    last = wait_for("P/*/checkpoints/last.ckpt", tmp_path, program)
-    program.send_signal(signal.SIGTERM)
-    assert program.wait(60) == 143
+    args = ["--accumulate_grad_batches", "5", "--n_epochs", "6"]
+    script("train_base.py", *LONG, "--dataset_dir", learnable, *args, "--project_name", "W").succeeded()
+    program, last = begin(learnable, tmp_path, *args)
+    program.send(signal.SIGTERM)
+    assert program.wait().code == 143
     batches = load_checkpoint(last)["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"]
     assert batches % 5 == 0 or batches == 24
     run = only_run(tmp_path / "P")
-    done = script("train_base.py", "--resume", run.name, "--project_name", "P")
-    assert done.code == 0, done.err
-    same_files(run, only_run(tmp_path / "W"))
+    script("train_base.py", *RESUME, run.name).succeeded()
+    assert_same_run(run, only_run(tmp_path / "W"))
 
 
 @pytest.fixture(scope="module")
 def stopped_early(learnable, tmp_path_factory) -> Path:
     """The project folder of a run that was stopped after some epochs."""
     cwd = tmp_path_factory.mktemp("stopped")
-    program = start([*LONG, "--dataset_dir", learnable], cwd)
-    wait_for("P/*/checkpoints/previous.ckpt", cwd, program)
-    program.send_signal(signal.SIGTERM)
-    assert program.wait(60) == 143
+    program, _ = begin(learnable, cwd, wait="previous.ckpt")
+    program.send(signal.SIGTERM)
+    assert program.wait().code == 143
     return cwd / "P"
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "empty"])
-def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(harm, undisturbed, stopped_early, script, tmp_path):
-    run = only_run(shutil.copytree(stopped_early, tmp_path / "P"))
-    last = run / "checkpoints" / "last.ckpt"
-    content = bytearray(last.read_bytes())
+@pytest.fixture
+def stopped(stopped_early, tmp_path) -> Path:
+    """The run's folder, a copy."""
+    return only_run(shutil.copytree(stopped_early, tmp_path / "P"))
+
+
+def damage(path: Path, harm: str) -> None:
+    content = bytearray(path.read_bytes())
     if harm == "flip":
         content[len(content) // 2] ^= 16
-    last.write_bytes({"cut": content[: len(content) // 2], "flip": content, "empty": b""}[harm])
-    done = script("train_base.py", "--resume", run.name, "--project_name", "P")
-    assert done.code == 0, done.err
+    path.write_bytes({"cut": content[: len(content) // 2], "flip": content, "empty": b""}[harm])
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(undisturbed, stopped, script):
+    damage(stopped / "checkpoints" / "last.ckpt", "flip")
+    done = script("train_base.py", *RESUME, stopped.name).succeeded()
     assert "WARNING" in done.out and "last.ckpt" in done.out and "Going on from" in done.out
-    assert (run / "checkpoints" / "last.ckpt.damaged").exists()  # and did not replace previous.ckpt
-    same_files(run, undisturbed)
+    assert (stopped / "checkpoints" / "last.ckpt.damaged").exists()  # and did not replace previous.ckpt
+    assert_same_run(stopped, undisturbed)
 
 
-def test_without_any_checkpoint_to_read_a_run_says_so(stopped_early, script, tmp_path):
-    run = only_run(shutil.copytree(stopped_early, tmp_path / "P"))
+@pytest.mark.parametrize("harm", ["cut", "flip", "empty"])
+def test_damage_of_any_kind_is_found(harm, stopped):
+    last = stopped / "checkpoints" / "last.ckpt"
+    assert newest_checkpoint(last.parent) == last
+    damage(last, harm)
+    assert newest_checkpoint(last.parent).name == "previous.ckpt" and not last.exists()
+
+
+def test_without_any_checkpoint_to_read_a_run_says_so(stopped, call_main):
     for name in ("last.ckpt", "previous.ckpt"):
-        (run / "checkpoints" / name).write_bytes(b"PK")
-    script("train_base.py", "--resume", run.name, "--project_name", "P").refused("last.ckpt")
+        (stopped / "checkpoints" / name).write_bytes(b"PK")
+    call_main(train_base.main, *RESUME, stopped.name).refused("last.ckpt")
 
 
 def test_wandb_may_lose_its_process(learnable, tmp_path):
     """As where it is short of memory: killed under the run, which ends as if it had never been."""
-    args = [arg if arg != "disabled" else "offline" for arg in LONG]
-    program = start([*args, "--n_epochs", "40", "--dataset_dir", learnable], tmp_path)
-    wait_for("P/*/checkpoints/last.ckpt", tmp_path, program)
+    program, _ = begin(learnable, tmp_path, "--wandb_mode", "offline")
     for status in Path("/proc").glob("[0-9]*/status"):
         try:
             text = status.read_text()
@@ -144,8 +138,8 @@ def test_wandb_may_lose_its_process(learnable, tmp_path):
         ours = f"PPid:\t{program.pid}\n" in text
         if text.startswith("Name:\twandb-core") and (ours or started_by(status.parent, program.pid)):
             signal.pidfd_send_signal(os.pidfd_open(int(status.parent.name)), signal.SIGKILL)
-    said = program.communicate(timeout=120)[0]
-    assert program.returncode == 0 and "W&B has failed" in said and "Traceback" not in said, said
+    done = program.wait()
+    assert done.code == 0 and "W&B has failed" in done.out and "Traceback" not in done.out + done.err, done
     assert read_results(only_run(tmp_path / "P"))["n_clips"] == 32
 
 
@@ -156,12 +150,13 @@ def started_by(process: Path, pid: int) -> bool:
 
 def test_a_signal_to_all_processes_of_a_job_is_the_training_process_s(learnable, tmp_path):
     """As SLURM sends it: to the processes that read, too."""
-    args = [*LONG, "--num_workers", "2", "--n_epochs", "60", "--dataset_dir", learnable]
-    program = start(args, tmp_path, start_new_session=True)
-    wait_for("P/*/checkpoints/last.ckpt", tmp_path, program)
-    os.killpg(program.pid, signal.SIGTERM)
-    said = program.communicate(timeout=60)[0]
-    assert program.returncode == 143 and "stopped by SIGTERM, saved in epoch" in said, said
+    program, _ = begin(learnable, tmp_path, "--num_workers", "2", "--n_epochs", "60")
+    readers = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    assert readers
+    for pid in (*map(int, readers), program.pid):
+        os.kill(pid, signal.SIGTERM)
+    done = program.wait()
+    assert done.code == 143 and "stopped by SIGTERM, saved in epoch" in done.err, done
 
 
 def test_an_error_ends_the_processes_that_read(learnable, script, tmp_path):
@@ -171,7 +166,7 @@ def test_an_error_ends_the_processes_that_read(learnable, script, tmp_path):
     begun = time.monotonic()
     done = script("train_base.py", *SMALL, *FIT, "--dataset_dir", data, "--num_workers", "2", "--val_fraction", "0")
     done.refused(path.name)
-    assert time.monotonic() - begun < 60  # they did not keep it waiting
+    assert time.monotonic() - begun < 120  # they did not keep it waiting
 
 
 class Killed(Exception):
@@ -179,15 +174,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_a_run_killed_in_its_last_validation_does_it_again(batch, learnable, tmp_path, monkeypatch):
-    args = [*SMALL, *FIT, "--dataset_dir", str(learnable)]
-
-    def train(*args) -> None:
-        monkeypatch.setattr(sys, "argv", ["train_base.py", *args])
-        train_base.main()
-
-    monkeypatch.chdir(tmp_path)
-    train(*args, "--project_name", "W")
+def test_a_run_killed_in_its_last_validation_does_it_again(batch, general_run, learnable, call_main, monkeypatch):
     step = SceneClassifier.validation_step
 
     def killed(self, some, batch_idx):
@@ -195,56 +182,33 @@ def test_a_run_killed_in_its_last_validation_does_it_again(batch, learnable, tmp
             raise Killed
         step(self, some, batch_idx)
 
-    monkeypatch.setattr(SceneClassifier, "validation_step", killed)
-    with pytest.raises(Killed):
-        train(*args, "--project_name", "P")
-    monkeypatch.setattr(SceneClassifier, "validation_step", step)
-    run = only_run(tmp_path / "P")
-    train("--resume", run.name, "--project_name", "P", "--accelerator", "cpu")
-    same_files(run, only_run(tmp_path / "W"))
+    with monkeypatch.context() as patch:
+        patch.setattr(SceneClassifier, "validation_step", killed)
+        with pytest.raises(Killed):
+            call_main(train_base.main, *SMALL, *FIT, "--dataset_dir", learnable, "--project_name", "P")
+    run = only_run(Path("P").absolute())
+    call_main(train_base.main, *RESUME, run.name, "--accelerator", "cpu").succeeded()
+    assert_same_run(run, general_run)
 
 
 # Parts
 
 
-def stage_2(script, general_run, learnable, project: Path, *args) -> Path:
-    kept = project / "general"
-    if not kept.exists():
-        shutil.copytree(general_run, kept)
-    before = set(project.iterdir())
-    args = [
-        "--ckpt_id",
-        "general",
-        "--dataset_dir",
-        learnable,
-        "--project_name",
-        project.name,
-        *DEVICE_FIT,
-        *QUIET,
-        *args,
-    ]
-    done = script("train_device_specific.py", *args)
-    assert done.code == 0, done.err
-    (run,) = set(project.iterdir()) - before
-    return run
-
-
-def test_stage_2_in_parts_merges_into_what_it_is_as_a_whole(general_run, learnable, script, tmp_path):
-    project = tmp_path / "P"
-    whole = stage_2(script, general_run, learnable, project)
-    parts = [stage_2(script, general_run, learnable, project, "--only_devices", only) for only in ("s1,b", "a")]
-    assert all(
-        (part / "checkpoints" / "best.ckpt").is_file() and not (part / "results.json").exists() for part in parts
-    )
-    paths = ",".join(str(part / "checkpoints" / "best.ckpt") for part in parts)
-    done = script("test_only.py", "--ckpt_path", paths, "--dataset_dir", learnable, "--project_name", "T", *QUIET)
-    assert done.code == 0, done.err
+def test_stage_2_in_parts_merges_into_what_it_is_as_a_whole(device_run, general_run, learnable, script, tmp_path):
+    data = ["--dataset_dir", learnable, *QUIET]
+    args = ["--ckpt_id", copy_general(general_run, tmp_path / "P"), "--project_name", "P", *data, *DEVICE_FIT]
+    parts = {"one": "s1,b", "two": "a"}
+    for run_id, only in parts.items():
+        script("train_device_specific.py", *args, "--only_devices", only, "--run_id", run_id).succeeded()
+        assert not (tmp_path / "P" / run_id / "results.json").exists()
+    paths = ",".join(f"P/{run_id}/checkpoints/best.ckpt" for run_id in parts)
+    script("test_only.py", "--ckpt_path", paths, *data, "--project_name", "T").succeeded()
     merged = only_run(tmp_path / "T")
-    states = [load_checkpoint(run / "checkpoints" / "best.ckpt") for run in (merged, whole)]
+    states = [load_checkpoint(run / "checkpoints" / "best.ckpt") for run in (merged, device_run[0])]
     assert states[0]["device_ids"] == states[1]["device_ids"]
     assert states[0]["state_dict"].keys() == states[1]["state_dict"].keys()
     assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
-    again, before = read_results(merged), read_results(whole)
+    again, before = read_results(merged), read_results(device_run[0])
     before.pop("fine_tuning")
     assert again.pop("loss") == pytest.approx(before.pop("loss"), rel=1e-6) and again == before
 
@@ -260,12 +224,9 @@ def test_parts_that_do_not_belong_together():
         merged_checkpoint({"one": one, "two": other})
 
 
-def test_unknown_device(script, tmp_path):
-    script("train_device_specific.py", "--ckpt_id", "x", "--only_devices", "a,s4").refused("--ckpt_id x")
-    from dcase.runs.config import DeviceConfig
-
-    with pytest.raises(UserError, match="--only_devices a,s4: known devices are a,b,c"):
-        DeviceConfig(only_devices="a,s4")
+def test_unknown_device():
+    said = refusal(lambda: DeviceConfig(only_devices="a,s4"))
+    assert said == "--only_devices a,s4: known devices are a,b,c,s1,s2,s3"
 
 
 # Sound
@@ -274,16 +235,13 @@ def test_unknown_device(script, tmp_path):
 def test_a_pack_trains_as_the_files_do(general_run, learnable, script, tmp_path):
     """But for 16-bit roundings, less than a 65,000th of a clip's peak: the same augmentation, curves and figures."""
     pack = tmp_path / "pack"
-    done = script("dcase.prepare", "--dataset_dir", learnable, "--pack", "--pack_dir", pack,
-                  "--orig_sample_rate", "8000", "--sample_rate", "8000")  # fmt: skip
-    assert done.code == 0, done.err
+    rates = ["--orig_sample_rate", "8000", "--sample_rate", "8000"]
+    script("dcase.prepare", "--dataset_dir", learnable, "--pack", "--pack_dir", pack, *rates).succeeded()
     args = [*SMALL, *FIT, "--dataset_dir", learnable, "--pack_dir", pack, "--project_name", "P"]
-    done = script("train_base.py", *args)
-    assert done.code == 0 and f"sound: the pack {pack}" in done.out, done.err
+    assert f"sound: the pack {pack}" in script("train_base.py", *args).succeeded().out
     run = only_run(tmp_path / "P")
-    curves = [
-        [line.split(",") for line in (r / "metrics.csv").read_text().splitlines()[1:]] for r in (run, general_run)
-    ]
+    files = [(folder / "metrics.csv").read_text().splitlines()[1:] for folder in (run, general_run)]
+    curves = [[line.split(",") for line in lines] for lines in files]
     assert [row[:2] for row in curves[0]] == [row[:2] for row in curves[1]]
     for (_, name, value), (_, _, expected) in zip(*curves, strict=True):
         assert float(value) == pytest.approx(float(expected), rel=1e-4), name

@@ -1,7 +1,11 @@
-"""The mean of the weights over training's last steps, which generalises better than the last step's weights alone.
+"""The average of the weights over training's last steps, which generalises better than the last step's weights.
 
 Source: exponential moving average of the weights (Polyak averaging; as used in arXiv:1703.01780), with the decay warmed
-up as min(decay, (1 + steps) / (10 + steps)), so that a short run is not held back by its first weights.
+up as min(decay, (1 + steps) / (10 + steps)), so that the first weights do not dominate a short run.
+
+Not torch.optim.swa_utils.AveragedModel: it copies the weights at its first update in place of averaging, averages
+integer buffers, has its counter of updates on the GPU, where the warm-up would wait for it in every step, and is a
+module that must be kept out of checkpoints; putting the average in the model's place would still be left to us.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +18,7 @@ from torch import Tensor, nn
 class WeightAverage:
     """Keeps the average of a model's floating-point state (parameters and BatchNorm's statistics), in float32.
 
-    It is no part of the model: `state_dict` gives it to a checkpoint, and `swapped` puts it in the model's place.
+    It is not part of the model: `state_dict` gives it to a checkpoint, and `swapped` puts it in the model's place.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -25,7 +29,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Take the model's weights in, after an optimiser step."""
+        """Update the average with the model's weights, after an optimiser step."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         current = [value.detach() for value in _floats(model).values()]
@@ -37,7 +41,7 @@ class WeightAverage:
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """The model has the average's weights inside, and its own again afterwards."""
+        """Give the model the average's weights inside the block, and its own again afterwards."""
         own = {name: value.detach().clone() for name, value in _floats(model).items()}
         _copy_into(model, self.average)
         self.in_place = True

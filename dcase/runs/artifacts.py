@@ -1,4 +1,4 @@
-"""A run's checkpoints in W&B (--log_checkpoints): from its folder into an artifact, and back on another machine."""
+"""A run's checkpoints as a W&B artifact (--log_checkpoints): upload from its folder, download on another machine."""
 
 import tempfile
 from pathlib import Path
@@ -15,7 +15,7 @@ def name_of(run_id: str) -> str:
 
 
 def upload(experiment, run: Run) -> None:
-    """Log what the run has by now as its artifact's newest version; files that have not changed are not sent again.
+    """Log the run's current files as its artifact's newest version; W&B does not send unchanged files again.
 
     ``experiment``: W&B's run.
     """
@@ -35,9 +35,9 @@ def _is_kept(path: Path) -> bool:
 
 
 def fetch(project_name: str, run_id: str, wandb_mode: str | None, logger: str | None = None) -> None:
-    """Make the run's folder from its artifact, where there is none here and W&B may be asked; says what came of it.
+    """Make the run's folder from its artifact, where it is missing here and W&B may be asked; print the outcome.
 
-    What is here comes first, and is never overwritten.
+    A run that is here is never overwritten.
     """
     run = Run(Path(project_name) / run_id)
     may_ask = wandb_mode not in ("offline", "disabled") and logger in (None, "wandb") and Path(run_id).name == run_id
@@ -51,7 +51,7 @@ def fetch(project_name: str, run_id: str, wandb_mode: str | None, logger: str | 
         print(f"run {run_id} is not in {project_name}/: asking W&B for its checkpoints")
         artifact = wandb.Api(timeout=30).artifact(f"{Path(project_name).name}/{name_of(run_id)}:latest", type=KIND)
         _download(artifact, run)
-    except Exception as error:  # no such artifact, no network, no space: `find_run` tells what is missing
+    except Exception as error:  # no such artifact, no network, no space: `find_run` says what is missing
         print(f"W&B cannot give them ({type(error).__name__}: {one_line(error)})")
     else:
         print(f"fetched from W&B: {run.folder}/")
@@ -59,10 +59,10 @@ def fetch(project_name: str, run_id: str, wandb_mode: str | None, logger: str | 
 
 def _download(artifact, run: Run) -> None:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its place, then renamed: a half of it must not be taken for a run.
+    # Beside its place, then renamed: a partial download must not look like a run.
     with tempfile.TemporaryDirectory(prefix=f".{run.id}.", dir=run.folder.parent) as beside:
         whole = Path(beside) / run.id
         artifact.download(root=str(whole))
         if not (whole / "config.json").is_file():
             raise FileNotFoundError("the artifact holds no config.json")
-        whole.rename(run.folder)  # another process of the run may have been faster: then this fails
+        whole.rename(run.folder)  # fails where another process of the run was faster

@@ -1,4 +1,4 @@
-"""How far training and testing are: Lightning's bars in a terminal, lines in a log file."""
+"""Progress of training and testing: Lightning's bars in a terminal, lines in a log file."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ EVERY = 60  # seconds between two lines of a long epoch in a log file
 
 
 class Bars(TQDMProgressBar):
-    """Lightning's bars where stdout is a terminal; else a line per epoch, and one a minute within it."""
+    """Draws Lightning's bars where stdout is a terminal; otherwise prints a line per epoch, and one a minute within."""
 
     def __init__(self):
         self.on_terminal = on_terminal(sys.stdout)  # where Lightning draws
@@ -29,7 +29,7 @@ class Bars(TQDMProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, *args) -> None:
         super().on_train_start(trainer, *args)
-        self._begin(trainer)  # a run that is resumed within an epoch does not start it
+        self._begin(trainer)  # on_train_epoch_start is not called where a run resumes within an epoch
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args) -> None:
         super().on_train_epoch_start(trainer, *args)
@@ -57,7 +57,7 @@ class Bars(TQDMProgressBar):
             self.print(f"{what}: {done} of {total} batches")
 
     def tell(self, trainer: pl.Trainer, loss: float) -> None:
-        """Of an epoch that is over."""
+        """Print the line of a finished epoch."""
         if not self.on_terminal:
             self.print(f"{_epoch(trainer)}: training loss {loss:.4f}, {time.monotonic() - self.began:.0f} s")
 
