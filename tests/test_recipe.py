@@ -11,13 +11,13 @@ import soundfile
 import torch
 from conftest import FIT, QUIET, RATE, ROOT, SMALL, assert_same_run, only_run, read_results, refusal, weights
 from forked import run_script
+from stored_files import file_sizes
 from test_scripts import copy_general, kill_and_resume
 
 from dcase.data.tau22 import SplitConfig
 from dcase.model.averaging import WeightAverage
 from dcase.model.distillation import DistillConfig, soft_loss, soft_targets
 from dcase.model.named import ModelConfig, fill
-from dcase.runs import stored
 from dcase.runs.checkpoints import final_state
 from dcase.runs.config import DeviceConfig, TrainConfig, from_plain, to_plain
 from dcase.training.lit import SceneClassifier
@@ -142,7 +142,7 @@ def test_the_whole_recipe_killed_and_resumed_equals_undisturbed_bit_for_bit(stud
 
 def test_the_stored_file_gives_the_runs_figures_and_has_the_counted_size(student, learnable, script, tmp_path):
     path, results = student / "stored" / "general.safetensors", read_results(student)
-    header, tensors = stored.file_sizes(path)
+    header, tensors = file_sizes(path)
     assert header + tensors == path.stat().st_size
     assert tensors == results["complexity"]["total_param_bytes"] == sum(results["complexity"]["param_bytes"].values())
     assert set(results["complexity"]["param_bytes"]) == {"int8", "float16"}
@@ -223,7 +223,7 @@ def test_stage_2_trains_what_it_is_told_to_and_stores_a_file_per_device(finetune
     files = {path.stem for path in (folder / "stored").iterdir()}
     assert files == {"general", *kept} and results["device_models"] == kept
     for path in (folder / "stored").iterdir():
-        assert stored.file_sizes(path)[1] == results["complexity"]["total_param_bytes"]
+        assert file_sizes(path)[1] == results["complexity"]["total_param_bytes"]
     again = run("test_only.py", "--ckpt_path", folder / "stored", *data).succeeded().out
     results.pop("fine_tuning")
     assert read_results(run_of(again, student.parent)) == results

@@ -1,7 +1,4 @@
-"""Checkpoint files: written beside their place and renamed, read with ``weights_only=True``.
-
-A file that would run code is refused.
-"""
+"""Checkpoint files: written beside their place and renamed, read with ``weights_only=True``, which runs no code."""
 
 import pickle
 import zipfile
@@ -16,7 +13,7 @@ from dcase.data.labels import DEVICES, SCENES
 from dcase.errors import UserError
 from dcase.files import keep_copy, replace_file
 
-FORMAT = 1  # of our checkpoints
+FORMAT = 1
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
@@ -24,13 +21,13 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
 
 
 def load_checkpoint(path: Path | str) -> dict:
-    """A checkpoint of ours, on the CPU. Raises `UserError`, naming the file, for anything else."""
+    """Return a checkpoint of this code, on the CPU. Raises `UserError`, naming the file, for anything else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: check --ckpt_path or --ckpt_id")
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()  # torch itself does not look at the checksums it writes
+            damaged = file.testzip()  # torch does not check the checksums that it writes
         if damaged:
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -48,8 +45,10 @@ def load_checkpoint(path: Path | str) -> dict:
 
 
 def refuse_other_scenes(scenes: list[str] | None, what: str) -> None:
-    """Raise `UserError` where ``what`` was trained on other scenes than SCENES, or in another order: it would name
-    wrong ones. None: from before that was written down."""
+    """Raise `UserError` where ``what`` was trained on other scenes than SCENES, or on these in another order.
+
+    None: it is from before scenes were recorded.
+    """
     if scenes is not None and scenes != list(SCENES):
         listed = ", ".join(map(str, scenes)) if isinstance(scenes, list) else scenes
         raise UserError(
@@ -59,9 +58,9 @@ def refuse_other_scenes(scenes: list[str] | None, what: str) -> None:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """last.ckpt, or previous.ckpt where that is damaged, which is then said; None where there is neither.
+    """Return last.ckpt, or previous.ckpt, with a warning, where that is damaged; None where there is neither.
 
-    Raises `UserError` where there is one and none can be read.
+    Raises `UserError` where there are such files and none can be read.
     """
     paths = [path for path in (folder / "last.ckpt", folder / "previous.ckpt") if path.is_file()]
     problem = None
@@ -82,8 +81,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 class SafeCheckpoints(CheckpointIO):
-    """Lightning's way to checkpoint files: written beside and renamed, read with ``weights_only=True``; the last.ckpt
-    that was there before stays, as previous.ckpt."""
+    """Lightning's plugin for checkpoint files that writes and reads them as this module does.
+
+    The earlier last.ckpt stays, as previous.ckpt.
+    """
 
     def save_checkpoint(self, checkpoint: dict, path, storage_options=None) -> None:
         path = Path(path)
@@ -99,7 +100,7 @@ class SafeCheckpoints(CheckpointIO):
 
 
 def final_state(checkpoint: dict) -> dict[str, Tensor]:
-    """The state dict of a checkpoint, with the average of the weights (--ema_decay) in the place of the last step's."""
+    """Return a checkpoint's state dict, with averaged weights (--ema_decay) in place of the last step's."""
     average = checkpoint.get("average", {"average": {}})["average"]
     state = checkpoint["state_dict"]
     start = "adapters." if any(name.startswith("adapters.") for name in state) else "model."  # what was trained
@@ -107,9 +108,9 @@ def final_state(checkpoint: dict) -> dict[str, Tensor]:
 
 
 def merged_checkpoint(checkpoints: Mapping[str, dict]) -> dict:
-    """One checkpoint with the general model and all device-specific models of several, which are given by their names.
+    """Return one checkpoint with the general model and the device-specific models of several, given by file name.
 
-    Raises `UserError` where they are not of one general model, or where two hold a model for the same device.
+    Raises `UserError` where their general models differ, or where two hold a model for the same device.
     """
     (first_name, first), *others = checkpoints.items()
     merged = {**first, "state_dict": dict(first["state_dict"]), "device_ids": list(first["device_ids"])}

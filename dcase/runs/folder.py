@@ -1,14 +1,16 @@
-"""A run's folder ``<project_name>/<run_id>/``: its id, configuration, checkpoints, metrics and results.
+"""A run's folder ``<project_name>/<run_id>/``, and which run a path belongs to.
 
     config.json          the whole configuration, versions and command, written before the first step
     checkpoints/         last.ckpt (every epoch), previous.ckpt (the one before), best.ckpt (highest validation
                          macro_avg_acc)
-    metrics.csv          what was logged, a row a time
+    stored/              the models in the bits that they are counted with (`runs.stored`), with --weight_bits
+    metrics.csv          logged metrics, one row each
     results.json         the figures of the test, plain and repeatable: no times, no paths
-    predictions.csv      every test clip's logits
-    report/              index.html, a page of everything; tables and charts
+    predictions.csv      the logits of every test clip
+    report/              index.html, a page with all tables and charts
+    export/              files of dcase.export
 
-Whatever matters is written beside its place and renamed, so that a kill leaves the old or the new file, never half
+Files that matter are written beside their place and renamed, so a kill leaves the old file or the new one, never half
 of one. Checkpoints are read with ``weights_only=True``: a file that would run code is refused.
 """
 
@@ -25,26 +27,26 @@ import tyro
 
 from dcase.errors import UserError, one_line
 
-CHECKPOINTS, STORED = "checkpoints", "stored"  # folders of a run
+CHECKPOINTS, STORED = "checkpoints", "stored"  # subfolders of a run that hold models
 
 
 @dataclass(frozen=True)
 class RunConfig:
     project_name: str = "DCASE25_Task1"
-    """Folder that the run's own folder is made in, and the W&B project."""
+    """Folder that holds the run's folder, and name of the W&B project."""
     experiment_name: str | None = None
-    """Name of the run in W&B and in the report; None: the model's."""
+    """Name of the run in W&B and in the report; None: the model's name."""
     run_id: str | None = None
-    """Id of a new run, which no other may have: to know it beforehand. None: it is drawn."""
+    """Id of a new run, which no other run may have; None: draw one."""
     wandb_mode: str = "auto"
     """Weights & Biases: online, offline, disabled, or auto: online where you are logged in, else offline."""
     logger: Literal["wandb", "tensorboard", "none"] = "wandb"
-    """What is logged to beside metrics.csv: W&B; TensorBoard, in the run's folder; none: nothing."""
+    """Log to W&B, to TensorBoard files in the run's folder, or to neither; metrics.csv is always written."""
     log_checkpoints: bool = False
-    """Upload the run's checkpoints to W&B too, after each validation and at the end: a machine that has not the run's
-    folder fetches them for --resume and --ckpt_id."""
+    """Upload the run's checkpoints to W&B after each validation and at the end: a machine without the run's folder
+    fetches them for --resume and --ckpt_id."""
     report_audio: Annotated[bool, tyro.conf.FlagConversionOff] = True
-    """Sound of the most confident mistakes in the report's page; False: pictures alone."""
+    """Embed the sound of the most confident mistakes in the report's page; False: show pictures only."""
 
     def __post_init__(self):
         if self.wandb_mode not in ("auto", "online", "offline", "disabled"):
@@ -52,9 +54,11 @@ class RunConfig:
         if self.log_checkpoints and (self.logger != "wandb" or self.wandb_mode == "disabled"):
             raise UserError("--log_checkpoints uploads to W&B: give --logger wandb, and --wandb_mode not disabled")
         if not self.project_name or Path(self.project_name).name in ("", ".."):
-            raise UserError(f"--project_name is the name of a folder; got {self.project_name!r}")
+            raise UserError(f"--project_name must name a folder; got {self.project_name!r}")
         if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9][\w-]{0,63}", self.run_id, re.ASCII):
-            raise UserError(f"--run_id is 1 to 64 letters, digits, _ and -, the first no _ or -; got {self.run_id!r}")
+            raise UserError(
+                f"--run_id is 1 to 64 letters, digits, _ and -, beginning with a letter or digit; got {self.run_id!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,11 @@ class Run:
 
     @property
     def stored(self) -> Path:
-        """The models as they are handed in, with --weight_bits."""
         return self.folder / STORED
+
+    @property
+    def export(self) -> Path:
+        return self.folder / "export"
 
     @property
     def last(self) -> Path:
@@ -84,19 +91,24 @@ class Run:
     def best(self) -> Path:
         return self.checkpoints / "best.ckpt"
 
+    @property
+    def trained(self) -> Path:
+        """The checkpoint that the run was tested with: the best one, or the last where no clips were held out."""
+        return trained_checkpoint(self.checkpoints)
+
     def has_config(self) -> bool:
         return (self.folder / "config.json").is_file()
 
     def commit(self) -> str | None:
-        """The git commit of the code that began the run, where that was a checkout."""
+        """Return the git commit of the code that began the run; None where that was no checkout."""
         return json.loads((self.folder / "config.json").read_text()).get("commit")
 
     def scenes(self) -> list[str] | None:
-        """Those that the run was begun with; None before that was written down."""
+        """Return the scenes that the run began with; None for runs from before they were recorded."""
         return json.loads((self.folder / "config.json").read_text()).get("scenes")
 
     def read_config(self) -> dict:
-        """Raises `UserError` where config.json is damaged."""
+        """Return config.json's "config". Raises `UserError` where the file is damaged."""
         path = self.folder / "config.json"
         try:
             return json.loads(path.read_text())["config"]
@@ -106,30 +118,59 @@ class Run:
                 "still be tested (--ckpt_path) and fine-tuned (--ckpt_id)"
             ) from error
 
+    def tested(self) -> "Run | None":
+        """Return the run whose model this run, a test, has tested; None where that is gone or this is no test.
+
+        Raises `UserError` where config.json is damaged.
+        """
+        given = self.read_config().get("ckpt_path")
+        if not given:
+            return None
+        # A relative path starts where the test was started: as a rule, in the folder that holds the test's project.
+        found = run_of(given) or run_of(str(self.folder.absolute().parent.parent / given))
+        return found if found and found.folder.resolve() != self.folder.resolve() else None
+
+    def lineage(self) -> list["Run"]:
+        """Return this run and those it started from, the latest first: a test, its fine-tuning, the general model's.
+
+        Raises `UserError` where a config.json is damaged.
+        """
+        runs: list[Run] = []
+        run: Run | None = self
+        while run and run.has_config() and run.folder not in [other.folder for other in runs]:
+            runs.append(run)
+            general = run.read_config().get("ckpt_id")
+            run = run.tested() or (Run(run.folder.parent / general) if general else None)
+        return runs
+
 
 SCRIPTS = {"general": "train_base.py", "device-specific": "train_device_specific.py", "test": "test_only.py"}
 
 
 def kind_of(saved: dict) -> Literal["general", "device-specific", "test"]:
-    """Which script of `SCRIPTS` made a run of this configuration."""
+    """Return which script of `SCRIPTS` made a run of this configuration."""
     return "device-specific" if "ckpt_id" in saved else "test" if "ckpt_path" in saved else "general"
 
 
 def resume_command(script: str, run_id: str, project_name: str) -> str:
-    """What goes on with a run, for a shell."""
+    """Return the shell command that goes on with a run."""
     project = [] if project_name == RunConfig.project_name else ["--project_name", project_name]
     return shlex.join(["python", script, "--resume", run_id, *project])
 
 
 def run_of(ckpt_path: str) -> Run | None:
-    """The run of <run>/checkpoints/best.ckpt, <run>/stored or <run>/stored/general.safetensors; None: of no run."""
+    """Return the run that <run>/checkpoints/best.ckpt, <run>/stored or <run>/stored/general.safetensors lies in.
+
+    None for a path that lies in no run's folder. Of several checkpoints with commas between them the first counts.
+    """
     path = Path(ckpt_path.split(",")[0]).absolute()
-    runs = [Run(place.parent) for place in (path, path.parent) if place.name in (CHECKPOINTS, STORED)]
+    places = (path, path.parent, path.resolve(), path.resolve().parent)
+    runs = [Run(place.parent) for place in places if place.name in (CHECKPOINTS, STORED)]
     return next((run for run in runs if run.has_config()), None)
 
 
 def new_run(project_name: str, run_id: str | None = None) -> Run:
-    """A run of that id, or of one that is not taken, and its folder.
+    """Make the folder of a new run, of that id or of one that is drawn.
 
     Raises `UserError` where another run has the id, or the folder cannot be made.
     """
@@ -146,12 +187,12 @@ def new_run(project_name: str, run_id: str | None = None) -> Run:
 
 
 def new_id() -> str:
-    """8 letters and digits, drawn."""
+    """Draw 8 letters and digits."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(8))
 
 
 def find_run(project_name: str, run_id: str, flag: str) -> Run:
-    """The run of that id. Raises `UserError`, naming ``flag`` and the runs there are, where there is none."""
+    """Return the run of that id. Raises `UserError`, naming ``flag`` and the runs there are, where there is none."""
     run = Run(Path(project_name) / run_id)
     if not run_id or Path(run_id).name != run_id or not (run.folder / "config.json").is_file():
         there = sorted(path.parent.name for path in Path(project_name).glob("*/config.json"))
@@ -161,16 +202,14 @@ def find_run(project_name: str, run_id: str, flag: str) -> Run:
 
 
 def find_checkpoint(project_name: str, run_id: str, flag: str = "--ckpt_id") -> Path:
-    """The best checkpoint of a run, or its last one where nothing was held out for validation. ``flag`` named the run:
-    errors do too."""
+    """Return the file of `Run.trained`. Raises `UserError`, naming ``flag``, where there is no such run or file."""
     run = find_run(project_name, run_id, flag)
-    path = trained_checkpoint(run.checkpoints)
-    if path.is_file():
-        return path
+    if run.trained.is_file():
+        return run.trained
     raise UserError(f"{flag} {run_id}: {run.checkpoints} holds neither best.ckpt nor last.ckpt; train it first")
 
 
 def trained_checkpoint(folder: Path) -> Path:
-    """The best checkpoint of a folder, or the last one where nothing was held out for validation."""
+    """Return the best checkpoint of a folder, or the last one where no clips were held out for validation."""
     best = folder / "best.ckpt"
     return best if best.is_file() else folder / "last.ckpt"

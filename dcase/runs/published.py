@@ -1,18 +1,17 @@
-"""A model as it is shared: a folder that `aum.AudioMamba.from_pretrained` loads, and from which a test can be repeated.
+"""Published models: folders that `aum.AudioMamba.from_pretrained` loads, and from which a test can be repeated.
 
     FOLDER/config.json, model.safetensors, README.md             one model
-    FOLDER/general/..., FOLDER/a/..., ...                        the general model, those of devices
+    FOLDER/general/..., FOLDER/a/..., ...                        the general model, and one of each tuned device
 
 Under "front_end", config.json has the settings of the log-mel (`logmel.LogMelConfig`), ``orig_sample_rate``, ``mean``
-and ``std`` of the training clips' log-mel, ``scenes`` in the order of the logits, and under "run" what a checkpoint
-needs beside these: the model's name and device, bits of its weights, split and clips.
+and ``std`` of the training clips' log-mel, and ``scenes`` in the order of the logits. Under "run" in it is what else a
+checkpoint needs: the model's name and device, bits of its weights, split and clips.
 """
 
 import dataclasses
 import math
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import aum
@@ -22,33 +21,67 @@ from dcase.data.tau22 import DEVICES, SCENES
 from dcase.errors import UserError
 from dcase.model.named import ModelConfig
 from dcase.runs.checkpoints import FORMAT, refuse_other_scenes
-from dcase.runs.stored import DEVICE_MODELS, GENERAL, MODEL
-
-_RUN = ("model", "model_of", "weight_bits", "split", "clips_id")
+from dcase.runs.stored import GENERAL, checkpoint_of, header_of
 
 
 def front_end_of(checkpoint: dict, model_of: str) -> dict:
-    """What config.json has under "front_end". ``model_of``: a device, or "general"."""
-    config, state = checkpoint["config"], checkpoint["state_dict"]
-    run = {
-        "model": config["model"]["model"],
-        "model_of": model_of,
-        "weight_bits": config["storage"]["weight_bits"],
-        "split": config["split"],
-        "clips_id": checkpoint["clips_id"],
-    }
+    """Return "front_end" of config.json. ``model_of``: a device, or "general"."""
+    header = header_of(checkpoint, model_of, checkpoint["config"]["storage"]["weight_bits"])
+    config, front_end = header["config"], header["front_end"]
     return config["logmel"] | {
         "orig_sample_rate": config["data"]["orig_sample_rate"],
-        "mean": state["logmel.mean"].item(),
-        "std": state["logmel.std"].item(),
+        "mean": front_end["logmel.mean"],
+        "std": front_end["logmel.std"],
         "scenes": list(SCENES),
-        "run": run,
+        "run": {
+            "model": config["model"]["model"],
+            "model_of": model_of,
+            "weight_bits": config["storage"]["weight_bits"],
+            "split": config["split"],
+            "clips_id": header["clips_id"],
+        },
+    }
+
+
+def _header_of(front_end: dict, config: aum.AuMConfig) -> dict:
+    """Return the header (`stored.header_of`) that a config.json stands for: the opposite of `front_end_of`.
+
+    Raises KeyError, TypeError, ValueError or `UserError` for a front end that `front_end_of` does not make.
+    """
+    run = front_end["run"]
+    logmel = LogMelConfig(**{field.name: front_end[field.name] for field in dataclasses.fields(LogMelConfig)})
+    mean, std, orig_sample_rate = (float(front_end[name]) for name in ("mean", "std", "orig_sample_rate"))
+    if not (math.isfinite(mean) and 0 < std < math.inf and orig_sample_rate == int(orig_sample_rate)):
+        raise ValueError("mean, std or orig_sample_rate is out of range")
+    if logmel.n_mels != config.n_mels:
+        raise ValueError(f"{logmel.n_mels} mel bins, and the model has {config.n_mels}")
+    scenes = front_end["scenes"]
+    if not (isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes)):
+        raise ValueError("scenes are no list of names")
+    shape = {name: value for name, value in vars(config).items() if name in vars(ModelConfig())}
+    return {
+        "dcase_format": FORMAT,
+        "config": {
+            "model": shape | {"model": run["model"]},
+            "logmel": dataclasses.asdict(logmel),
+            "data": {"orig_sample_rate": int(orig_sample_rate)},
+            "split": dict(run["split"]),
+            "storage": {"weight_bits": run["weight_bits"]},
+        },
+        "frames": config.target_length,
+        "scenes": scenes,
+        "clips_id": run["clips_id"],
+        "clips_per_step": 0,  # it cannot be resumed
+        "front_end": {"logmel.mean": mean, "logmel.std": std},
+        "model": run["model_of"],
     }
 
 
 def save_published(model: nn.Module, folder: Path, front_end: dict, card: str) -> None:
-    """Write one model. Raises `UserError` where it is no Audio Mamba, where something else is in the folder, or where
-    the folder cannot be written."""
+    """Write one model.
+
+    Raises `UserError` where it is no Audio Mamba, where the folder holds something else or cannot be written.
+    """
     if not isinstance(model, aum.AudioMamba):
         raise UserError(
             f"only an Audio Mamba can be published, not {front_end['run']['model']}: --weight_bits 16 or 8 stores any "
@@ -63,74 +96,34 @@ def save_published(model: nn.Module, folder: Path, front_end: dict, card: str) -
 
 
 def is_published(folder: Path) -> bool:
-    """Whether a folder is that of a published model, be it damaged: not of a run, nor of stored models."""
+    """Return whether a folder is that of a published model, even a damaged one: not a run's, nor of stored models."""
     return any((part / WEIGHTS).is_file() for part in (folder, folder / GENERAL)) or (
         (folder / CONFIG).is_file() and not (folder / "checkpoints").is_dir()
     )
 
 
 def load_published(folder: Path) -> dict:
-    """A checkpoint, as `runs.load_checkpoint` gives it, of a published model, or of those of all devices.
+    """Return a checkpoint, as `load_checkpoint` does, of one published model or of those of all devices.
 
-    A model alone is used for every device. Raises `UserError`, naming the file, where one is missing, damaged or
-    another's, or where the models are not of one run.
+    A single model serves every device. Raises `UserError`, naming the file, where one is missing, damaged or of another
+    program, or where the models are not of one run.
     """
-    if not (folder / GENERAL).is_dir():
-        return _load(folder, MODEL)[0]
-    checkpoint, first = _load(folder / GENERAL, MODEL)
-    for device_id in DEVICES:
-        part = folder / device_id
-        if part.is_dir():
-            of_device, front_end = _load(part, f"{DEVICE_MODELS}{device_id}.")
-            if front_end != first | {"run": first["run"] | {"model_of": device_id}}:
-                raise UserError(
-                    f"--ckpt_path {folder}: {device_id}/ is of another run than {GENERAL}/, or of another device"
-                )
-            checkpoint["state_dict"] |= of_device["state_dict"]
-            checkpoint["device_ids"].append(device_id)
-    return checkpoint
-
-
-def _load(folder: Path, start: str) -> tuple[dict, dict]:
-    """(checkpoint with the model's weights under names that begin with ``start``, front end)."""
-    try:
-        model = aum.AudioMamba.from_pretrained(folder)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    front_end, path = model.front_end, folder / CONFIG
-    try:
-        run = {name: front_end["run"][name] for name in _RUN}
-        logmel = LogMelConfig(**{field.name: front_end[field.name] for field in dataclasses.fields(LogMelConfig)})
-        mean, std, orig_sample_rate = (float(front_end[name]) for name in ("mean", "std", "orig_sample_rate"))
-        if not (math.isfinite(mean) and 0 < std < math.inf and orig_sample_rate == int(orig_sample_rate)):
-            raise ValueError("mean, std or orig_sample_rate is no such figure")
-        if logmel.n_mels != model.config.n_mels:
-            raise ValueError(f"{logmel.n_mels} mel bins, and the model has {model.config.n_mels}")
-        scenes = front_end["scenes"]
-        if not (isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes)):
-            raise ValueError("scenes are no list of names")
-        shape = {name: value for name, value in vars(model.config).items() if name in vars(ModelConfig())}
-        checkpoint = {
-            "dcase_format": FORMAT,
-            "config": {
-                "model": shape | {"model": run["model"]},
-                "logmel": dataclasses.asdict(logmel),
-                "data": {"orig_sample_rate": int(orig_sample_rate)},
-                "split": dict(run["split"]),
-                "storage": {"weight_bits": run["weight_bits"]},
-            },
-            "frames": model.config.target_length,
-            "scenes": scenes,
-            "clips_id": run["clips_id"],
-            "clips_per_step": 0,  # it cannot be resumed
-            "device_ids": [],
-        }
-    except (KeyError, TypeError, ValueError, UserError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f'{path} was not written by dcase.publish: under "{FRONT_END}", {reason}') from error
-    refuse_other_scenes(scenes, f"published model {folder}")
-    checkpoint["state_dict"] = {f"{start}{name}": value for name, value in model.state_dict().items()} | {
-        "logmel.mean": torch.tensor(mean),
-        "logmel.std": torch.tensor(std),
-    }
-    return checkpoint, front_end
+    parts = {GENERAL: folder}
+    if (folder / GENERAL).is_dir():
+        parts = {name: folder / name for name in (GENERAL, *DEVICES) if (folder / name).is_dir()}
+    models = {}
+    for name, part in parts.items():
+        try:
+            model = aum.AudioMamba.from_pretrained(part)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        try:
+            header = _header_of(model.front_end, model.config)
+        except (KeyError, TypeError, ValueError, UserError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise UserError(
+                f'{part / CONFIG} was not written by dcase.publish: under "{FRONT_END}", {reason}'
+            ) from error
+        refuse_other_scenes(header["scenes"], f"published model {part}")
+        models[name] = header, model.state_dict()
+    return checkpoint_of(models, f"--ckpt_path {folder}")

@@ -1,17 +1,17 @@
-"""A model as it is handed in: one file of safetensors, with its weights in the bits that they are counted with.
+"""Stored models: safetensors files whose weights take the bits that they are counted with.
 
-    <run>/stored/general.safetensors, a.safetensors, ...        the general model, those of devices
+    <run>/stored/general.safetensors, a.safetensors, ...        the general model, and one of each tuned device
 
-A file has 8 bytes that say how long its header is; the header, JSON padded with spaces, with each tensor's dtype, shape
-and place (`quantisation.encode` has the names) and, under ``__metadata__``, what else a model needs; then the tensors'
-bytes with nothing between them. So on disk they take what `quantisation.stored_bytes` counts.
-Source of the format: github.com/huggingface/safetensors. Reading it runs no code, whatever the file holds.
+A file begins with 8 bytes, the length of its header. The header, JSON padded with spaces, gives each tensor's dtype,
+shape and place (`quantisation.encode` has the names), and under ``__metadata__`` what a model needs beside its weights.
+The tensors' bytes follow without gaps, so on disk they take what `quantisation.stored_bytes` counts.
+Source of the format: github.com/huggingface/safetensors. Reading a file runs no code, whatever it holds.
 
-Under ``__metadata__`` there is one key, "dcase_model" (the order of several would change from run to run), with JSON of
+``__metadata__`` has one key, "dcase_model" (the order of several would change from run to run), with JSON of
 
     format      1
     crc32       checksum over header and tensors: safetensors has none
-    header      plain values, of whoever saves the model
+    header      plain values that the caller gives: `header_of` a checkpoint, or a submission's (`submission.inference`)
 """
 
 import json
@@ -25,18 +25,26 @@ from torch import Tensor
 
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
-from dcase.model.quantisation import bytes_by_dtype, decode, encode
+from dcase.model.quantisation import decode, encode
 
 FORMAT = 1
 KEY = "dcase_model"
 LENGTH_BYTES = 8
 
+GENERAL = "general"
+MODEL, DEVICE_MODELS, FRONT_END = "model.", "device_models.", "logmel."  # prefixes of names in a checkpoint
+_PLAIN = ("dcase_format", "config", "frames", "clips_id", "clips_per_step")  # entries of a checkpoint
+_SCENES = "scenes"  # another one, which files of earlier versions lack
+
+
+# The file
+
 
 def save_model(path: Path | str, state: Mapping[str, Tensor], bits: int, header: dict) -> None:
-    """Write one model's state dict, rounded to ``bits``, and ``header``, plain values that JSON can hold.
+    """Write a state dict, rounded to ``bits``, and ``header``, plain values that JSON can hold.
 
-    The same model and header give the same bytes. Raises `UserError` where a weight cannot be stored at these bits, or
-    the file cannot be written; a file that was there stays then.
+    The same state and header give the same bytes. Raises `UserError` where a weight cannot be stored at these bits or
+    the file cannot be written; an existing file then stays.
     """
     tensors = {name: value.cpu() for name, value in encode(state, bits).items()}
     content = {"format": FORMAT, "crc32": _checksum(tensors, header), "header": header}
@@ -44,21 +52,21 @@ def save_model(path: Path | str, state: Mapping[str, Tensor], bits: int, header:
     replace_file(Path(path), lambda beside: beside.write_bytes(data))
 
 
-def load_model(path: Path | str) -> tuple[dict[str, Tensor], dict, dict[str, int]]:
-    """(state dict in float32, header, bytes of the stored tensors by dtype) of a file that `save_model` has written.
+def load_model(path: Path | str) -> tuple[dict[str, Tensor], dict]:
+    """Return (state dict in float32, header) of a file of `save_model`.
 
-    The state dict has no integer buffers: a model takes it with those that it has itself.
+    The state dict has no integer buffers: a model keeps its own.
 
-    Raises `UserError`, naming the file, for a file that is missing, damaged, or another's.
+    Raises `UserError`, naming the file, where it is missing, damaged or of another program.
     """
-    path = Path(path)
     try:
-        data = path.read_bytes()
+        data = Path(path).read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise UserError(f"stored model {path} cannot be read ({error.strerror}): check --ckpt_path") from error
     try:
         tensors = safetensors.torch.load(data)
-        metadata = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + _header_length(data)]).get("__metadata__") or {}
+        length = int.from_bytes(data[:LENGTH_BYTES], "little")
+        metadata = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length]).get("__metadata__") or {}
     except Exception as error:  # a damaged file can make it raise anything
         raise UserError(
             f"stored model {path} cannot be read ({one_line(error)}): it is cut short, damaged or no .safetensors file"
@@ -67,109 +75,13 @@ def load_model(path: Path | str) -> tuple[dict[str, Tensor], dict, dict[str, int
         raise UserError(f"stored model {path} was not written by this code: its header has no {KEY}")
     header = _checked_header(path, metadata[KEY], tensors)
     try:
-        return decode(tensors), header, bytes_by_dtype(tensors)
+        return decode(tensors), header
     except UserError as error:
         raise UserError(f"stored model {path} was not written by this code: {one_line(error)}") from error
 
 
-GENERAL = "general"
-MODEL, DEVICE_MODELS, FRONT_END = "model.", "device_models.", "logmel."  # beginnings of names in a checkpoint
-_PLAIN = ("dcase_format", "config", "frames", "clips_id", "clips_per_step")  # of a checkpoint, for the header
-_SCENES = "scenes"  # likewise; files from before have none
-
-
-def save_stored(checkpoint: dict, folder: Path, bits: int) -> None:
-    """Write each model of a checkpoint into ``folder``: general.safetensors, and one of each device-specific model.
-
-    Raises as `save_model`.
-    """
-    models = (GENERAL, *checkpoint["device_ids"])
-    for model in models:
-        save_one(checkpoint, model, folder / f"{model}.safetensors", bits)
-    for path in folder.glob("*.safetensors"):  # of an earlier end of this run
-        if path.stem not in models:
-            path.unlink()
-
-
-def save_one(checkpoint: dict, model: str, path: Path, bits: int) -> None:
-    """Write the general model of a checkpoint, or a device's; the front end's mean and deviation go into the header.
-
-    Raises as `save_model`.
-    """
-    state = checkpoint["state_dict"]
-    front_end = {name: value.item() for name, value in state.items() if name.startswith(FRONT_END)}
-    config = checkpoint["config"]
-    needed = {part: config[part] for part in ("model", "logmel", "split")}  # no paths of this machine
-    needed["storage"] = {"weight_bits": bits}  # those of the run, where dcase.export is asked for others, round twice
-    needed["data"] = {"orig_sample_rate": config["data"]["orig_sample_rate"]}
-    plain = {name: checkpoint[name] for name in (*_PLAIN, _SCENES) if name in checkpoint}
-    header = plain | {"config": needed, "front_end": front_end}
-    start = MODEL if model == GENERAL else f"{DEVICE_MODELS}{model}."
-    weights = {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
-    save_model(path, weights, bits, header | {"model": model})
-
-
-def load_stored(path: Path | str) -> dict:
-    """A checkpoint, as `runs.load_checkpoint` gives it, of a stored model, or of all models of a folder.
-
-    A file alone is used for every device. Raises `UserError`, naming the file, as `load_model`, where the folder has no
-    general model, or where its files are not of one run.
-    """
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"), key=lambda file: (file.stem != GENERAL, file.stem))
-        if not files or files[0].stem != GENERAL:
-            raise UserError(f"--ckpt_path {path}: there is no {GENERAL}.safetensors in this folder")
-    checkpoint = None
-    for file in files:
-        weights, header, _ = load_model(file)
-        if missing := [name for name in (*_PLAIN, "front_end", "model") if name not in header]:
-            raise UserError(f"stored model {file} was not written by a run: its header has no {missing[0]}")
-        plain = {name: header[name] for name in (*_PLAIN, _SCENES) if name in header}
-        shared = plain | {"front_end": header["front_end"]}
-        if checkpoint is None:
-            first = shared
-            front_end = {name: torch.tensor(value) for name, value in header["front_end"].items()}
-            checkpoint = plain | {"state_dict": front_end, "device_ids": []}
-            start = MODEL
-        elif shared != first:
-            raise UserError(f"--ckpt_path {path}: {file.name} is of another run than {files[0].name}")
-        else:
-            checkpoint["device_ids"].append(header["model"])
-            start = f"{DEVICE_MODELS}{header['model']}."
-        checkpoint["state_dict"] |= {f"{start}{name}": value for name, value in weights.items()}
-    return checkpoint
-
-
-def file_sizes(path: Path | str) -> tuple[int, int]:
-    """(bytes of the header and of its length, bytes of the tensors): together the file's size.
-
-    Raises `UserError`, naming the file, where it is missing or shorter than its header.
-    """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            header = LENGTH_BYTES + _header_length(file.read(LENGTH_BYTES))
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    if size < header:
-        raise UserError(f"stored model {path} is cut short, or no .safetensors file: its header does not end in it")
-    return header, size - header
-
-
-def _header_length(data: bytes) -> int:
-    """Bytes of the JSON, the spaces after it included."""
-    return int.from_bytes(data[:LENGTH_BYTES], "little")
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(f"stored model {path} cannot be read ({error.strerror}): check --ckpt_path")
-
-
-def _checked_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dict:
-    """The header that was given to `save_model`. Raises `UserError` where version or checksum do not fit."""
+def _checked_header(path: Path | str, text: str, tensors: Mapping[str, Tensor]) -> dict:
+    """Return the header that `save_model` was given. Raises `UserError` where format or checksum do not fit."""
     damaged = f"stored model {path} is damaged: its {{}} is not what was written; take another copy of it"
     try:
         content = json.loads(text)
@@ -187,10 +99,96 @@ def _checked_header(path: Path, text: str, tensors: Mapping[str, Tensor]) -> dic
 
 
 def _checksum(tensors: Mapping[str, Tensor], header: dict) -> int:
-    """CRC-32 over the header's JSON and every tensor's name, dtype, shape and bytes."""
+    """Return a CRC-32 over the header's JSON and the name, dtype, shape and bytes of every tensor."""
     checksum = zlib.crc32(json.dumps(header).encode())
     for name in sorted(tensors):
         value = tensors[name]
         checksum = zlib.crc32(f"{name} {value.dtype} {tuple(value.shape)}".encode(), checksum)
         checksum = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy(), checksum)
     return checksum
+
+
+# A checkpoint and what its models need: the same for stored, published and submitted models
+
+
+def prefix_of(model: str) -> str:
+    """Return how the names of a model's weights begin in a checkpoint. ``model``: "general" or a device."""
+    return MODEL if model == GENERAL else f"{DEVICE_MODELS}{model}."
+
+
+def weights_of(state: Mapping[str, Tensor], model: str) -> dict[str, Tensor]:
+    """Return one model's weights of a checkpoint's state dict, by the model's own names."""
+    start = prefix_of(model)
+    return {name.removeprefix(start): value for name, value in state.items() if name.startswith(start)}
+
+
+def header_of(checkpoint: dict, model: str, bits: int) -> dict:
+    """Return what one model of a checkpoint needs beside its weights: plain values, without paths of this machine."""
+    config = checkpoint["config"]
+    needed = {part: config[part] for part in ("model", "logmel", "split")}
+    needed["storage"] = {"weight_bits": bits}  # where dcase.export is asked for other bits than the run's: those
+    needed["data"] = {"orig_sample_rate": config["data"]["orig_sample_rate"]}
+    plain = {name: checkpoint[name] for name in (*_PLAIN, _SCENES) if name in checkpoint}
+    state = checkpoint["state_dict"]
+    front_end = {name: value.item() for name, value in state.items() if name.startswith(FRONT_END)}
+    return plain | {"config": needed, "front_end": front_end, "model": model}
+
+
+def checkpoint_of(models: Mapping[str, tuple[dict, Mapping[str, Tensor]]], what: str) -> dict:
+    """Return a checkpoint, as `load_checkpoint` does, of models, each given by name as (header, weights).
+
+    The first is the general model, whatever its header says. Raises `UserError`, beginning with ``what``, where another
+    one is not of the same run or not of the device that names it.
+    """
+    (general, (first, _)), *_ = models.items()
+    state = {name: torch.tensor(value) for name, value in first["front_end"].items()}
+    device_ids = [name for name in models if name != general]
+    for name, (header, weights) in models.items():
+        if name != general and header != first | {"model": name}:
+            raise UserError(f"{what}: {name} is of another run than {general}, or of another device")
+        start = MODEL if name == general else prefix_of(name)
+        state |= {f"{start}{part}": value for part, value in weights.items()}
+    plain = {name: first[name] for name in (*_PLAIN, _SCENES) if name in first}
+    return plain | {"state_dict": state, "device_ids": device_ids}
+
+
+# Stored models
+
+
+def save_stored(checkpoint: dict, folder: Path, bits: int) -> None:
+    """Write each model of a checkpoint into ``folder``: general.safetensors and one file per device-specific model.
+
+    Files of an earlier end of this run are removed. Raises as `save_model`.
+    """
+    models = (GENERAL, *checkpoint["device_ids"])
+    for model in models:
+        save_one(checkpoint, model, folder / f"{model}.safetensors", bits)
+    for path in folder.glob("*.safetensors"):
+        if path.stem not in models:
+            path.unlink()
+
+
+def save_one(checkpoint: dict, model: str, path: Path, bits: int) -> None:
+    """Write the general model of a checkpoint, or a device's. Raises as `save_model`."""
+    save_model(path, weights_of(checkpoint["state_dict"], model), bits, header_of(checkpoint, model, bits))
+
+
+def load_stored(path: Path | str) -> dict:
+    """Return a checkpoint, as `load_checkpoint` does, of a stored model or of all models of a folder.
+
+    A single file serves every device. Raises `UserError`, naming the file, as `load_model` and `checkpoint_of`, and
+    where the folder has no general model.
+    """
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"), key=lambda file: (file.stem != GENERAL, file.stem))
+        if not files or files[0].stem != GENERAL:
+            raise UserError(f"--ckpt_path {path}: there is no {GENERAL}.safetensors in this folder")
+    models = {}
+    for file in files:
+        weights, header = load_model(file)
+        if missing := [name for name in (*_PLAIN, "front_end", "model") if name not in header]:
+            raise UserError(f"stored model {file} was not written by a run: its header has no {missing[0]}")
+        models[file.stem] = header, weights
+    return checkpoint_of(models, f"--ckpt_path {path}")

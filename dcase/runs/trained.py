@@ -1,24 +1,23 @@
-"""A trained model from whatever a run has left of it."""
+"""A trained model from any of the files that a run leaves."""
 
 from pathlib import Path
 
 from dcase.errors import UserError
 from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint, refuse_other_scenes
-from dcase.runs.folder import CHECKPOINTS, STORED, Run, RunConfig, trained_checkpoint
+from dcase.runs.folder import CHECKPOINTS, STORED, Run, RunConfig
 from dcase.runs.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.runs.stored import load_stored
 
 
 def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
-    """What ``--ckpt_path`` names, as a checkpoint that `lit.SceneClassifier.from_checkpoint` takes.
+    """Return what ``--ckpt_path`` names, as a checkpoint that `lit.SceneClassifier.from_checkpoint` takes.
 
-    ``path``: a checkpoint file of either stage, or several of stage 2 with commas between them, which are merged; or
-    a stored model, or the folder that holds those of all devices (`compression.stored.load_stored`); or the folder of a
-    published model, or of those of all devices (`deployment.published.load_published`).
+    ``path``: a checkpoint file of either stage, or several of stage 2 with commas between them, which are merged; a
+    stored model, or the folder of those of all devices; the folder of a published model, or of those of all devices.
 
-    Raises `UserError`, naming the file, where one is missing, damaged or another's, where several do not fit, or where
-    it was trained on other scenes than `labels.SCENES`; where it is a run that is named, in ``project_name`` or by its
-    folder, with the files of it to give.
+    Raises `UserError`, naming the file, where one is missing, damaged or of another program, where several do not fit,
+    or where it was trained on other scenes than `labels.SCENES`. Where ``path`` is a run's folder or its id in
+    ``project_name``, the error names the files to give.
     """
     parts = path.split(",")
     if len(set(parts)) < len(parts):
@@ -41,37 +40,31 @@ def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
 
 
 def _refuse_run(given: str, project_name: str) -> None:
-    """Raise `UserError` where it is a run that is given, not a model of it, or where nothing is there."""
+    """Raise `UserError` where a run is given instead of a model of it, or where there is no such file or folder."""
     path = Path(given)
     if path.exists():
-        run = Run(path.parent if path.name == CHECKPOINTS else path)
-        if path.is_dir() and run.has_config() and run.checkpoints.is_dir():
-            raise UserError(f"{given} is a run's folder: {_what_to_give(run)}")
+        run, what = Run(path.parent if path.name == CHECKPOINTS else path), "folder"
+        is_run = path.is_dir() and run.has_config() and run.checkpoints.is_dir()
+    else:
+        run, what = Run(Path(project_name) / given), "id"
+        is_run = path.name == given and run.has_config()
+    if is_run:
+        models = [f"a file: {run.trained}"] if run.trained.is_file() else []
+        models += [f"the folder of its stored models: {run.stored}"] if run.stored.is_dir() else []
+        takes = f"--ckpt_path takes {', or '.join(models)}"
+        none = f"there is no model in {run.folder}/: give a run that was trained"
+        raise UserError(f"{given} is a run's {what}: {takes if models else none}")
+    if path.exists():
         return
-    by_id = Run(Path(project_name) / given)
-    if path.name == given and by_id.has_config():
-        raise UserError(f"{given} is a run's id: {_what_to_give(by_id)}")
     stored = path.parent if path.suffix == ".safetensors" else path
     if stored.name == STORED and not stored.exists():
-        raise UserError(f"--ckpt_path {given}: there is no folder {stored}; {_how_to_store(Run(stored.parent))}")
+        run = Run(stored.parent)
+        how = f"nor is there a checkpoint in {run.checkpoints}/ to make it of: check the run's id"
+        if run.trained.is_file():
+            how = f"python test_only.py --ckpt_path {run.trained} --weight_bits 16 makes one, in a run of its own"
+        raise UserError(f"--ckpt_path {given}: there is no folder {stored}; {how}")
     if not path.suffix:
         raise UserError(
             f"--ckpt_path {given}: there is no such file or folder; give a checkpoint, as "
             "<project_name>/<run_id>/checkpoints/best.ckpt"
         )
-
-
-def _what_to_give(run: Run) -> str:
-    checkpoint, stored = trained_checkpoint(run.checkpoints), run.stored
-    models = [f"a file: {checkpoint}"] if checkpoint.is_file() else []
-    models += [f"the folder of its stored models: {stored}"] if stored.is_dir() else []
-    if not models:
-        return f"there is no model in {run.folder}/: give a run that was trained"
-    return f"--ckpt_path takes {', or '.join(models)}"
-
-
-def _how_to_store(run: Run) -> str:
-    checkpoint = trained_checkpoint(run.checkpoints)
-    if not checkpoint.is_file():
-        return f"nor is there a checkpoint in {run.checkpoints}/ to make it of: check the run's id"
-    return f"python test_only.py --ckpt_path {checkpoint} --weight_bits 16 makes one, in a run of its own"
