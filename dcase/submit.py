@@ -4,8 +4,8 @@
         --eval_dir /data/TAU25_eval
     python -m dcase.validate_submission --folder submissions/Doe_Uni --eval_dir /data/TAU25_eval
 
-Everything goes into submissions/Doe_Uni/ (`dcase.submission.package` says what is where). Up to four systems share it:
---index 2 adds one.
+Everything goes into submissions/Doe_Uni/ (`dcase.submission.package` lists the files). Up to four systems share it:
+--index 2 adds the second.
 """
 
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from dcase.data.loading import Source, find_source
 from dcase.data.tau22 import DataConfig, missing_files
 from dcase.errors import UserError, run
 from dcase.runs.config import EvalConfig, find_dataset_dir, from_plain
+from dcase.runs.folder import run_of
 from dcase.runs.trained import load_trained
 from dcase.submission import inference
 from dcase.submission import meta as meta_yaml
@@ -28,25 +29,25 @@ from dcase.submission.package import Submission, write_package
 from dcase.training import evaluation
 from dcase.training.lit import SceneClassifier
 
-CHALLENGE_SUBSET = 25  # the only part of TAU22 that may be trained on
+CHALLENGE_SUBSET = 25  # percent of TAU22's training split: the only part that the challenge allows
 
 
 @dataclass(frozen=True)
 class SubmitConfig:
     ckpt_path: str = ""
-    """Trained models: the folder stored/ of a run, or a checkpoint file whose run was given --weight_bits 16 or 8."""
+    """Trained models: the folder stored/ of a run, or a checkpoint of a run with --weight_bits 16 or 8."""
     label: str = ""
-    """The team: the corresponding author's last name and the institute's abbreviation, as Doe_Uni."""
+    """Name of the team: the corresponding author's last name and the institute's abbreviation, as Doe_Uni."""
     index: int = 1
     """Number of the system, 1 to 4."""
     out: str = "submissions"
-    """Folder that the submission's own folder is made in."""
+    """Folder in which to make the submission's folder."""
     dataset_dir: str | None = None
-    """TAU22 folder, for the test list in the package and a trial output; without it TAU22_DIR, else the folder
-    that the checkpoint's run was given, else SynthTAU."""
+    """TAU22 folder, for the test list in the package and a trial output; None: TAU22_DIR, else the folder that the
+    checkpoint's run was given, else SynthTAU."""
     eval_dir: str | None = None
-    """The challenge's evaluation set: evaluation_setup/fold1_test.csv and audio/. Without it an output of the
-    development set's test split is made as a trial, output_development.csv."""
+    """The challenge's evaluation set: evaluation_setup/fold1_test.csv and audio/. None: make a trial output of the
+    development set's test split, output_development.csv."""
     authors: str | None = None
     """YAML or JSON file with a list of authors for meta.yaml."""
     batch_size: int = 64
@@ -61,13 +62,13 @@ def main() -> None:
     authors = meta_yaml.read_authors(Path(config.authors)) if config.authors else []
     checkpoint, cost = trained(config.ckpt_path)
     if checkpoint["config"]["split"]["subset"] != CHALLENGE_SUBSET:
-        print(f"WARNING: trained on --subset {checkpoint['config']['split']['subset']}: the challenge allows 25 alone")
+        print(f"WARNING: trained on --subset {checkpoint['config']['split']['subset']}: the challenge allows only 25")
     source = find_source(DataConfig(dataset_dir=find_dataset_dir(config.dataset_dir, checkpoint, config.ckpt_path)))
     output, recordings = to_predict(config, submission, source)
-
     write_package(submission, checkpoint, source.folder / "split_setup" / "test.csv")
     print(f"package: {submission.package}, to be installed with: pip install {submission.folder}")
-    runs = meta_yaml.runs_behind(config.ckpt_path)
+    found = run_of(config.ckpt_path)
+    runs = found.lineage() if found else []
     meta = meta_yaml.meta_of(submission.system, checkpoint, runs, cost, authors)
     meta_yaml.write_meta(meta_yaml.keep_filled_in(meta, submission.meta), submission.meta)
     print(f"meta data: {submission.meta}")
@@ -83,9 +84,9 @@ def main() -> None:
 def to_predict(
     config: SubmitConfig, submission: Submission, source: Source
 ) -> tuple[Path, list[tuple[str, Path, str]]]:
-    """(output file, recordings as (name in the list, file, device id)): of --eval_dir, or the trial's.
+    """Return (output file, recordings as (name in the list, file, device id)) of --eval_dir or of the trial.
 
-    Raises `UserError` where recordings of --eval_dir are missing; without the trial's there is none.
+    Raises `UserError` where recordings of --eval_dir are missing; where the trial's are, there is no trial.
     """
     if config.eval_dir:
         folder = Path(config.eval_dir).expanduser()
@@ -97,17 +98,17 @@ def to_predict(
         lost = f"{len(missing)} of {len(names)} recordings are missing in {folder}, as {missing[0]}"
         if config.eval_dir:
             raise UserError(f"--eval_dir: {lost}")
-        print(f"no --eval_dir, and no trial on the test split of the development set either: {lost}")
+        print(f"no --eval_dir, and no trial on the development set's test split either: {lost}")
         return submission.trial_output, []
     if not config.eval_dir:
-        print("no --eval_dir: an output of the development set's test split is made as a trial; it cannot be handed in")
+        print("no --eval_dir: this is a trial on the development set's test split, whose output cannot be handed in")
     paths = [folder / name for name in names]
     output = submission.output if config.eval_dir else submission.trial_output
     return output, list(zip(names, paths, device_ids, strict=True))
 
 
 def trained(path: str) -> tuple[dict, complexity.Complexity]:
-    """(checkpoint of whatever --ckpt_path names, what one of its models costs as stored; all have one shape).
+    """Return (checkpoint of what --ckpt_path names, cost of one of its models as stored: all have one shape).
 
     Raises `UserError` as `load_trained`, and where a model is over a limit.
     """

@@ -1,9 +1,9 @@
-"""Check a submission to DCASE2025 Task 1 before it is handed in: each problem in one line; exit code 1 if there is any.
+"""Check a submission to DCASE2025 Task 1 before you hand it in: one line per problem, and exit code 1 if there is one.
 
     python -m dcase.validate_submission --folder submissions/Doe_Uni --eval_dir /data/TAU25_eval
 
-The package is imported and called as the challenge's scripts do, in a process of its own that sees nothing of this
-project. Limits are held against our own count of bytes and MACs as well as the challenge's.
+The package is imported and called as the challenge's scripts do, in a separate process that sees nothing of this
+project. The limits apply to our own count of bytes and MACs as well as to the challenge's.
 """
 
 import json
@@ -27,6 +27,7 @@ from dcase.submission.output import check_output, evaluation_list
 from dcase.submission.package import MAX_INDEX, Submission
 
 COUNTED = ("float32", "float16", "bfloat16", "int8", "uint8", "int32")  # dtypes that the challenge counts
+LIMITS = {"bytes": complexity.MAX_PARAMS_MEMORY, "macs": complexity.MAX_MACS}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ValidateConfig:
     folder: str = ""
     """The submission's folder, as submissions/Doe_Uni."""
     eval_dir: str | None = None
-    """The challenge's evaluation set, whose list output.csv is held against; without it only its form is checked."""
+    """The challenge's evaluation set, to check output.csv against its list; None: check only the form of output.csv."""
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def check_folder(folder: Path, eval_dir: Path | None = None) -> list[str]:
-    """All problems of a submission, a line each. Raises `UserError` where there is no submission in the folder."""
+    """Return all problems of a submission, a line each. Raises `UserError` where the folder holds no submission."""
     systems = find_systems(folder)
     listed = evaluation_list(eval_dir)["filename"].tolist() if eval_dir else None
     problems = _check_resources(systems[0])
@@ -67,7 +68,7 @@ def check_folder(folder: Path, eval_dir: Path | None = None) -> list[str]:
 
 
 def find_systems(folder: Path) -> list[Submission]:
-    """Those of a submission's folder, in order. Raises `UserError` where there is none."""
+    """Return the systems of a submission's folder, in order. Raises `UserError` where there is none."""
     found = []
     for path in sorted(folder.glob("*_task1/*_task1_*.py")):
         match = re.fullmatch(r"(.+)_task1_(\d+)", path.stem)
@@ -80,11 +81,8 @@ def find_systems(folder: Path) -> list[Submission]:
     return found
 
 
-# The package
-
-
 def check_package(system: Submission) -> list[str]:
-    """Problems of the package's files and of what its functions give."""
+    """Return the problems of the package's files and of what its functions give."""
     if not system.checkpoint.is_file():
         return [f"{system.checkpoint} is missing: build the package again with python -m dcase.submit"]
     command = [sys.executable, "-I", probe.__file__, system.folder.resolve(), system.name, system.index]
@@ -99,20 +97,18 @@ def check_package(system: Submission) -> list[str]:
 
 
 def problems_of_api(found: dict) -> list[str]:
-    """Problems of what `probe` found."""
+    """Return the problems of what `probe` found."""
     problems = []
     if not found["n_weights"]:
         problems.append(".model of what load_model gives has no weights")
-    shapes = {tuple(shape) for shape in found["input_shapes"]}
-    if len(found["input_shapes"]) != len(probe.DEVICE_IDS) or any(
-        len(shape) != 4 or shape[:2] != (1, 1) for shape in shapes
-    ):
-        problems.append(f"load_inputs gives {sorted(shapes)}, not a tensor (1, 1, n_mels, frames) for each file")
+    inputs = found["input_shapes"]
+    if len(inputs) != len(probe.DEVICE_IDS) or any(len(shape) != 4 or shape[:2] != [1, 1] for shape in inputs):
+        shapes = sorted(set(map(tuple, inputs)))
+        problems.append(f"load_inputs gives {shapes}, not a tensor (1, 1, n_mels, frames) for each file")
     if unknown := sorted(set(found["dtypes"]) - set(COUNTED)):
         problems.append(f"parameters are {', '.join(unknown)}, which the challenge cannot count")
-    for what, limit in (("bytes", complexity.MAX_PARAMS_MEMORY), ("macs", complexity.MAX_MACS)):
-        over = [device_id for device_id, n in found[what].items() if n > limit]
-        if over:
+    for what, limit in LIMITS.items():
+        if over := [device_id for device_id, n in found[what].items() if n > limit]:
             problems.append(
                 f"by the challenge's count the model of {', '.join(over)} has {found[what][over[0]]:,} {what}, and "
                 f"{limit:,} are allowed"
@@ -130,7 +126,7 @@ def problems_of_api(found: dict) -> list[str]:
 
 
 def _of_costs(system: Submission) -> list[str]:
-    """Every model against the limits by our own count: all that is stored, and every token's and the scan's MACs."""
+    """Return the models over a limit by our own count: all stored bytes, and MACs with every token and the scan."""
     try:
         models = inference.load(system.checkpoint)
     except UserError as error:
@@ -138,36 +134,31 @@ def _of_costs(system: Submission) -> list[str]:
     problems = []
     for name, model in models.model.items():
         stored = sum(n for dtype, n in bytes_by_dtype(model.state_dict()).items() if dtype != "int64")
-        if stored > complexity.MAX_PARAMS_MEMORY:
+        if stored > LIMITS["bytes"]:
             problems.append(
-                f"{system.checkpoint}: the model of {name} takes {stored:,} B, and {complexity.MAX_PARAMS_MEMORY:,} "
-                "are allowed: store it in fewer bits (--weight_bits)"
+                f"{system.checkpoint}: the model of {name} takes {stored:,} B, and {LIMITS['bytes']:,} are allowed: "
+                "store it in fewer bits (--weight_bits)"
             )
     logmel = models.logmel.config
     macs = sum(complexity.macs_by_part(models.untrained(), (1, 1, logmel.n_mels, logmel.target_length)).values())
-    if macs > complexity.MAX_MACS:
+    if macs > LIMITS["macs"]:
         problems.append(
             f"{system.checkpoint}: a model takes {macs:,} MACs with every token and the scan, and "
-            f"{complexity.MAX_MACS:,} are allowed: take a smaller one"
+            f"{LIMITS['macs']:,} are allowed: take a smaller one"
         )
     return problems
 
 
 def _check_resources(system: Submission) -> list[str]:
-    problems = []
-    for name in ("dummy.wav", "test.csv"):
-        if not (system.resources / name).is_file():
-            problems.append(
-                f"{system.resources / name} is missing: build the package again with python -m dcase.submit"
-            )
-    if not problems:
-        n = len((system.resources / "test.csv").read_text().split("\n")) - 2  # header and last line's end
-        if n != TEST_CLIPS:
-            problems.append(
-                f"{system.resources / 'test.csv'} lists {n} clips, and TAU22's test split has {TEST_CLIPS}: build the "
-                "package with --dataset_dir TAU22"
-            )
-    return problems
+    dummy, listed = system.resources / "dummy.wav", system.resources / "test.csv"
+    if missing := [path for path in (dummy, listed) if not path.is_file()]:
+        return [f"{path} is missing: build the package again with python -m dcase.submit" for path in missing]
+    n = len(listed.read_text().split("\n")) - 2  # header and last line's end
+    if n == TEST_CLIPS:
+        return []
+    return [
+        f"{listed} lists {n} clips, and TAU22's test split has {TEST_CLIPS}: build the package with --dataset_dir TAU22"
+    ]
 
 
 if __name__ == "__main__":

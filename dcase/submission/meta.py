@@ -1,7 +1,7 @@
 """The challenge's meta.yaml of a submitted system, as far as a run can fill it in.
 
-The fields are those of DCASE2025 Task 1. What nobody but the authors knows is `TODO`, which
-`dcase.validate_submission` refuses; what no test has measured is null, as the challenge asks for.
+The fields are those of DCASE2025 Task 1. What only the authors know is `TODO`, which `dcase.validate_submission`
+refuses; what no test has measured is null, as the challenge asks for.
 """
 
 import json
@@ -24,7 +24,7 @@ AUTHOR = {
     "corresponding": True,
     "affiliation": {"abbreviation": TODO, "institute": TODO, "department": TODO, "location": TODO},
 }
-# What an author must have in the challenge's template; the department is optional, and one author is corresponding.
+# What the challenge's template asks of each author; the department is optional, and one author is corresponding.
 OF_AUTHOR = ("lastname", "firstname", "email")
 OF_AFFILIATION = ("abbreviation", "institute", "location")
 BLOCKS = ("device_specific", "general")  # of the results
@@ -34,55 +34,64 @@ FINE_TUNING = {
     "head": "per-device classifiers",
 }
 SHARING = {"full": "fully device-specific", "lora": "fully device-specific", "head": "partially shared"}
+AUGMENTATION = {  # what the challenge calls it -> the flag that turns it on
+    "freq-mixstyle": "mixstyle_p",
+    "mixup": "mixup_alpha",
+    "dir augmentation": "dir_path",
+    "time rolling": "roll_sec",
+    "frequency masking": "freqm",
+    "time masking": "timem",
+}
+OF_BITS = {32: [], 16: ["precision_16"], 8: ["weight quantization"]}  # complexity management
+KEPT = {  # what authors may fill in, and keep when the file is made again
+    "submission": ("name", "abbreviation", "authors"),
+    "system": ("inference_code", "source_code", "external_datasets"),
+}
 
 
-def meta_of(system: str, checkpoint: dict, runs: list[tuple[Run, dict]], cost: Complexity, authors: list[dict]) -> dict:
-    """The content of meta.yaml.
+def meta_of(system: str, checkpoint: dict, runs: list[Run], cost: Complexity, authors: list[dict]) -> dict:
+    """Return the content of meta.yaml.
 
     Args:
         system: the system's label, Doe_Uni_task1_1.
         checkpoint: what is submitted.
-        runs: the run that it is of, and those before it (`runs_behind`), each with its configuration.
+        runs: the run that it belongs to and those before it (`Run.lineage`).
         cost: of one of its models, as stored.
-        authors: of --authors; empty: to be filled in.
+        authors: those of --authors; empty: to be filled in.
+
+    Raises `UserError` where a file of a run is damaged.
     """
     model = checkpoint["config"]["model"]["model"]
+    configs = [run.read_config() for run in runs]
+    external = _external(configs)
     return {
         "submission": {
             "label": system,
-            "name": runs[0][1]["run"]["experiment_name"] or model if runs else model,
+            "name": configs[0]["run"]["experiment_name"] or model if configs else model,
             "abbreviation": model[:10],
             "authors": authors or [AUTHOR],
         },
         "system": {
             "inference_code": TODO,
             "source_code": None,
-            "description": _description(checkpoint, [config for _, config in runs]),
+            "description": _description(checkpoint, [config for config in configs if "augment" in config]),
             "complexity": {
                 "total_model_size": cost.total_param_bytes,  # bytes, all that is stored of the largest model
                 "total_parameters": cost.params,
-                "macs": cost.torchinfo_macs,  # the field asks for torchinfo's, which leaves out most of a Mamba
+                "macs": cost.torchinfo_macs,  # the field asks for torchinfo's, which leave out most of a Mamba
                 "macs_with_every_token_and_scan": cost.macs,
             },
-            "external_datasets": [
-                {"name": name, "url": TODO, "total_audio_length": None}
-                for name in _external([config for _, config in runs]).values()
-            ]
+            "external_datasets": [{"name": name, "url": TODO, "total_audio_length": None} for name in external.values()]
             or None,
         },
-        "results": {"development_dataset": _results(checkpoint, [run for run, _ in runs])},
+        "results": {"development_dataset": _results(checkpoint, runs)},
     }
 
 
 def keep_filled_in(meta: dict, path: Path) -> dict:
-    """``meta`` with what its authors have put into an earlier file of it: names, addresses, authors, external data."""
-    if not path.is_file():
-        return meta
-    before = read_yaml(path)
-    for block, fields in (
-        ("submission", ("name", "abbreviation", "authors")),
-        ("system", ("inference_code", "source_code", "external_datasets")),
-    ):
+    """Return ``meta`` with what its authors have filled in (`KEPT`) in an earlier file of it."""
+    before = read_yaml(path) if path.is_file() else None
+    for block, fields in KEPT.items():
         filled = before.get(block) if isinstance(before, dict) else None
         for name in fields:
             if isinstance(filled, dict) and filled.get(name) and not todo_fields(filled[name]):
@@ -97,7 +106,7 @@ def write_meta(meta: dict, path: Path) -> None:
 
 
 def read_yaml(path: Path):
-    """Plain values of a YAML or JSON file. Raises `UserError`, naming it, where it cannot be read."""
+    """Return the plain values of a YAML or JSON file. Raises `UserError`, naming it, where it cannot be read."""
     try:
         return yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -105,8 +114,7 @@ def read_yaml(path: Path):
 
 
 def read_authors(path: Path) -> list[dict]:
-    """The authors that --authors names. Raises `UserError`, with all that is wrong, where they are not as the challenge
-    asks for."""
+    """Return the authors of --authors. Raises `UserError`, with all problems, where the challenge asks for more."""
     if not path.is_file():
         raise UserError(f"--authors {path}: there is no such file")
     authors = read_yaml(path)
@@ -116,80 +124,65 @@ def read_authors(path: Path) -> list[dict]:
 
 
 def problems_of_authors(authors) -> list[str]:
-    """What is wrong with a list of authors, a line for each of them and one for all."""
+    """Return what is wrong with a list of authors, a line for each author and one for all."""
     if not isinstance(authors, list) or not authors or not all(isinstance(author, dict) for author in authors):
         return [f"this is no list of authors, each with {', '.join(AUTHOR)}"]
-    problems = [
-        f"author {number} has no {', '.join(missing)}"
-        for number, author in enumerate(authors, 1)
-        if (missing := _missing_of_author(author))
-    ]
+    problems = []
+    for number, author in enumerate(authors, 1):
+        places = author.get("affiliation")
+        places = places if isinstance(places, list) and places else [places]
+        missing = [name for name in OF_AUTHOR if not author.get(name)]
+        missing += [
+            f"affiliation.{name}"
+            for name in OF_AFFILIATION
+            if not all(isinstance(place, dict) and place.get(name) for place in places)
+        ]
+        if missing:
+            problems.append(f"author {number} has no {', '.join(missing)}")
     corresponding = sum(author.get("corresponding") is True for author in authors)
     if corresponding != 1:
         problems.append(f"{corresponding} authors are corresponding: mark one of them, corresponding: true")
     return problems
 
 
-def _missing_of_author(author: dict) -> list[str]:
-    """Dotted names of fields that are not there, or empty; of several affiliations each must have them."""
-    places = author.get("affiliation")
-    places = places if isinstance(places, list) and places else [places]
-    missing = [name for name in OF_AUTHOR if not author.get(name)]
-    return missing + [
-        f"affiliation.{name}"
-        for name in OF_AFFILIATION
-        if not all(isinstance(place, dict) and place.get(name) for place in places)
-    ]
-
-
 def todo_fields(value, name: str = "") -> list[str]:
-    """Dotted names of all fields that are still `TODO`."""
+    """Return the dotted names of all fields that are still `TODO`."""
     if isinstance(value, dict | list):
         parts = value.items() if isinstance(value, dict) else enumerate(value, 1)
         return [field for key, x in parts for field in todo_fields(x, f"{name}.{key}" if name else str(key))]
     return [name] if isinstance(value, str) and value.startswith(TODO) else []
 
 
-def runs_behind(ckpt_path: str) -> list[tuple[Run, dict]]:
-    """The run that a checkpoint lies in, and those it started from (a test's, a fine-tuning's), with configurations.
-
-    None for a file that was moved out of its run's folder.
-    """
-    runs: list[tuple[Run, dict]] = []
-    folder = _run_folder(Path(ckpt_path.split(",")[0]))
-    while Run(folder).has_config() and folder not in [run.folder for run, _ in runs]:
-        run = Run(folder)
-        config = run.read_config()
-        runs.append((run, config))
-        if config.get("ckpt_path"):  # test_only.py's; where it was started, as a rule, its project's folder was made
-            tested = Path(config["ckpt_path"].split(",")[0])
-            folder = _run_folder(tested if tested.exists() else run.folder.parent.parent / tested)
-        elif config.get("ckpt_id"):  # train_device_specific.py's
-            folder = run.folder.parent / config["ckpt_id"]
-    return runs
-
-
-def _run_folder(checkpoint: Path) -> Path:
-    """Of <run>/stored, <run>/stored/general.safetensors or <run>/checkpoints/best.ckpt."""
-    return checkpoint.parent if checkpoint.is_dir() else checkpoint.parent.parent
-
-
-def _description(checkpoint: dict, configs: list[dict]) -> dict:
+def _description(checkpoint: dict, training: list[dict]) -> dict:
+    """Return "description". ``training``: the configurations of the training runs, the latest first."""
     config, device_ids = checkpoint["config"], checkpoint["device_ids"]
-    training = [config for config in configs if "augment" in config]  # a test's has none
     general = next((config for config in training if "ckpt_id" not in config), None)
     tuning = next((config for config in training if "ckpt_id" in config), None) if device_ids else None
-    bits = config["storage"]["weight_bits"]
     finetune = tuning["finetune"] if tuning else None
+    bits = config["storage"]["weight_bits"]
+    used = [name for name, flag in AUGMENTATION.items() if any(run["augment"].get(flag) for run in training)]
+    management = ["network design", *OF_BITS[bits]]
+    stages = ["train general model"]
+    if general and general.get("distill", {}).get("teacher"):
+        management.append("knowledge distillation")
+        stages = ["train teachers", "train general student model with knowledge distillation"]
+    if general and general.get("init_from"):
+        management.append("pruning")
+    if general:
+        stages[-1] += f" ({_fit(general)})"
+        if bits == 8 and general["storage"]["weight_bits"] == 8 and general["fit"]["qat_epochs"]:
+            stages.append("quantization-aware training")
+    if tuning:
+        stages.append(f"{FINE_TUNING[finetune]} ({_fit(tuning)})")
     is_cnn = config["model"]["model"] in FIXED
     return {
         "input_sampling_rate": f"{config['logmel']['sample_rate'] / 1000:g}kHz",
         "acoustic_features": "log-mel energies",
-        "data_augmentation": _augmentation(training) if training else TODO,
+        "data_augmentation": ", ".join(used) or None if training else TODO,
         "machine_learning_method": "CNN" if is_cnn else "Audio Mamba (bidirectional state-space model)",
         "external_data_usage": ", ".join(_external(training)) or None,
-        "complexity_management": ", ".join(_management(bits, general)),
-        "pipeline": ", ".join(_pipeline(general, tuning, bits)) if general else TODO,
+        "complexity_management": ", ".join(management),
+        "pipeline": ", ".join(stages) if general else TODO,
         "framework": "pytorch",
         "device_information": FINE_TUNING.get(finetune, TODO) if device_ids else None,
         "num_models_at_inference": 1 + len(device_ids),
@@ -197,22 +190,8 @@ def _description(checkpoint: dict, configs: list[dict]) -> dict:
     }
 
 
-def _augmentation(configs: list[dict]) -> str | None:
-    used = {}
-    for augment in (config["augment"] for config in configs):
-        used |= {
-            "freq-mixstyle": augment["mixstyle_p"] > 0,
-            "mixup": augment.get("mixup_alpha", 0) > 0,
-            "dir augmentation": bool(augment.get("dir_path")),
-            "time rolling": augment["roll_sec"] > 0,
-            "frequency masking": augment["freqm"] > 0,
-            "time masking": augment["timem"] > 0,
-        } | {name: True for name, is_used in used.items() if is_used}
-    return ", ".join(name for name, is_used in used.items() if is_used) or None
-
-
 def _external(configs: list[dict]) -> dict[str, str]:
-    """What was used beside TAU22 -> its name as far as the runs have it."""
+    """Return data used beside TAU22 -> its name, as far as the runs know it."""
     used = {}
     for config in configs:
         if path := config.get("augment", {}).get("dir_path"):
@@ -220,23 +199,6 @@ def _external(configs: list[dict]) -> dict[str, str]:
         if path := config.get("pretrained"):
             used["pre-trained model"] = f"{TODO}: what {Path(path).name} was trained on"
     return used
-
-
-def _management(bits: int, general: dict | None) -> list[str]:
-    of_bits = {32: [], 16: ["precision_16"], 8: ["weight quantization"]}[bits]
-    distilled = ["knowledge distillation"] if general and general.get("distill", {}).get("teacher") else []
-    pruned = ["pruning"] if general and general.get("init_from") else []
-    return ["network design", *of_bits, *distilled, *pruned]
-
-
-def _pipeline(general: dict, tuning: dict | None, bits: int) -> list[str]:
-    stages = ["train general model"]
-    if general.get("distill", {}).get("teacher"):
-        stages = ["train teachers", "train general student model with knowledge distillation"]
-    stages[-1] += f" ({_fit(general)})"
-    if bits == 8 and general["storage"]["weight_bits"] == 8 and general["fit"]["qat_epochs"]:
-        stages.append("quantization-aware training")
-    return stages + ([f"{FINE_TUNING[tuning['finetune']]} ({_fit(tuning)})"] if tuning else [])
 
 
 def _fit(config: dict) -> str:
@@ -247,8 +209,10 @@ def _fit(config: dict) -> str:
 
 
 def _results(checkpoint: dict, runs: list[Run]) -> dict:
-    """The figures of the run's own test, and of the general model's, where they are of the weights that are submitted:
-    the same number of bits."""
+    """Return the figures of the submitted models' own test, and of the general model's.
+
+    Figures count only where they were measured at the same number of bits. Raises `UserError` for a damaged file.
+    """
     found = {block: None for block in BLOCKS}
     note = ""
     for run in runs:
@@ -256,7 +220,7 @@ def _results(checkpoint: dict, runs: list[Run]) -> dict:
         try:
             results = json.loads(path.read_text())
         except OSError:
-            continue  # not tested, or a part of the devices
+            continue  # not tested, or fine-tuned for some of the devices only
         except ValueError as error:
             raise UserError(f"{path} is damaged ({one_line(error)}): test the checkpoint again") from error
         block = "device_specific" if results["device_models"] else "general"

@@ -1,17 +1,17 @@
 """The folder of a submission to DCASE2025 Task 1, and what is where in it.
 
     Doe_Uni/                                      of --label Doe_Uni
-        pyproject.toml  build_backend.py          so that `pip install Doe_Uni/` works, without a network too
+        pyproject.toml                            so that `pip install Doe_Uni/` works
         Doe_Uni_task1/                            the inference package
-            Doe_Uni_task1_1.py                    a system, one of at most four: a copy of challenge_api.py
+            Doe_Uni_task1_1.py                    one of at most four systems: a copy of challenge_api.py
             ckpts/Doe_Uni_task1_1.ckpt            its models, as `dcase.submission.inference.save` writes them
             models/aum/  models/dcase/            copies of the code that they need
             resources/dummy.wav  resources/test.csv      what the challenge's scripts ask for
         predictions/Doe_Uni_task1_1/output.csv    the system's output for the evaluation set
         Doe_Uni_task1_1.meta.yaml
 
-The code in ``models/`` imports itself under the package's name, so that it gets on with an installed `aum` and with
-another submission beside it.
+The code in ``models/`` imports itself under the package's name, so an installed `aum` or another submission does not
+disturb it.
 """
 
 import ast
@@ -27,11 +27,11 @@ import soundfile
 
 from dcase.errors import UserError
 from dcase.files import replace_file
-from dcase.submission import build_backend, challenge_api, inference
+from dcase.submission import challenge_api, inference
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_INDEX = 4  # systems that a team may submit
-# What the package imports, and what the challenge's scripts do, which run in the same environment.
+# What the package imports, and what the challenge's scripts import, which run in the same environment.
 NEEDED = ("torch", "torchaudio", "numpy", "soundfile", "einops", "safetensors", "tqdm")
 NEEDED_BY_SCRIPTS = ("torchinfo", "pandas", "scikit-learn")
 
@@ -41,8 +41,7 @@ class Submission:
     """A submission's folder and one of its systems."""
 
     folder: Path
-    label: str
-    """Of the team: Doe_Uni."""
+    label: str  # of the team: Doe_Uni
     index: int
 
     def __post_init__(self):
@@ -56,7 +55,7 @@ class Submission:
 
     @property
     def name(self) -> str:
-        """Of the package: Doe_Uni_task1."""
+        """The package's name: Doe_Uni_task1."""
         return f"{self.label}_task1"
 
     @property
@@ -82,12 +81,12 @@ class Submission:
 
     @property
     def output(self) -> Path:
-        """Of the evaluation set, where the challenge's own script writes it."""
+        """The output for the evaluation set, where the challenge's own script writes it."""
         return self.folder / "predictions" / self.system / "output.csv"
 
     @property
     def trial_output(self) -> Path:
-        """The same of the development set's test split: no part of a submission."""
+        """The output for the development set's test split: no part of a submission."""
         return self.output.with_name("output_development.csv")
 
     @property
@@ -98,7 +97,7 @@ class Submission:
 def write_package(submission: Submission, checkpoint: dict, test_list: Path) -> None:
     """Write the inference package with the models of ``checkpoint``; other systems of the folder stay.
 
-    The code is this repository's as it is now, for all systems of the folder.
+    All systems of the folder get this repository's present code.
     Raises `UserError` where a file cannot be written or a weight cannot be stored.
     """
     prefix = f"{submission.name}.models"
@@ -106,7 +105,6 @@ def write_package(submission: Submission, checkpoint: dict, test_list: Path) -> 
     for folder in (submission.package, submission.resources, submission.checkpoint.parent):
         _write(folder / "__init__.py", "")
     _copy(Path(challenge_api.__file__), submission.api, prefix)
-    _copy(Path(build_backend.__file__), submission.folder / "build_backend.py", prefix)
     _write(submission.folder / "pyproject.toml", _pyproject(submission))
     inference.save(checkpoint, submission.checkpoint, checkpoint["config"]["storage"]["weight_bits"])
     _write(submission.resources / "test.csv", test_list.read_text())
@@ -114,7 +112,7 @@ def write_package(submission: Submission, checkpoint: dict, test_list: Path) -> 
 
 
 def _write_code(place: Path, prefix: str) -> None:
-    """Copy what is needed beside its place, then rename it: other systems of the folder use it too."""
+    """Copy the needed code beside its place, then rename it: other systems of the folder use it too."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".models.", dir=place.parent) as beside:
         new, old = Path(beside) / "new", Path(beside) / "old"
@@ -127,7 +125,7 @@ def _write_code(place: Path, prefix: str) -> None:
 
 
 def needed_code() -> list[Path]:
-    """This repository's files that the API needs: all of aum, and what is imported of dcase."""
+    """Return the files of this repository that the API needs: all of aum, and what is imported of dcase."""
     found, waiting = set(), _imports_of_dcase(Path(challenge_api.__file__))
     while waiting:
         found.add(path := waiting.pop())
@@ -138,7 +136,7 @@ def needed_code() -> list[Path]:
 
 
 def _imports_of_dcase(path: Path) -> set[Path]:
-    """The files of dcase's modules that a file imports."""
+    """Return the files of dcase's modules that a file imports."""
     imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
     names = {
         name for node in imports for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
@@ -148,7 +146,7 @@ def _imports_of_dcase(path: Path) -> set[Path]:
 
 
 def _copy(source: Path, target: Path, prefix: str) -> None:
-    """Copy a file of code, in which aum and dcase are then called ``prefix``.aum and ``prefix``.dcase."""
+    """Copy a file of code, with its imports of aum and dcase changed to ``prefix``.aum and ``prefix``.dcase."""
     text = source.read_text()
     if source.suffix == ".py":
         text = re.sub(r"^( *)from (aum|dcase)\b", rf"\1from {prefix}.\2", text, flags=re.MULTILINE)
@@ -160,18 +158,24 @@ def _pyproject(submission: Submission) -> str:
     pinned = [f"{name}=={version(name).partition('+')[0]}" for name in (*NEEDED, *NEEDED_BY_SCRIPTS[:-1])]
     dependencies = "".join(f'    "{line}",\n' for line in (*pinned, NEEDED_BY_SCRIPTS[-1]))
     return f"""\
-# The last {len(NEEDED_BY_SCRIPTS)} dependencies are those of the challenge's scripts alone.
 [build-system]
-requires = []
-build-backend = "build_backend"
-backend-path = ["."]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
 
 [project]
 name = "{submission.name}"
 version = "1.0"
 requires-python = ">=3.11"
+# The last {len(NEEDED_BY_SCRIPTS)} are needed only by the challenge's scripts.
 dependencies = [
 {dependencies}]
+
+[tool.setuptools.packages.find]
+include = ["{submission.name}*"]
+namespaces = false
+
+[tool.setuptools.package-data]
+"*" = ["*.c", "*.ckpt", "*.csv", "*.wav"]
 """
 
 
@@ -180,7 +184,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _write_noise(path: Path, checkpoint: dict) -> None:
-    """A clip as long as those of training, for counting what a model costs."""
+    """Write noise as long as the training clips, for counting a model's costs."""
     config = checkpoint["config"]
     logmel, rate = config["logmel"], config["data"]["orig_sample_rate"]
     samples = math.ceil((checkpoint["frames"] - 1) * logmel["hop_length"] * rate / logmel["sample_rate"])

@@ -1,8 +1,8 @@
-"""Calls the API of an inference package as the challenge's scripts do, and prints what came back as JSON.
+"""Call the API of an inference package as the challenge's scripts do, and print what it returns as JSON.
 
     python -I dcase/submission/probe.py submissions/Doe_Uni Doe_Uni_task1 1
 
-It imports nothing of this project, so that only the package's own code is found. `dcase.validate_submission` runs it.
+It imports nothing of this project, so only the package's own code is found. `dcase.validate_submission` runs it.
 """
 
 import copy
@@ -11,11 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-DEVICE_IDS = ["a", "b", "c", *(f"s{number}" for number in range(1, 11))]  # those that the challenge checks
+DEVICE_IDS = ["a", "b", "c", *(f"s{number}" for number in range(1, 11))]  # that the challenge checks
 
 
 def probe(folder: str, package: str, index: str) -> dict:
-    """What each function gave, or {"failed": function, "error": why}."""
+    """Return what each function gave, or {"failed": function, "error": why}."""
     sys.path.insert(0, folder)
     step, found = "import", {}
     try:
