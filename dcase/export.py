@@ -1,10 +1,10 @@
-"""Export a trained model: waveform or log-mel in, logits out, with any number of clips in a batch.
+"""Export a trained model: waveform or log-mel in, logits out, for any number of clips in a batch.
 
     python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/checkpoints/best.ckpt --dataset_dir /data/TAU22
     python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/stored --device_id a --input log_mel --format torch_export
 
-What is exported is compared with PyTorch on clips of the test split before it is kept: where logits differ by more than
-0.0001, or a scene changes, nothing is written, and the exit code is 1.
+Before it is kept, the exported model is compared with PyTorch on clips of the test split: where a logit differs by more
+than 0.0001, or a scene changes, nothing is written and the exit code is 1.
 """
 
 import io
@@ -34,13 +34,13 @@ from dcase.files import replace_file
 from dcase.model.quantisation import decode, encode
 from dcase.progress import progress
 from dcase.runs.config import find_dataset_dir
-from dcase.runs.folder import CHECKPOINTS, STORED
+from dcase.runs.folder import run_of
 from dcase.runs.stored import GENERAL, load_stored, save_one
 from dcase.runs.trained import load_trained
 from dcase.training.lit import SceneClassifier
 
 TOLERANCE = 1e-4  # of a logit
-BATCHES = (1, 8)  # clips, of which batches are compared
+BATCHES = (1, 8)  # clips in the batches that are compared
 WAVEFORM, LOG_MEL = "waveform", "log_mel"
 ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torch_export": ".pt2"}
 
@@ -50,24 +50,24 @@ Model = Callable[[Tensor], Tensor]  # waveform (b, samples) or log-mel (b, 1, n_
 @dataclass(frozen=True)
 class ExportConfig:
     ckpt_path: str = ""
-    """Checkpoint file of either stage, stored model, or folder of stored models, as test_only.py takes it."""
+    """Checkpoint of either stage, stored model or published folder, as test_only.py takes it."""
     format: Literal["onnx", "safetensors", "torch_export"] = "onnx"
-    """onnx: for ONNX Runtime. torch_export: a .pt2 file that plain torch of the same version loads. safetensors: the
-    weights alone, as train_base.py leaves them in stored/; python -m dcase.export and test_only.py read them."""
+    """onnx: for ONNX Runtime. torch_export: a .pt2 file that torch of the same version loads. safetensors: only the
+    weights, as train_base.py writes them to stored/; python -m dcase.export and test_only.py read them."""
     input: Literal["waveform", "log_mel"] = "waveform"
-    """waveform (b, samples) at the recordings' rate, as long as the data's clips; or log_mel, normalised,
-    (b, 1, n_mels, frames)."""
+    """Input of the exported model: waveform (b, samples) at the recordings' rate, as long as the data's clips; or
+    log_mel, normalised, (b, 1, n_mels, frames)."""
     device_id: str = GENERAL
-    """Whose model: general, or a device that has one of its own."""
+    """Model to export: general, or a device that has a model of its own."""
     weight_bits: Literal[32, 16, 8] | None = None
-    """Bits of the weights in the file; None: those that the run stores and counts (--weight_bits of the training)."""
+    """Bits of the weights in the file; None: as the run stores and counts them (--weight_bits of the training)."""
     out: str = ""
-    """File to write; "": in export/ of the run's folder, named after --device_id."""
+    """File to write; "": a file in export/ of the run's folder, named after --device_id."""
     dataset_dir: str | None = None
-    """Data folder whose test clips are compared on, WAV files; None: TAU22_DIR, else the folder that the checkpoint's
+    """Data folder with the test clips, WAV files, to compare on; None: TAU22_DIR, else the folder that the checkpoint's
     run was given, else SynthTAU."""
     check_clips: int = 64
-    """Clips of the test split to compare on, evenly spread over it."""
+    """Number of clips to compare on, evenly spread over the test split."""
 
     def __post_init__(self):
         if not self.ckpt_path:
@@ -77,7 +77,7 @@ class ExportConfig:
 
 
 class Mismatch(Exception):
-    """What was exported does not calculate what the model does."""
+    """The exported model calculates something else than PyTorch."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,16 @@ class Parity:
 
     clips: int  # each of them once in every size of `BATCHES`
     difference: float  # the largest of a logit
-    changed: int  # clips with another scene, where PyTorch's own scores tell two scenes apart
-    milliseconds: float  # of one clip in a batch of one: the median
+    changed: int  # clips with another scene, where PyTorch's own logits tell the two scenes apart
+    milliseconds: float  # for one clip in a batch of one: the median
 
     def check(self) -> None:
-        """Raises `Mismatch`, with figures, where the two are not the same."""
-        if self.changed or not self.difference <= TOLERANCE:  # nor is NaN
-            predictions = len(BATCHES) * self.clips
+        """Raise `Mismatch`, with figures, where the two differ."""
+        if self.changed or not self.difference <= TOLERANCE:  # NaN is refused too
             raise Mismatch(
                 f"logits differ from PyTorch's by up to {self.difference:.2g} on {self.clips} clips "
-                f"({TOLERANCE:g} is allowed), and {self.changed} of {predictions} predictions are other scenes"
+                f"({TOLERANCE:g} is allowed), and {self.changed} of {len(BATCHES) * self.clips} predictions are other "
+                "scenes"
             )
 
 
@@ -108,17 +108,26 @@ def main() -> None:
     _, sound = open_sound(replace(module.config, data=data), source.folder)
     test = with_sound(source.test, sound)
     module.refuse_other_frames(test)
-    out = Path(config.out) if config.out else default_path(config)
+    out = Path(config.out or default_path(config))
     try:
         parity = export(module, config, test, out)
     except Mismatch as error:
         print(f"\nerror: {error}; nothing was written", file=sys.stderr)
         sys.exit(1)
-    print(table(out, input_of(module, config.input, samples_of(test)), parity))
+    rows = {
+        "File": out,
+        "Size": f"{out.stat().st_size:,} B",
+        "Input": input_of(module, config.input, samples_of(test)),
+        "Largest Difference": f"{parity.difference:.1e} of a logit, on {parity.clips} clips in batches of 1 and 8",
+        "Other Predictions": parity.changed,
+        "One Clip": f"{parity.milliseconds:.1f} ms",
+    }
+    for name, value in rows.items():
+        print(f"{name:<{max(map(len, rows))}}  {value}")
 
 
 def choose(module: SceneClassifier, device_id: str, weight_bits: int | None) -> int:
-    """Put a device's model in the general one's place, its weights rounded as they are stored; returns the bits.
+    """Put a device's model in the general one's place, with weights rounded as they are stored; return the bits.
 
     Raises `UserError` where the device has no model of its own, or the weights cannot be stored at these bits.
     """
@@ -137,16 +146,14 @@ def choose(module: SceneClassifier, device_id: str, weight_bits: int | None) -> 
 
 
 def default_path(config: ExportConfig) -> Path:
-    """<run>/export/<device>.<ending>; beside a checkpoint that lies in no run's folder."""
-    path = Path(config.ckpt_path.split(",")[0])
-    folder = path if path.is_dir() else path.parent
-    run = folder.parent if folder.name in (CHECKPOINTS, STORED) else folder
-    name = path.stem if path.suffix == ".safetensors" else config.device_id
-    return run / "export" / f"{name}{ENDINGS[config.format]}"
+    """Return <run>/export/<device>.<ending>; for a model that lies in no run's folder, export/ beside or in it."""
+    path, run = Path(config.ckpt_path.split(",")[0]), run_of(config.ckpt_path)
+    folder = run.export if run else (path if path.is_dir() else path.parent) / "export"
+    return folder / f"{path.stem if path.suffix == '.safetensors' else config.device_id}{ENDINGS[config.format]}"
 
 
 def export(module: SceneClassifier, config: ExportConfig, test: TAU22, out: Path) -> Parity:
-    """Write ``out`` once it has been compared. Raises `Mismatch`, and leaves what was there, where it differs.
+    """Write ``out`` after the comparison. Raises `Mismatch`, and keeps an existing file, where logits differ.
 
     Raises `UserError` as `choose`, and where ``out`` cannot be written.
     """
@@ -170,12 +177,12 @@ def export(module: SceneClassifier, config: ExportConfig, test: TAU22, out: Path
 
 
 def samples_of(test: TAU22) -> int:
-    """Of a clip as the model hears it, at the recordings' rate."""
+    """Return the samples that the model reads of a clip, at the recordings' rate."""
     return test.sound.max_samples or test.n_samples
 
 
 def traced(module: SceneClassifier, config: ExportConfig, bits: int, samples: int) -> bytes:
-    """The file's content, for the formats that hold the calculation too."""
+    """Return the file's content, for the formats that hold the calculation too."""
     is_onnx, of_waveform = config.format == "onnx", config.input == WAVEFORM
     logmel = module.logmel.config
     exported = Exported(module.model, bits, FrontEnd(module.logmel, samples, in_graph=is_onnx) if of_waveform else None)
@@ -204,7 +211,7 @@ def traced(module: SceneClassifier, config: ExportConfig, bits: int, samples: in
 
 
 def reader(config: ExportConfig, path: Path) -> Model:
-    """What was written, as whoever reads it will use it."""
+    """Return the function of an exported file, loaded as its users will load it."""
     if config.format == "onnx":
         return onnx_format.runner(path)
     if config.format == "torch_export":
@@ -214,22 +221,18 @@ def reader(config: ExportConfig, path: Path) -> Model:
 
 
 def reference(module: SceneClassifier, kind: str) -> Model:
-    """The module as it is, for one kind of input."""
-
-    def call(x: Tensor) -> Tensor:
-        return module.model(log_mels(module, x) if kind == WAVEFORM else x)
-
-    return call
+    """Return PyTorch's own function of the general model, for one kind of input."""
+    return lambda x: module.model(log_mels(module, x) if kind == WAVEFORM else x)
 
 
 def log_mels(module: SceneClassifier, waveform: Tensor) -> Tensor:
-    """(b, samples) -> (b, 1, n_mels, frames)"""
+    """Return log-mels (b, 1, n_mels, frames) of a waveform (b, samples)."""
     length = torch.full((len(waveform),), waveform.shape[1])
     return module.logmel(*module.logmel.resampled(waveform.unsqueeze(1), length))
 
 
 def clips_of(test: TAU22, samples: int, n: int) -> Tensor:
-    """(n, samples): clips evenly spread over a data set, cut or padded to one length."""
+    """Return clips (n, samples), evenly spread over a data set, cut or padded to one length."""
     chosen = torch.linspace(0, len(test) - 1, min(n, len(test))).round().long().tolist()
     read = (test[i].waveform for i in progress(chosen, desc="reading", unit="clip", leave=False))
     return torch.cat([F.pad(x[:, :samples], (0, max(0, samples - x.shape[1]))) for x in read])
@@ -237,7 +240,7 @@ def clips_of(test: TAU22, samples: int, n: int) -> Tensor:
 
 @torch.no_grad()
 def compare(model: Model, module: SceneClassifier, kind: str, clips: Tensor) -> Parity:
-    """Both on clips (n, samples), in batches of each size of `BATCHES`. Raises `Mismatch` where shapes differ."""
+    """Run both on clips (n, samples), in batches of `BATCHES`. Raises `Mismatch` where shapes differ."""
     of_module = reference(module, kind)
     difference, changed, seconds = 0.0, 0, []
     bar = progress(total=len(BATCHES) * len(clips), desc="comparing", unit="clip", leave=False)
@@ -260,24 +263,11 @@ def compare(model: Model, module: SceneClassifier, kind: str, clips: Tensor) -> 
 
 
 def input_of(module: SceneClassifier, kind: str, samples: int) -> str:
-    """What an exported model takes, which is this and no other length: name, shape, and what is in it."""
+    """Return the name, shape and content of an exported model's input, which has a fixed length."""
     if kind == LOG_MEL:
         return f"log_mel (b, 1, {module.logmel.config.n_mels}, {module.frames}), normalised"
     rate = module.logmel.orig_sample_rate
     return f"waveform (b, {samples}): exactly {samples / rate:.2f} s of one channel at {rate:,} Hz"
-
-
-def table(out: Path, taken: str, parity: Parity) -> str:
-    rows = {
-        "File": out,
-        "Size": f"{out.stat().st_size:,} B",
-        "Input": taken,
-        "Largest Difference": f"{parity.difference:.1e} of a logit, on {parity.clips} clips in batches of 1 and 8",
-        "Other Predictions": parity.changed,
-        "One Clip": f"{parity.milliseconds:.1f} ms",
-    }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
 if __name__ == "__main__":

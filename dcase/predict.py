@@ -4,11 +4,11 @@
     python -m dcase.predict recordings/ --ckpt_path FOLDER --out scenes.csv                 # of dcase.publish
     python -m dcase.predict /data/evaluation --list fold1_test.csv --ckpt_path FOLDER --out scenes.json
 
-WAV, FLAC and OGG files of any rate, length and number of channels. A recording that is longer than the model's training
-clips is heard in windows of their length, and the windows' probabilities are averaged; the last window ends with the
-recording. A shorter one is repeated until it fills a window, since zeros sound like no scene at all; a model trained
-with --target_length hears it padded, as it heard its training clips. A file that cannot be read is reported and
-skipped, and the exit code is then 2.
+Recordings are WAV, FLAC or OGG files of any rate, length and number of channels. One that is longer than the model's
+training clips is cut into windows of their length, and the probabilities of the windows are averaged; the last window
+ends with the recording. A shorter one is repeated until it fills a window, since silence is no scene; a model trained
+with --target_length reads it padded, as it read its training clips. A file that cannot be read is reported and skipped,
+and the exit code is then 2.
 """
 
 import csv
@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,7 +36,7 @@ from dcase.training.lit import SceneClassifier
 
 ENDINGS = (".wav", ".flac", ".ogg")
 TOP = 3  # scenes that are named
-SHOWN = 40  # rows on the terminal where --out has them all
+SHOWN = 40  # rows on the terminal where --out has all of them
 MANY = 20  # files from which on a progress bar is shown
 # airport-lisbon-1000-40000-0-a: scene, city, location, segments, device
 _TAU_NAME = re.compile(rf"(?:{'|'.join(SCENES)})-[a-z]+-\d+-\d+(?:-\d+)?-({'|'.join(DEVICES)})")
@@ -44,26 +44,26 @@ _TAU_NAME = re.compile(rf"(?:{'|'.join(SCENES)})-[a-z]+-\d+-\d+(?:-\d+)?-({'|'.j
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Raises `UserError` for a value that makes no sense."""
+    """Raises `UserError` for a value out of range."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """sound files, and folders, which are searched through all their levels for .wav, .flac and .ogg files"""
+    """Sound files, and folders, whose .wav, .flac and .ogg files are read at every level."""
     ckpt_path: str = ""
-    """checkpoint of either stage, stored model or published folder: whatever test_only.py takes"""
+    """Checkpoint of either stage, stored model or published folder, as test_only.py takes it."""
     device_id: str = "auto"
-    """device that recorded: a, b, c, s1 ... s6, or unknown, which is the general model's; auto: from names like TAU22's
-    (airport-lisbon-1000-40000-0-a.wav), unknown for others. It matters only where devices have models of their own"""
+    """Device that recorded: a, b, c, s1 ... s6, or unknown for the general model. auto: read it from names like TAU22's
+    (airport-lisbon-1000-40000-0-a.wav); other names are unknown. It matters only where devices have models."""
     list: str = ""
-    """tab-separated list with the columns filename and, where there is one, device_id: only its files in the folder are
-    read, and its devices count where --device_id is auto"""
+    """Tab-separated list with the column filename and optionally device_id: read only its files in the folder, with its
+    devices where --device_id is auto."""
     overlap: float = 0.0
-    """share of a window that the next one hears again, 0 to below 1"""
+    """Share of a window that the next window reads again, 0 to below 1."""
     out: str = ""
-    """file to write all probabilities to, by its ending .csv or .json"""
+    """File to write all probabilities to; its ending, .csv or .json, sets the format."""
     batch_size: int = 64
-    """windows in a batch"""
+    """Windows in a batch."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """auto: a GPU where there is one"""
+    """Where to calculate; auto: on a GPU where there is one."""
 
     def __post_init__(self):
         if self.device_id not in ("auto", UNKNOWN, *DEVICES):
@@ -76,26 +76,20 @@ class PredictConfig:
             raise UserError(f"--batch_size is at least 1; got {self.batch_size}")
 
 
-# Which files
-
-
 def find_recordings(config: PredictConfig) -> list[Recording]:
-    """Those of --list, or of the paths given, each once. Raises `UserError` where there is none."""
+    """Return the recordings of --list, or of the paths, each once. Raises `UserError` where there is none."""
     if config.list:
         return _listed(config)
     paths = [path for given in config.paths for path in _files(Path(given).expanduser())]
     if not paths:
         where = ", ".join(config.paths)
-        raise UserError(
-            f"{where} holds no .wav, .flac or .ogg file: check the folder"
-            if where
-            else "which recordings? Give files or folders"
-        )
+        none = "which recordings? Give files or folders"
+        raise UserError(f"{where} holds no .wav, .flac or .ogg file: check the folder" if where else none)
     return [Recording(path, _device_of(path, config.device_id)) for path in dict.fromkeys(paths)]
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """A file itself, whatever its name, or the sound files of a folder, sorted, hidden ones left out."""
+    """Yield a file itself, whatever its name, or a folder's sound files, sorted, without hidden ones."""
     if not path.is_dir():
         yield path  # one that does not exist is skipped like one that cannot be read
         return
@@ -119,7 +113,7 @@ def _device_of(path: Path, device_id: str) -> str:
 
 def _listed(config: PredictConfig) -> list[Recording]:
     if len(config.paths) != 1:
-        raise UserError("--list needs one folder, in which its files are: give that alone")
+        raise UserError("--list needs one folder that holds its files, and no other path")
     path, folder = Path(config.list).expanduser(), Path(config.paths[0]).expanduser()
     try:
         rows = list(csv.DictReader(path.read_text("utf-8-sig").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -127,24 +121,22 @@ def _listed(config: PredictConfig) -> list[Recording]:
         raise UserError(f"--list {path} cannot be read ({error.strerror})") from error
     except (ValueError, csv.Error) as error:
         raise UserError(f"--list {path} is no tab-separated text") from error
-    if not rows or not all(row.get("filename") for row in rows):
+    names = [row.get("filename") for row in rows]
+    if not names or not all(names):
         raise UserError(
             f"--list {path} has no file, or a line without one: its first line must be filename TAB device_id"
         )
-    recordings = []
-    for row in rows:
-        if leaves_folder(row["filename"]):
-            raise UserError(f"--list {path}: {row['filename']!r} leaves the folder {folder}")
-        listed = config.device_id if config.device_id != "auto" else row.get("device_id")
-        recordings.append(Recording(folder / row["filename"], listed or _device_of(Path(row["filename"]), "auto")))
-    return recordings
-
-
-# What comes out
+    if out := next(filter(leaves_folder, names), None):
+        raise UserError(f"--list {path}: {out!r} leaves the folder {folder}")
+    given = [config.device_id if config.device_id != "auto" else row.get("device_id") for row in rows]
+    return [
+        Recording(folder / name, device_id or _device_of(Path(name), "auto"))
+        for name, device_id in zip(names, given, strict=True)
+    ]
 
 
 def table(predictions: list[Prediction]) -> str:
-    """Markdown that also lines up on a terminal: file, scene, its probability in percent, second and third scene."""
+    """Return an aligned Markdown table: file, scene, its probability in percent, second and third scene."""
     rows = []
     for one in predictions:
         (scene, probability), *others = one.best(TOP)
@@ -154,68 +146,48 @@ def table(predictions: list[Prediction]) -> str:
 
 
 def _shown(path: Path) -> str:
-    return os.fsencode(path).decode(errors="replace")  # a name need not be text
+    return os.fsencode(path).decode(errors="replace")  # a file's name may be no text
 
 
-def write_csv(path: Path, predictions: list[Prediction], skipped: list[Skipped]) -> None:
-    """A row per recording; what was skipped is not in it."""
-    top = [column for n in range(1, TOP + 1) for column in (f"scene_{n}", f"probability_{n}")]
-
-    def write(beside: Path) -> None:
-        with open(beside, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["file", *top, *SCENES, "seconds", "device_id", "windows"])
-            for one in predictions:
-                best = [value for pair in one.best(TOP) for value in pair]
-                last = [one.seconds, one.recording.device_id, one.n_windows]
-                writer.writerow([one.recording.path, *best, *one.probabilities, *last])
-
-    replace_file(path, write)
+def _write_csv(file: Path, predictions: list[Prediction], skipped: list[Skipped]) -> None:
+    """Write a row per prediction; skipped files are left out."""
+    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
+        writer = csv.writer(opened, lineterminator="\n")
+        top = [column for n in range(1, TOP + 1) for column in (f"scene_{n}", f"probability_{n}")]
+        writer.writerow(["file", *top, *SCENES, "seconds", "device_id", "windows"])
+        for one in predictions:
+            best = [value for pair in one.best(TOP) for value in pair]
+            last = [one.seconds, one.recording.device_id, one.n_windows]
+            writer.writerow([one.recording.path, *best, *one.probabilities, *last])
 
 
-def write_json(path: Path, predictions: list[Prediction], skipped: list[Skipped]) -> None:
-    """{"predictions": [...], "skipped": [...]}, a line per recording."""
+def _write_json(file: Path, predictions: list[Prediction], skipped: list[Skipped]) -> None:
+    """Write {"predictions": [...], "skipped": [...]}, a line per recording."""
+    predicted = (
+        {
+            "file": str(one.recording.path),
+            "top": [{"scene": scene, "probability": probability} for scene, probability in one.best(TOP)],
+            "probabilities": dict(zip(SCENES, one.probabilities, strict=True)),
+            "seconds": one.seconds,
+            "device_id": one.recording.device_id,
+            "windows": one.n_windows,
+        }
+        for one in predictions
+    )
+    left_out = ({"file": str(one.recording.path), "reason": one.reason} for one in skipped)
 
-    def write(beside: Path) -> None:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write('{"predictions": [')
-            _write_lines(file, map(_as_plain, predictions))
-            file.write('],\n"skipped": [')
-            _write_lines(file, ({"file": str(one.recording.path), "reason": one.reason} for one in skipped))
-            file.write("]}\n")
+    def lines(items: Iterable[dict]) -> str:
+        return ",".join(f"\n{json.dumps(item, allow_nan=False)}" for item in items)
 
-    replace_file(path, write)
-
-
-def _as_plain(one: Prediction) -> dict:
-    return {
-        "file": str(one.recording.path),
-        "top": [{"scene": scene, "probability": probability} for scene, probability in one.best(TOP)],
-        "probabilities": dict(zip(SCENES, one.probabilities, strict=True)),
-        "seconds": one.seconds,
-        "device_id": one.recording.device_id,
-        "windows": one.n_windows,
-    }
+    content = f'{{"predictions": [{lines(predicted)}],\n"skipped": [{lines(left_out)}]}}\n'
+    file.write_text(content, encoding="utf-8")
 
 
-def _write_lines(file, items: Iterator[dict]) -> None:
-    for n, item in enumerate(items):
-        file.write(f"{',' if n else ''}\n{json.dumps(item, allow_nan=False)}")
+WRITERS = {".csv": _write_csv, ".json": _write_json}  # by the ending of --out
 
 
-WRITERS = {".csv": write_csv, ".json": write_json}  # by the ending of --out
-
-
-def _place(accelerator: str) -> torch.device:
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("--accelerator gpu: torch finds no GPU here; use cpu or auto")
-    return torch.device("cuda" if torch.cuda.is_available() and accelerator != "cpu" else "cpu")
-
-
-def hear(
-    module: SceneClassifier, recordings: list[Recording], config: PredictConfig
-) -> tuple[list[Prediction], list[Skipped]]:
-    """All predictions, and what was skipped, which is reported on stderr at once; with a progress bar."""
+def _predict_all(module: SceneClassifier, recordings: list[Recording], config: PredictConfig) -> tuple[list, list]:
+    """Return (predictions, skipped files) with a progress bar; skipped files are reported on stderr at once."""
     predictions, skipped = [], []
     with progress(total=len(recordings), desc="predicting", unit=" files", disable=len(recordings) < MANY) as bar:
         for one in predict(module, recordings, config.batch_size, config.overlap):
@@ -232,23 +204,26 @@ def main() -> None:
     config = parse(PredictConfig, __doc__)
     if not config.ckpt_path:
         raise UserError("--ckpt_path is missing: give a checkpoint, or the folder of a stored or published model")
-    where = _place(config.accelerator)
+    if config.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("--accelerator gpu: torch finds no GPU here; use cpu or auto")
+    where = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
     recordings = find_recordings(config)
     module = load_module(config.ckpt_path).to(where)
-    if where.type == "cpu":
+    if where == "cpu":
         keep_freed_memory()
     span, rate = span_of_module(module), module.logmel.orig_sample_rate
     seconds = span.window / rate
     own = ", ".join(module.device_models) or "none"
     print(f"{module.config.model.model}: windows of {seconds:.2f} s; devices with a model of their own: {own}")
-    predictions, skipped = hear(module, recordings, config)
+    predictions, skipped = _predict_all(module, recordings, config)
     rows = predictions[:SHOWN] if config.out else predictions
     if rows:
         print("\n" + table(rows))
     if len(rows) < len(predictions):
         print(f"... and {len(predictions) - len(rows):,} more")
     if config.out:
-        WRITERS[Path(config.out).suffix.lower()](Path(config.out).expanduser(), predictions, skipped)
+        path = Path(config.out).expanduser()
+        replace_file(path, lambda beside: WRITERS[path.suffix.lower()](beside, predictions, skipped))
         print(f"\n{len(predictions):,} recordings: {config.out}")
     if repeated := [one for one in predictions if one.is_repeated]:
         names = ", ".join(_shown(one.recording.path) for one in repeated[:3]) + (", ..." if len(repeated) > 3 else "")

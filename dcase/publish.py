@@ -2,9 +2,9 @@
 
     python -m dcase.publish --ckpt_path DCASE25_Task1/RUN_ID/checkpoints/best.ckpt --out FOLDER
 
-Where devices have models of their own, each gets a folder in that folder, the general model too; --device_id writes one
-alone. `python -m dcase.predict` and test_only.py take the folder, or one of these, as --ckpt_path, and
-`aum.AudioMamba.from_pretrained` each model. Nothing is uploaded: `hf upload USER/NAME FOLDER` does that.
+Where devices have models of their own, each model gets a folder in that folder, the general one too; --device_id writes
+only one. `python -m dcase.predict` and test_only.py take the folder, or one of these, as --ckpt_path, and
+`aum.AudioMamba.from_pretrained` takes each model. Nothing is uploaded: `hf upload USER/NAME FOLDER` does that.
 """
 
 import json
@@ -17,7 +17,7 @@ from dcase.data.tau22 import DEVICES
 from dcase.deployment import card
 from dcase.deployment.prediction import load_module, span_of_module
 from dcase.errors import UserError, one_line, run
-from dcase.runs.folder import STORED, trained_checkpoint
+from dcase.runs.folder import run_of
 from dcase.runs.published import WEIGHTS, front_end_of, save_published
 from dcase.runs.stored import GENERAL
 from dcase.training.lit import SceneClassifier
@@ -26,32 +26,30 @@ from dcase.training.lit import SceneClassifier
 @dataclass(frozen=True)
 class PublishConfig:
     ckpt_path: str = ""
-    """checkpoint of either stage or stored model to publish; the figures are those of results.json in its run"""
+    """Checkpoint of either stage or stored model to publish; the card gets the figures of results.json in its run."""
     out: str = ""
-    """folder to write"""
+    """Folder to write."""
     device_id: str = ""
-    """publish one model alone: general, or a device that has a model of its own; without it all there are"""
+    """Publish only one model: general, or a device that has a model of its own; "": publish all of them."""
     license: str = "other"
-    """licence of the weights, as the Hugging Face Hub names it; what that of the recordings allows is yours to judge"""
+    """Licence of the weights, as the Hugging Face Hub names it; check what the recordings' licence allows."""
+
+    def __post_init__(self):
+        for flag in ("ckpt_path", "out"):
+            if not getattr(self, flag):
+                raise UserError(f"--{flag} is missing")
 
 
 def results_of(ckpt_path: str) -> dict | None:
-    """results.json of the run, where its figures are of just this checkpoint or of its stored models; else None.
+    """Return results.json of the checkpoint's run; None where its figures are not of this checkpoint's models.
 
-    Raises `UserError` where it is damaged.
+    Raises `UserError` where the file is damaged.
     """
-    path = Path(ckpt_path)
-    if path.suffix == ".ckpt":
-        if path.name != trained_checkpoint(path.parent).name:
-            return None  # the test was of the best one
-        run_folder = path.parent.parent
-    else:
-        stored = path if path.is_dir() else path.parent
-        if stored.resolve().name != STORED:
-            return None
-        run_folder = stored.resolve().parent
-    file = run_folder / "results.json"
-    if "," in ckpt_path or not file.is_file():
+    path, found = Path(ckpt_path), run_of(ckpt_path)
+    if found is None or "," in ckpt_path or (path.suffix == ".ckpt" and path.name != found.trained.name):
+        return None  # the test was of `Run.trained`
+    file = found.folder / "results.json"
+    if not file.is_file():
         return None
     try:
         results = json.loads(file.read_text())
@@ -65,16 +63,21 @@ def results_of(ckpt_path: str) -> dict | None:
 
 
 def publish(config: PublishConfig) -> list[Path]:
-    """The folders written. Raises `UserError` where there is no such model, or something else in the folder."""
+    """Write the models and return their folders.
+
+    Raises `UserError` where there is no such model, or where the folder holds something else.
+    """
     module = load_module(config.ckpt_path)
     results = results_of(config.ckpt_path)
     models = {GENERAL: module.model, **module.device_models}
     if config.device_id and config.device_id not in models:
-        raise UserError(f"--device_id {config.device_id}: there is a model of {', '.join(models)}")
+        raise UserError(f"--device_id {config.device_id}: the checkpoint has models of {', '.join(models)}")
     out = Path(config.out).expanduser()
-    alone = config.device_id or (GENERAL if len(models) == 1 else "")
-    folders = {alone: out} if alone else {model_of: out / model_of for model_of in models}
-    _refuse_leftovers(out, folders)
+    single = config.device_id or (GENERAL if len(models) == 1 else "")
+    folders = {single: out} if single else {model_of: out / model_of for model_of in models}
+    for part in (out, *(out / name for name in (GENERAL, *DEVICES))):
+        if (part / WEIGHTS).is_file() and part not in folders.values():
+            raise UserError(f"--out {out}: {part} holds a model that is not one of these: give a new folder")
     for model_of, folder in folders.items():
         front_end = front_end_of(module.as_checkpoint(), model_of)
         save_published(models[model_of], folder, front_end, _card(module, front_end, folder, results, config.license))
@@ -98,18 +101,8 @@ def _card(module: SceneClassifier, front_end: dict, folder: Path, results: dict 
     )
 
 
-def _refuse_leftovers(out: Path, folders: dict[str, Path]) -> None:
-    """Raise `UserError` where models of an earlier publication would stay beside these."""
-    for part in (out, *(out / name for name in (GENERAL, *DEVICES))):
-        if (part / WEIGHTS).is_file() and part not in folders.values():
-            raise UserError(f"--out {out}: {part} holds a model that is not of these: give a new folder")
-
-
 def main() -> None:
     config = parse(PublishConfig, __doc__)
-    for flag in ("ckpt_path", "out"):
-        if not getattr(config, flag):
-            raise UserError(f"--{flag} is missing")
     folders = publish(config)
     for folder in folders:
         print(f"{folder}/: config.json, {WEIGHTS}, README.md")

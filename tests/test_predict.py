@@ -1,4 +1,4 @@
-"""Recordings of any length, rate and format: what the model hears of them, what comes out, what is skipped."""
+"""Recordings of any length, rate and format: what the model reads of them, what comes out, what is skipped."""
 
 import csv
 import json
@@ -15,6 +15,7 @@ import torchaudio
 from conftest import RATE, SCENES, refusal, tone
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_files import with_device_models
 from torch import Tensor
 
 from dcase import predict
@@ -47,12 +48,8 @@ def module(ckpt):
 @pytest.fixture(scope="module")
 def by_device(ckpt, tmp_path_factory) -> Path:
     """A checkpoint in which device a has a model of its own, with other weights."""
-    checkpoint = load_checkpoint(ckpt)
-    state = checkpoint["state_dict"]
-    own = {f"device_models.a.{name[6:]}": 1.5 * x for name, x in state.items() if name.startswith("model.")}
-    checkpoint["state_dict"], checkpoint["device_ids"] = state | own, ["a"]
     path = tmp_path_factory.mktemp("by_device") / "best.ckpt"
-    save_checkpoint(checkpoint, path)
+    save_checkpoint(with_device_models(ckpt, {"a": 1.5}), path)
     return path
 
 
@@ -82,13 +79,13 @@ def write(path: Path, samples: np.ndarray, rate: int = RATE, **options) -> Path:
     return path
 
 
-def asked(module, waveform: Tensor, device: int = -1) -> Tensor:
-    """The probabilities of a waveform (1, samples) heard as a whole."""
+def expected_of(module, waveform: Tensor, device: int = -1) -> Tensor:
+    """Return the probabilities of a waveform (1, samples), read as a whole."""
     with torch.no_grad():
         return module(waveform[None], torch.tensor([device])).double().softmax(1)[0]
 
 
-def heard(module, path: Path, **options) -> Tensor:
+def probabilities_of(module, path: Path, **options) -> Tensor:
     (one,) = predictions_of(module, [Recording(path)], **options)
     return torch.tensor(one.probabilities, dtype=torch.float64)
 
@@ -137,7 +134,7 @@ def cut(n: int, span: Span, hop: int, piece: int) -> list[list[int]]:
     hop=st.integers(1, 40),
     piece=st.integers(1, 90),
 )
-def test_windows_hear_every_sample(n, window, more, hop, piece):
+def test_windows_hold_every_sample(n, window, more, hop, piece):
     span, hop = Span(window, window, window + more), min(hop, window)
     got = cut(n, span, hop, piece)
     if n <= span.most:
@@ -163,9 +160,9 @@ def test_pieces_are_the_whole_file(rate, channels, tmp_path, monkeypatch):
 # Predictions
 
 
-def test_a_clip_of_the_training_length_is_what_a_test_hears(module, learnable):
+def test_a_clip_of_the_training_length_is_what_a_test_reads(module, learnable):
     path = clip(learnable)
-    assert torch.equal(heard(module, path), asked(module, read_wav(path, RATE)))
+    assert torch.equal(probabilities_of(module, path), expected_of(module, read_wav(path, RATE)))
 
 
 def test_test_clips_get_the_runs_accuracy(module, learnable, general_run):
@@ -181,37 +178,37 @@ def test_a_long_file_is_the_mean_of_its_windows(module, tmp_path):
     path = write(tmp_path / "long.wav", sound, subtype="FLOAT")
     waveform, n = read_wav(path, RATE), span_of_module(module).window
     starts = [0, n, waveform.shape[1] - n]
-    parts = torch.stack([asked(module, waveform[:, start : start + n]) for start in starts])
-    torch.testing.assert_close(heard(module, path), parts.mean(0), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(heard(module, path, batch_size=1), parts.mean(0), rtol=1e-5, atol=1e-7)
-    assert not torch.allclose(heard(module, path, overlap=0.5), parts.mean(0), rtol=1e-5)
+    parts = torch.stack([expected_of(module, waveform[:, start : start + n]) for start in starts])
+    torch.testing.assert_close(probabilities_of(module, path), parts.mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(probabilities_of(module, path, batch_size=1), parts.mean(0), rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(probabilities_of(module, path, overlap=0.5), parts.mean(0), rtol=1e-5)
 
 
 def test_a_short_file_is_repeated(module, tmp_path):
     path = write(tmp_path / "short.wav", scene(0.2), subtype="FLOAT")
     repeated = read_wav(path, RATE).repeat(1, 3)[:, : span_of_module(module).window]
-    torch.testing.assert_close(heard(module, path), asked(module, repeated))
+    torch.testing.assert_close(probabilities_of(module, path), expected_of(module, repeated))
 
 
 @pytest.mark.parametrize("samples", [200, 1600, 3900, 4000, 4090])
-def test_with_a_target_length_a_test_clip_is_what_a_test_hears(samples, of_any_length, tmp_path):
-    """A test hears it in a batch with longer ones, its log-mel padded."""
+def test_with_a_target_length_a_test_clip_is_what_a_test_reads(samples, of_any_length, tmp_path):
+    """A test reads it in a batch with longer ones, its log-mel padded."""
     module, path = load_module(of_any_length), write(tmp_path / "x.wav", scene(samples / RATE), subtype="FLOAT")
     waveform = torch.zeros(2, 1, 4500)
     waveform[0, :, :samples] = read_wav(path, RATE)
     with torch.no_grad():
         tested = module(waveform, torch.tensor([-1, -1]), torch.tensor([samples, 4500])).double().softmax(1)[0]
-    torch.testing.assert_close(heard(module, path), tested, rtol=0, atol=1e-6)
+    torch.testing.assert_close(probabilities_of(module, path), tested, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("ending, rate, channels", [("flac", 16000, 1), ("wav", 44100, 2), ("ogg", 22050, 2)])
-def test_other_formats_and_rates_are_heard_alike(ending, rate, channels, module, tmp_path):
+def test_other_formats_and_rates_are_read_alike(ending, rate, channels, module, tmp_path):
     sound = scene(1.3)
-    want = heard(module, write(tmp_path / "as_trained.wav", sound, subtype="FLOAT"))
+    want = probabilities_of(module, write(tmp_path / "as_trained.wav", sound, subtype="FLOAT"))
     higher = torchaudio.functional.resample(torch.from_numpy(sound), RATE, rate).numpy()
     sides = [higher] if channels == 1 else [0.5 * higher, 1.5 * higher]  # to mono, these are the same
-    got = heard(module, write(tmp_path / f"x.{ending}", 0.6 * np.stack(sides, 1), rate))
-    quieter = heard(module, write(tmp_path / "quieter.wav", 0.6 * sound, subtype="FLOAT"))
+    got = probabilities_of(module, write(tmp_path / f"x.{ending}", 0.6 * np.stack(sides, 1), rate))
+    quieter = probabilities_of(module, write(tmp_path / "quieter.wav", 0.6 * sound, subtype="FLOAT"))
     torch.testing.assert_close(got, quieter, rtol=0, atol=0.01)  # the filters take a little of the highest band
     assert not torch.allclose(quieter, want, rtol=0, atol=0.01)
 
@@ -231,12 +228,10 @@ def test_mixed_lengths_and_devices_do_not_disturb_one_another(by_device, learnab
 
 
 def test_weights_are_those_that_are_stored(ckpt, tmp_path, learnable):
-    checkpoint = load_checkpoint(ckpt)
-    checkpoint["config"]["storage"]["weight_bits"] = 8
-    save_checkpoint(checkpoint, tmp_path / "8.ckpt")
+    save_checkpoint(with_device_models(ckpt, {}, 8), tmp_path / "8.ckpt")
     rounded, plain = load_module(tmp_path / "8.ckpt"), load_module(ckpt)
     assert not torch.equal(rounded.model.layers[0].mixer.in_proj.weight, plain.model.layers[0].mixer.in_proj.weight)
-    assert not torch.equal(heard(rounded, clip(learnable)), heard(plain, clip(learnable)))
+    assert not torch.equal(probabilities_of(rounded, clip(learnable)), probabilities_of(plain, clip(learnable)))
 
 
 def test_a_file_that_goes_bad_at_its_end_is_skipped_whole(module, tmp_path, learnable):
@@ -273,7 +268,7 @@ def test_a_folder_as_table_csv_and_json(call, ckpt, folder, module):
     files = [Path(one["file"]).name for one in content["predictions"]]
     assert files == ["airport-lisbon-1000-40000-0-a.wav", "B.FLAC", "c.ogg"]
     for one in content["predictions"]:
-        want = heard(module, Path(one["file"]))
+        want = probabilities_of(module, Path(one["file"]))
         assert list(one["probabilities"]) == list(ALL_SCENES)
         assert list(one["probabilities"].values()) == pytest.approx(want.tolist(), abs=1e-6)
         ordered = sorted(one["probabilities"].items(), key=lambda pair: -pair[1])[:3]
@@ -350,7 +345,9 @@ def test_the_device_comes_from_the_flag_the_name_or_the_list(call, by_device, le
         found = json.loads((tmp_path / "out.json").read_text())["predictions"]
         return [(one["device_id"], round(one["top"][0]["probability"], 5)) for one in found]
 
-    own, general = (round(asked(load_module(by_device), read_wav(sound, RATE), d).max().item(), 5) for d in (0, -1))
+    own, general = (
+        round(expected_of(load_module(by_device), read_wav(sound, RATE), d).max().item(), 5) for d in (0, -1)
+    )
     assert own != general and DEVICES[0] == "a"
     assert predicted("audio") == [("b", general), ("a", own), ("unknown", general)]
     assert predicted("audio", "--device_id", "a") == [("a", own)] * 3
@@ -399,12 +396,7 @@ def test_bad_input_is_one_line(call, ckpt, folder, tmp_path):
         call(*args).refused(*parts)
 
 
-def test_as_a_module(script, ckpt, folder):
-    done = script("dcase.predict", folder, "--ckpt_path", ckpt, "--accelerator", "cpu")
-    assert done.code == 0 and "B.FLAC" in done.out, done.err
-
-
 def test_the_tones_are_told_apart(module, tmp_path):
     """The figures above are of a model that has learnt something."""
-    found = [heard(module, write(tmp_path / f"{n}.wav", tone(n, "a", 1))).argmax().item() for n in SCENES]
+    found = [probabilities_of(module, write(tmp_path / f"{n}.wav", tone(n, "a", 1))).argmax().item() for n in SCENES]
     assert sum(ALL_SCENES[i] == name for i, name in zip(found, SCENES, strict=True)) >= 2

@@ -18,14 +18,18 @@ import soundfile
 import torch
 from conftest import RATE, ROOT, only_run, read_results, refusal, tone
 from huggingface_hub import ModelCard, ModelHubMixin, PyTorchModelHubMixin
+from stored_files import with_device_models
 from torch import nn
 
 import aum
+import test_only
 from dcase import publish
 from dcase.data.tau22 import SCENES
 from dcase.deployment.prediction import load_module
+from dcase.files import write_json
 from dcase.model.named import ModelConfig, build
 from dcase.runs.checkpoints import load_checkpoint, save_checkpoint
+from dcase.runs.folder import Run
 from dcase.runs.published import front_end_of, save_published
 from dcase.runs.trained import load_trained
 
@@ -214,18 +218,11 @@ def call(call_main):
 @pytest.fixture
 def by_device(general_run, tmp_path) -> Path:
     """The checkpoint of a run in which devices a and s1 have models of their own, and its results.json."""
-    checkpoint = load_checkpoint(general_run / "checkpoints" / "best.ckpt")
-    state = checkpoint["state_dict"]
-    for device_id, factor in (("a", 1.5), ("s1", 0.5)):
-        own = {f"device_models.{device_id}.{n[6:]}": factor * x for n, x in state.items() if n.startswith("model.")}
-        checkpoint["state_dict"] = checkpoint["state_dict"] | own
-    checkpoint["device_ids"] = ["a", "s1"]
-    run = tmp_path / "P" / "by_device"
-    (run / "checkpoints").mkdir(parents=True)
-    save_checkpoint(checkpoint, run / "checkpoints" / "best.ckpt")
-    results = read_results(general_run) | {"device_models": ["a", "s1"]}
-    (run / "results.json").write_text(json.dumps(results))
-    return run / "checkpoints" / "best.ckpt"
+    run = Run(tmp_path / "P" / "by_device")
+    save_checkpoint(with_device_models(general_run / "checkpoints" / "best.ckpt", {"a": 1.5, "s1": 0.5}), run.best)
+    shutil.copy(general_run / "config.json", run.folder)
+    write_json(run.folder / "results.json", read_results(general_run) | {"device_models": ["a", "s1"]})
+    return run.best
 
 
 def logits(path, devices=(-1, 0, 3, 5)) -> torch.Tensor:
@@ -259,13 +256,11 @@ def test_each_device_has_a_folder(call, by_device, tmp_path):
     call("--ckpt_path", by_device, "--out", "pub", "--device_id", "a").refused("--out pub: pub/general holds a model")
     call("--ckpt_path", by_device, "--out", "one").refused("--out one: one holds a model")
     shutil.copytree(tmp_path / "pub" / "a", tmp_path / "pub" / "b")
-    assert "b/ is of another run than general/, or of another device" in refusal(load_trained, "pub")
+    assert "b is of another run than general, or of another device" in refusal(load_trained, "pub")
 
 
 def test_weights_are_published_as_they_were_tested(call, general_run, tmp_path):
-    checkpoint = load_checkpoint(general_run / "checkpoints" / "best.ckpt")
-    checkpoint["config"]["storage"]["weight_bits"] = 8
-    save_checkpoint(checkpoint, tmp_path / "8.ckpt")
+    save_checkpoint(with_device_models(general_run / "checkpoints" / "best.ckpt", {}, 8), tmp_path / "8.ckpt")
     assert call("--ckpt_path", "8.ckpt", "--out", "pub").code == 0
     weight = aum.AudioMamba.from_pretrained(tmp_path / "pub").layers[0].mixer.in_proj.weight
     assert all(len(row.unique()) <= 255 for row in weight) and torch.equal(logits("pub"), logits("8.ckpt"))
@@ -314,11 +309,10 @@ def test_the_cards_snippets_run(call, by_device, tmp_path):
     assert first.count("('") == 3 and first.endswith("0.5") and second in SCENES
 
 
-def test_test_only_repeats_the_runs_figures(call, general_run, learnable, script, tmp_path):
+def test_test_only_repeats_the_runs_figures(call, call_main, general_run, learnable, tmp_path):
     assert call("--ckpt_path", general_run / "checkpoints" / "best.ckpt", "--out", tmp_path / "pub").code == 0
     flags = "--num_workers 0 --wandb_mode disabled --accelerator cpu --project_name T --batch_size 16".split()
-    done = script("test_only.py", "--ckpt_path", tmp_path / "pub", "--dataset_dir", learnable, *flags)
-    assert done.code == 0, done.err
+    call_main(test_only.main, "--ckpt_path", tmp_path / "pub", "--dataset_dir", learnable, *flags).succeeded()
     again, before = read_results(only_run(tmp_path / "T")), read_results(general_run)
     assert again.pop("loss") == pytest.approx(before.pop("loss"), rel=1e-6)
     assert again == before
@@ -380,8 +374,11 @@ def test_bad_input_is_one_line(call, general_run, by_device, tmp_path):
         (["--ckpt_path", "none.ckpt", "--out", "x"], ["none.ckpt does not exist"]),
         (["--ckpt_path", ckpt, "--out", "full"], ["--out full holds something else"]),
         (["--ckpt_path", ckpt, "--out", "file"], ["--out file cannot be written"]),
-        (["--ckpt_path", ckpt, "--out", "x", "--device_id", "a"], ["--device_id a", "there is a model of general"]),
-        (["--ckpt_path", by_device, "--out", "x", "--device_id", "b"], ["there is a model of general, a, s1"]),
+        (
+            ["--ckpt_path", ckpt, "--out", "x", "--device_id", "a"],
+            ["--device_id a", "has models of general"],
+        ),
+        (["--ckpt_path", by_device, "--out", "x", "--device_id", "b"], ["has models of general, a, s1"]),
     ]:
         call(*args).refused(*parts)
     assert (tmp_path / "full" / "README.md").read_text() == (tmp_path / "file").read_text() == "mine"

@@ -2,5 +2,5 @@
 
 prediction                        scenes of any recordings
 card                              the model card of a published model
-exported, onnx_format             what of a model other runtimes get, and in which file
+exported, onnx_format             the exported modules, and the ONNX file of one
 """

@@ -1,4 +1,4 @@
-"""The model card of a published model: what it is, how good, how large, how to use it, and what it is not for.
+"""The model card of a published model: what it is, its figures, its size, how to use it, and its limits.
 
 Every figure is the run's own, from results.json; where that is missing, the card says so.
 """
@@ -17,28 +17,28 @@ TAU22, TAU22_ID = "TAU22", "tau-urban-acoustic-scenes-2022-mobile"
 
 @dataclass(frozen=True)
 class Published:
-    """What a card is about."""
+    """The model that a card describes."""
 
     folder: str  # name of the model's folder
     name: str  # of the run, or of the model
     front_end: dict  # as in config.json
-    seconds: float  # of sound that the model hears at once
+    seconds: float  # of sound that the model takes at once
     complexity: dict  # `complexity.Complexity.as_dict`
     training: dict  # the run's configuration, as far as it is known
-    results: dict | None  # of results.json
+    results: dict | None  # content of results.json
     licence: str  # an identifier of the Hugging Face Hub
-
-    @property
-    def title(self) -> str:
-        return self.name if self.model_of == GENERAL else f"{self.name}, device {self.model_of}"
 
     @property
     def model_of(self) -> str:
         return self.front_end["run"]["model_of"]
 
+    @property
+    def title(self) -> str:
+        return self.name if self.model_of == GENERAL else f"{self.name}, device {self.model_of}"
+
 
 def text(published: Published) -> str:
-    """README.md of a published model."""
+    """Return README.md of a published model."""
     parts = [
         f"---\n{_metadata(published).to_yaml()}\n---",
         f"# {published.title}",
@@ -64,11 +64,9 @@ def text(published: Published) -> str:
 
 
 def _metadata(published: Published) -> ModelCardData:
-    results = published.results
-    data = None
+    results, data, figures = published.results, None, None
     if results is not None:
         data = TAU22_ID if results["data"] == TAU22 else re.sub(r"[^\w.-]+", "-", results["data"])
-    figures = None
     if results is not None and results["macro_avg_acc"] is not None:
         figures = [
             EvalResult(
@@ -93,11 +91,9 @@ def _metadata(published: Published) -> ModelCardData:
 
 
 def _what(published: Published) -> str:
-    device = (
-        "It is the general model, for every recording device."
-        if published.model_of == GENERAL
-        else f"It was fine-tuned for recordings of device {published.model_of}; others are the general model's."
-    )
+    device = "It is the general model, for every recording device."
+    if published.model_of != GENERAL:
+        device = f"It was fine-tuned for recordings of device {published.model_of}; use the general model for others."
     size = f"{published.front_end['run']['model']}, {published.complexity['params']:,} parameters"
     scenes = f"{', '.join(SCENES[:-1])} or {SCENES[-1]}"
     return f"An Audio Mamba ({size}) that names the scene of {published.seconds:.2f} s of sound: {scenes}. {device}"
@@ -113,33 +109,29 @@ def _figures(published: Published) -> list[str]:
     if results["device_models"]:
         parts.append(
             f"These are the figures of the whole run, in which the devices {', '.join(results['device_models'])} have "
-            "models of their own and the general model hears the others."
+            "models of their own and the general model serves the others."
         )
     return [*parts, class_table(results, published.name, False), device_table(results, published.name, False)]
 
 
 def _training(published: Published) -> str:
-    config, results = published.training, published.results
-    data = f"the training clips of {results['data']}" if results else "clips that are not known here"
-    split = config["split"]
+    config, split, bits = published.training, published.training["split"], published.front_end["run"]["weight_bits"]
+    data = f"the training clips of {published.results['data']}" if published.results else "clips that are not known"
     lines = [f"Trained on {data} (--subset {split['subset']}, --val_fraction {split['val_fraction']})."]
-    if "fit" in config:
-        fit = config["fit"]
+    if fit := config.get("fit"):
         lines.append(f"Epochs: {fit['n_epochs']}; highest learning rate: {fit['lr']}; seed: {fit['seed']}.")
     if config.get("distill", {}).get("teacher"):
-        lines.append("It learnt from the outputs of teachers too.")
-    if (bits := published.front_end["run"]["weight_bits"]) < 32:
-        lines.append(
-            f"Its weights are rounded to {bits} bits, as they were tested, and are kept here as 32-bit numbers."
-        )
+        lines.append("It was distilled from teachers.")
+    if bits < 32:
+        lines.append(f"Its weights are rounded to {bits} bits, as tested, and are kept here as 32-bit numbers.")
     return "\n".join(lines)
 
 
 def _use(published: Published) -> str:
     folder, front_end = published.folder, published.front_end
     log_mel = f"(b, 1, {front_end['n_mels']}, {published.complexity['input_size'][3]})"
-    return f"""This needs the model's folder, {folder}/, and the code of Audio Mamba (`aum/` and `dcase/`). Recordings
-may be of any length, rate and number of channels:
+    return f"""You need the model's folder, {folder}/, and the code of Audio Mamba (`aum/` and `dcase/`). Recordings may
+have any length, rate and number of channels:
 
 ```bash
 python -m dcase.predict recording.wav --ckpt_path {folder}
@@ -155,7 +147,7 @@ for prediction in predict(module, [Recording("recording.wav")]):
     print(prediction.best(3), prediction.seconds)
 ```
 
-The backbone alone, on log-mels {log_mel} that are made as `model.front_end` says:
+Only the backbone, on log-mels {log_mel} calculated with the settings of `model.front_end`:
 
 ```python
 import aum
@@ -170,24 +162,24 @@ print(model.front_end["scenes"][logits.argmax()])
 def _front_end(front_end: dict) -> str:
     units = {
         "orig_sample_rate": "Hz, of recordings",
-        "sample_rate": "Hz, of what the log-mel is made from",
+        "sample_rate": "Hz, of the resampled sound",
         "window_length": "samples",
         "hop_length": "samples",
         "n_fft": "samples",
         "n_mels": "mel bins",
         "f_min": "Hz",
         "f_max": "Hz; None: half of sample_rate",
-        "target_length": "frames; None: as many as the clip has",
-        "mean": "taken off log(power + 1e-5)",
-        "std": "what that is divided by",
+        "target_length": "frames; None: those of the clip",
+        "mean": "subtracted from log(power + 1e-5)",
+        "std": "divisor after that",
     }
     return markdown(["Setting", "Value", "Unit"], [[name, str(front_end[name]), unit] for name, unit in units.items()])
 
 
 def _limits(published: Published) -> str:
     return (
-        f"For research on acoustic scene classification. The model knows {len(SCENES)} scenes and always names one of "
-        "them, whatever it hears; its probabilities are not calibrated. Expect it to be worse in other places and "
-        "through other microphones than it was trained on: its accuracy on unseen devices gives an idea. It is not "
-        "made for decisions about people, nor for watching them."
+        f"For research on acoustic scene classification. The model knows {len(SCENES)} scenes and names one for any "
+        "sound; its probabilities are not calibrated. Expect lower accuracy in other places and with other microphones "
+        "than those of training: its accuracy on unseen devices gives an idea. It is not made for decisions about "
+        "people or for surveillance."
     )

@@ -1,11 +1,13 @@
-"""What is exported of a model: waveform (b, samples) or log-mel (b, 1, n_mels, frames) in, logits (b, n_classes) out.
+"""Modules for export: waveform (b, samples) or log-mel (b, 1, n_mels, frames) in, logits (b, n_classes) out.
 
-Weights are kept as they are stored (`quantisation`): int8 codes with float16 scales, float16 or float32. That they are
-decoded is a part of the graph, and a runtime that folds constants, as ONNX Runtime does, decodes them once, as it loads
-the model. The front end's matrices are in the graph in the same way, as the little that they follow from.
+Weights stay as they are stored (`quantisation`): int8 codes with float16 scales, float16 or float32. Decoding them is
+part of the graph; a runtime that folds constants, as ONNX Runtime does, decodes them once, when it loads the model. The
+matrices of the front end are calculated in the graph too, from the few numbers that define them.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,13 @@ from torch.func import functional_call
 from dcase.data.logmel import LOG_OFFSET, LogMel
 from dcase.model.quantisation import SCALE, encode
 
-_PARTS = 4  # of a resampling kernel: neighbouring samples need few taps of the whole of it
+_PARTS = 4  # that a resampling kernel is split into: neighbouring samples need few of all taps
 _BLOCK = 64  # mel bins per matrix product, for the same reason
-_NEGLIGIBLE = 1e-20  # of a resampling kernel's taps: cos(pi / 2) squared, which is not quite 0
+_NEGLIGIBLE = 1e-20  # tap of a resampling kernel: cos(pi / 2) squared, which is not quite 0
 
 
 class Exported(nn.Module):
-    """A model with its weights as they are stored, and the front end where ``front_end`` is given."""
+    """A model with stored weights, behind ``front_end`` where that is given."""
 
     def __init__(self, model: nn.Module, bits: int, front_end: "FrontEnd | None" = None):
         super().__init__()
@@ -34,7 +36,7 @@ class Exported(nn.Module):
 
 
 class StoredWeights(nn.Module):
-    """What `compression.quantisation.encode` gives, as buffers of these names; called, it gives weights in float32."""
+    """The tensors of `quantisation.encode` as buffers; called, it returns the weights in float32."""
 
     def __init__(self, stored: dict[str, Tensor]):
         super().__init__()
@@ -57,27 +59,27 @@ class StoredWeights(nn.Module):
 
 
 def _buffer_name(name: str) -> str:
-    """A module has no place for both ``weight`` and ``weight.scale``."""
+    """Return a buffer's name: a module cannot have both ``weight`` and ``weight.scale``."""
     return name.replace(SCALE, SCALE.replace(".", "_"))
 
 
 class FrontEnd(nn.Module):
-    """Waveform (b, samples) at the recordings' rate -> normalised log-mel (b, 1, n_mels, frames): `logmel.LogMel`, in
-    matrix products alone.
+    """`logmel.LogMel` in matrix products: waveform (b, samples) at the recordings' rate -> normalised log-mel
+    (b, 1, n_mels, frames).
 
-    ONNX Runtime's own Fourier transform takes 10 ms for a clip of a second, longer than all the rest. Here it is taken
-    in three sums (Cooley and Tukey, Math. Comp. 19, 1965): n_fft = r0 r1 r2, samples n = r1 r2 a + r2 b + c, FFT bins
-    k = k0 + r0 k1 + r0 r1 k2, w(x) = exp(-2 pi i x / n_fft), and
+    ONNX Runtime's own Fourier transform takes 10 ms for a clip of a second, longer than everything else. Here it is
+    calculated in three sums (Cooley and Tukey, Math. Comp. 19, 1965): n_fft = r0 r1 r2, samples n = r1 r2 a + r2 b + c,
+    FFT bins k = k0 + r0 k1 + r0 r1 k2, w(x) = exp(-2 pi i x / n_fft), and
 
         X[k] = sum_c w(c k) sum_b w(r2 b (k0 + r0 k1)) sum_a w(r1 r2 a k0) x[n]
 
-    As a waveform is real, bin n_fft - k has the power of bin k, and k0 = 0 ... r0 / 2 are enough. A window shorter than
+    A waveform is real, so bin n_fft - k has the power of bin k, and k0 = 0 ... r0 / 2 are enough. A window shorter than
     n_fft starts at sample 0 instead of lying in the middle, which changes phases, but no power.
 
-    Short sums, beside being few, keep rounding small. It matters: the log makes much of it where a loud clip has quiet
-    bins, and PyTorch's own rounding moves logits by up to 1e-4 there.
+    Short sums also keep rounding errors small. That matters: the log magnifies them where a loud clip has quiet bins,
+    and PyTorch's own rounding moves logits by up to 1e-4 there.
 
-    ``in_graph``: the graph calculates its matrices, from a few kilobytes; else it holds them, several megabytes.
+    ``in_graph``: the graph calculates its matrices from a few kilobytes; otherwise it holds them, several megabytes.
     """
 
     def __init__(self, logmel: LogMel, samples: int, in_graph: bool = True):
@@ -92,7 +94,7 @@ class FrontEnd(nn.Module):
             kernel = kernel.masked_fill(kernel.abs() < _NEGLIGIBLE, 0)
             self.taps = kernel.shape[1]
             self.kernels = nn.ModuleList()
-            self.first_taps = []  # that each part of the kernel needs
+            self.first_taps = []  # of each part of the kernel
             for part in kernel.split(math.ceil(self.new / _PARTS)):
                 used = part.any(0).nonzero().flatten().tolist()
                 self.first_taps.append(used[0])
@@ -100,13 +102,19 @@ class FrontEnd(nn.Module):
         r0, r1, r2 = self.radices = _radices(config.n_fft)
         rows = math.ceil(config.window_length / (r1 * r2))
         self.register_buffer("window", nn.functional.pad(logmel.window, (0, rows * r1 * r2 - config.window_length)))
-        self.sums = nn.ModuleList([FirstSum(r0, rows), MiddleSum(r0, r1), LastSum(r0, r1, r2)])
+        self.sums = nn.ModuleList(
+            [
+                Factors(partial(_first_sum, r0=r0, rows=rows)),
+                Factors(partial(_middle_sum, r0=r0, r1=r1)),
+                Factors(partial(_last_sum, r0=r0, r1=r1, r2=r2)),
+            ]
+        )
         k = _low_part(r0, r1).unsqueeze(1) + r0 * r1 * _low_first(r2)  # (k0 k1, k2)
         upper = k > config.n_fft // 2
         filters = logmel.filters[torch.where(upper, config.n_fft - k, k)]  # (k0 k1, k2, n_mels)
-        filters[upper & (2 * k % r0 == 0)] = 0  # where the bin of the same power is there too
+        filters[upper & (2 * k % r0 == 0)] = 0  # where the bin of the same power counts already
         self.filters = nn.ModuleList()
-        self.used = []  # which of k2 each block of mel bins needs
+        self.used = []  # the k2 that each block of mel bins needs
         for block in filters.split(_BLOCK, 2):
             used = block.any(2).any(0).nonzero().flatten().tolist() or [0]
             self.used.append(slice(used[0], used[-1] + 1))
@@ -114,7 +122,7 @@ class FrontEnd(nn.Module):
         if not in_graph:
             for parent in [*self.modules()]:
                 for name, part in [*parent.named_children()]:
-                    if isinstance(part, Band | _Sum):
+                    if isinstance(part, Band | Factors):
                         setattr(parent, name, Held(part()))
 
     def forward(self, waveform: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ class FrontEnd(nn.Module):
         return nn.functional.pad(x[..., :wanted], (0, max(0, wanted - t)), value=silence)
 
     def _resampled(self, waveform: Tensor) -> Tensor:
-        """(b, samples) -> (b, resampled samples), as torchaudio's Resample."""
+        """Return (b, resampled samples) of (b, samples), as torchaudio's Resample."""
         half = (self.taps - self.orig) // 2
         x = nn.functional.pad(waveform, (half, half + self.orig)).unsqueeze(1)
         steps = (x.shape[2] - self.taps) // self.orig + 1
@@ -149,9 +157,9 @@ class FrontEnd(nn.Module):
         return torch.cat(parts, 1).mT.flatten(1)[:, : self.n_samples]
 
     def _frames(self, waveform: Tensor) -> Tensor:
-        """(b, resampled samples) -> (b, frames, samples of a window), centred, with the clip's ends reflected.
+        """Return (b, frames, samples of a window) of (b, resampled samples): centred, with the clip's ends reflected.
 
-        Put together of pieces as long as the step from frame to frame, which is faster than gathering samples.
+        Frames are joined from pieces of one hop, which is faster than gathering samples.
         """
         hop, length = self.config.hop_length, len(self.window)
         edge = self.config.n_fft // 2 - (self.config.n_fft - self.config.window_length) // 2
@@ -165,7 +173,7 @@ class FrontEnd(nn.Module):
 
 
 class Band(nn.Module):
-    """A matrix of which each row is zeros but for a few neighbours; called, it gives the whole of it."""
+    """A matrix whose rows are zero but for a few neighbouring columns; called, it returns the whole matrix."""
 
     def __init__(self, matrix: Tensor):
         super().__init__()
@@ -183,79 +191,64 @@ class Band(nn.Module):
         return torch.zeros(len(self.values), self.columns).scatter(1, place, self.values)
 
 
-class _Sum(nn.Module):
-    """One of the three sums' factors."""
+class Factors(nn.Module):
+    """The factors of one of the three sums; called, it calculates them with ``make``, a function of `turns`."""
 
-    def __init__(self):
+    def __init__(self, make: Callable[[Callable], Tensor]):
         super().__init__()
+        self.make = make
         # A plain number in the code would become float32 in ONNX.
         self.register_buffer("turn", torch.tensor(2 * math.pi, dtype=torch.float64))
 
+    def forward(self) -> Tensor:
+        return self.make(self.turns)
+
     def turns(self, steps: Tensor, whole: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of so many of ``whole`` steps around the circle, exact to float32."""
+        """Return cosine and sine of ``steps``, ``whole`` of which make a full turn, exact to float32."""
         angle = (steps % whole).double() * self.turn / whole
         return angle.cos().float(), angle.sin().float()
 
 
-class FirstSum(_Sum):
-    """(2 (r0 / 2 + 1), rows): re and im of w(r1 r2 a k0), by a."""
-
-    def __init__(self, r0: int, rows: int):
-        super().__init__()
-        self.r0, self.rows = r0, rows
-
-    def forward(self) -> Tensor:
-        cos, sin = self.turns(torch.arange(self.r0 // 2 + 1).unsqueeze(1) * torch.arange(self.rows), self.r0)
-        return torch.stack([cos, -sin], 1).flatten(0, 1)
+def _first_sum(turns: Callable, r0: int, rows: int) -> Tensor:
+    """Return re and im of w(r1 r2 a k0), by a: (2 (r0 / 2 + 1), rows)."""
+    cos, sin = turns(torch.arange(r0 // 2 + 1).unsqueeze(1) * torch.arange(rows), r0)
+    return torch.stack([cos, -sin], 1).flatten(0, 1)
 
 
-class MiddleSum(_Sum):
-    """(r0 / 2 + 1, 2 r1, 2 r1): w(r2 b (k0 + r0 k1)), from re and im of all b to re and im of each k1."""
-
-    def __init__(self, r0: int, r1: int):
-        super().__init__()
-        self.r0, self.r1 = r0, r1
-
-    def forward(self) -> Tensor:
-        k = _low_part(self.r0, self.r1).view(-1, self.r1, 1)
-        cos, sin = self.turns(k * torch.arange(self.r1), self.r0 * self.r1)  # (k0, k1, b)
-        return torch.stack([torch.cat([cos, sin], 2), torch.cat([-sin, cos], 2)], 2).flatten(1, 2)
+def _middle_sum(turns: Callable, r0: int, r1: int) -> Tensor:
+    """Return w(r2 b (k0 + r0 k1)), from re and im of all b to re and im of each k1: (r0 / 2 + 1, 2 r1, 2 r1)."""
+    k = _low_part(r0, r1).view(-1, r1, 1)
+    cos, sin = turns(k * torch.arange(r1), r0 * r1)  # (k0, k1, b)
+    return torch.stack([torch.cat([cos, sin], 2), torch.cat([-sin, cos], 2)], 2).flatten(1, 2)
 
 
-class LastSum(_Sum):
-    """((r0 / 2 + 1) r1, 2 r2, 2 r2): w(c k), from re and im of all c to re and im of all k2; for each k0, k1."""
-
-    def __init__(self, r0: int, r1: int, r2: int):
-        super().__init__()
-        self.radices = r0, r1, r2
-
-    def forward(self) -> Tensor:
-        r0, r1, r2 = self.radices
-        k = _low_part(r0, r1).view(-1, 1, 1) + r0 * r1 * _low_first(r2)
-        cos, sin = self.turns(torch.arange(r2).unsqueeze(1) * k, r0 * r1 * r2)  # (k0 k1, c, k2)
-        return torch.cat([torch.cat([cos, -sin], 2), torch.cat([sin, cos], 2)], 1)
+def _last_sum(turns: Callable, r0: int, r1: int, r2: int) -> Tensor:
+    """Return w(c k) for each k0, k1, from re and im of all c to those of all k2: ((r0 / 2 + 1) r1, 2 r2, 2 r2)."""
+    k = _low_part(r0, r1).view(-1, 1, 1) + r0 * r1 * _low_first(r2)
+    cos, sin = turns(torch.arange(r2).unsqueeze(1) * k, r0 * r1 * r2)  # (k0 k1, c, k2)
+    return torch.cat([torch.cat([cos, -sin], 2), torch.cat([sin, cos], 2)], 1)
 
 
 def _radices(n: int) -> tuple[int, int, int]:
-    """Three factors of n with the smallest sum, which is what the transform's cost grows with."""
+    """Return three factors of n with the smallest sum, with which the transform's cost grows."""
     divisors = [r for r in range(1, n + 1) if n % r == 0]
     pairs = ((r0, r1) for r0 in divisors for r1 in divisors if n % (r0 * r1) == 0)
     return min(((r0, r1, n // (r0 * r1)) for r0, r1 in pairs), key=sum)
 
 
 def _low_part(r0: int, r1: int) -> Tensor:
-    """((r0 / 2 + 1) r1,): k0 + r0 k1, k1 running fastest."""
+    """Return k0 + r0 k1, k1 running fastest: ((r0 / 2 + 1) r1,)."""
     return (torch.arange(r0 // 2 + 1).unsqueeze(1) + r0 * torch.arange(r1)).flatten()
 
 
 def _low_first(r2: int) -> Tensor:
-    """(r2,): 0, r2 - 1, 1, r2 - 2, ...: k2 in the order in which bins of neighbouring powers lie together."""
+    """Return 0, r2 - 1, 1, r2 - 2, ... (r2,): k2 in an order that puts bins of neighbouring frequencies together."""
     half = torch.arange(r2) // 2
     return torch.where(torch.arange(r2) % 2 == 0, half, r2 - 1 - half)
 
 
 class Held(nn.Module):
-    """A matrix as it is."""
+    """A matrix that the graph holds; called, it returns it."""
 
     def __init__(self, matrix: Tensor):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A traced model as an ONNX file, and an ONNX file as a function."""
+"""Write a traced model as an ONNX file, and read an ONNX file as a function."""
 
 import logging
 import warnings
@@ -13,13 +13,13 @@ from torch.export import ExportedProgram
 OPSET = 20
 PRODUCER = "audio_mamba"
 OUTPUT = "logits"
-BATCH = "batch"  # the name of the axis of any length
-FOLDED = 1024  # numbers in a tensor that may be calculated beforehand: larger ones would only make the file larger
-WEIGHTS = "weights."  # beginning of the names of stored weights (`exported.Exported`)
+BATCH = "batch"  # name of the axis of any length
+FOLDED = 1024  # numbers, at most, in a tensor that is calculated beforehand: larger ones would make the file larger
+WEIGHTS = "weights."  # prefix of the names of stored weights (`exported.Exported`)
 
 
 def to_onnx(program: ExportedProgram, name: str, metadata: dict[str, str]) -> bytes:
-    """An ONNX model of one input ``name``, with stored weights under their own names and as they are."""
+    """Return an ONNX model with the input ``name``, and with stored weights, unchanged, under their own names."""
     with quiet():
         made = torch.onnx.export(
             program, input_names=[name], output_names=[OUTPUT], opset_version=OPSET, optimize=False, verbose=False
@@ -27,7 +27,7 @@ def to_onnx(program: ExportedProgram, name: str, metadata: dict[str, str]) -> by
         _tidy(made.model)
     proto = made.model_proto
     for node in _nodes(proto.graph):
-        node.ClearField("metadata_props")  # where in the Python code it comes from: two thirds of the file
+        node.ClearField("metadata_props")  # its place in the Python code: two thirds of the file
     for part in (proto, proto.graph, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
         part.ClearField("metadata_props")
     del proto.graph.value_info[:]
@@ -40,7 +40,7 @@ def to_onnx(program: ExportedProgram, name: str, metadata: dict[str, str]) -> by
 
 
 def session(path: Path):
-    """ONNX Runtime's session of a file, on the CPU, with one thread."""
+    """Return ONNX Runtime's session of a file, on the CPU, with one thread."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -49,16 +49,18 @@ def session(path: Path):
 
 
 def runner(path: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The model of an ONNX file: its input, whichever it is -> logits."""
+    """Return the function of an ONNX file: waveform or log-mel -> logits."""
     loaded = session(path)
     name = loaded.get_inputs()[0].name
     return lambda x: torch.from_numpy(loaded.run([OUTPUT], {name: np.ascontiguousarray(x.numpy())})[0])
 
 
 def _tidy(model) -> None:
-    """Calculate what can be, and leave out what is not used or there twice: onnxscript's optimiser, but for its
-    rewriting rules, which take minutes for 24 layers and change nothing that counts here."""
-    import onnx_ir.passes.common as passes  # seconds: only where something is exported
+    """Fold constants, and remove what is unused or doubled.
+
+    This is onnxscript's optimiser without its rewriting rules, which take minutes for 24 layers and gain nothing here.
+    """
+    import onnx_ir.passes.common as passes  # takes seconds
     from onnxscript import optimizer
 
     optimizer.inline(model)
@@ -73,7 +75,7 @@ def _tidy(model) -> None:
 
 
 def _should_fold(node) -> bool | None:
-    """Not what depends on stored weights; None: the optimiser's own rules."""
+    """Return False for what depends on stored weights, None to leave a node to the optimiser's own rules."""
     stored = any(x is not None and (x.name or "").startswith(WEIGHTS) for x in node.inputs)
     return False if stored else None
 
@@ -88,7 +90,7 @@ def _nodes(graph):
 
 @contextmanager
 def quiet():
-    """The exporters say much that no user can do anything about."""
+    """Silence the exporters' warnings, about which a user can do nothing."""
     logs = [logging.getLogger(name) for name in ("torch.onnx", "torch._export")]
     levels = [log.level for log in logs]
     for log in logs:

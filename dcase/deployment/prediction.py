@@ -17,7 +17,7 @@ from dcase.runs.config import EvalConfig, from_plain
 from dcase.runs.trained import load_trained
 from dcase.training.lit import SceneClassifier
 
-UNKNOWN = "unknown"  # device: the general model's
+UNKNOWN = "unknown"  # a device that the general model serves
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Prediction:
     probabilities: tuple[float, ...]  # in the order of SCENES; the mean over the windows
     seconds: float
     n_windows: int
-    is_repeated: bool  # as it is shorter than the least that the model needs
+    is_repeated: bool  # because it is shorter than the model needs
 
     def best(self, n: int) -> list[tuple[str, float]]:
-        """The n most probable scenes with their probabilities."""
+        """Return the n most probable scenes with their probabilities."""
         return sorted(zip(SCENES, self.probabilities, strict=True), key=lambda pair: -pair[1])[:n]
 
 
@@ -46,8 +46,10 @@ class Skipped:
 
 
 def load_module(ckpt_path: Path | str) -> SceneClassifier:
-    """The trained model of a checkpoint, a stored or a published one, with its weights as a test hears them: rounded
-    to --weight_bits. Raises `UserError` as `checkpoints.load_trained`."""
+    """Return the trained model of a checkpoint, a stored or a published one, with weights rounded to --weight_bits.
+
+    Raises `UserError` as `trained.load_trained`.
+    """
     checkpoint = load_trained(str(ckpt_path))
     module = SceneClassifier.from_checkpoint(checkpoint, from_plain(EvalConfig, checkpoint["config"]))
     module.eval().requires_grad_(False)
@@ -57,18 +59,18 @@ def load_module(ckpt_path: Path | str) -> SceneClassifier:
 
 
 def span_of_module(module: SceneClassifier) -> Span:
-    """How much of a recording the model hears at once."""
+    """Return the lengths of sound that the model takes at once."""
     return span_of(module.config.logmel, module.frames, module.logmel.orig_sample_rate)
 
 
 def predict(
     module: SceneClassifier, recordings: Iterable[Recording], batch_size: int = 64, overlap: float = 0.0
 ) -> Iterator[Prediction | Skipped]:
-    """Each recording's probabilities, in the order given; a file that cannot be read is skipped, with the reason.
+    """Yield each recording's probabilities, in the order given; an unreadable file is skipped, with the reason.
 
     Args:
         batch_size: windows in a batch, of one recording or of several.
-        overlap: share of a window that the next one hears again, 0 to below 1.
+        overlap: share of a window that the next window reads again, 0 to below 1.
     """
     span, rate = span_of_module(module), module.logmel.orig_sample_rate
     hop = max(1, round(span.window * (1 - overlap)))  # samples
@@ -77,10 +79,10 @@ def predict(
     for recording in recordings:
         under_way.append(one := _Sum(recording))
         try:
-            for window in windows(_measured(pieces(recording.path, rate), one), span, hop):
+            for window in windows(one.counted(pieces(recording.path, rate)), span, hop):
                 batch.append((window, one))
                 if len(batch) == batch_size:
-                    _hear(module, batch)
+                    _classify(module, batch)
                     batch = []
         except UserError as error:
             one.fault = str(error)
@@ -88,20 +90,26 @@ def predict(
         one.is_whole = True
         yield from _finished(under_way, batch, span, rate)
     if batch:
-        _hear(module, batch)
+        _classify(module, batch)
     yield from _finished(under_way, [], span, rate)
 
 
 @dataclass(eq=False)
 class _Sum:
-    """A recording's probabilities so far, over the windows that were heard."""
+    """A recording's probabilities so far, summed over its classified windows."""
 
     recording: Recording
     probabilities: Tensor = field(default_factory=lambda: torch.zeros(len(SCENES), dtype=torch.float64))
     n_windows: int = 0
     samples: int = 0
     fault: str = ""
-    is_whole: bool = False  # all its windows are in a batch, or were
+    is_whole: bool = False  # all its windows are in a batch or classified
+
+    def counted(self, sound: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield pieces (1, samples) of the recording and count their samples."""
+        for piece in sound:
+            self.samples += piece.shape[1]
+            yield piece
 
     def result(self, span: Span, rate: int) -> Prediction | Skipped:
         if self.fault:
@@ -110,20 +118,14 @@ class _Sum:
         return Prediction(self.recording, mean, self.samples / rate, self.n_windows, self.samples < span.least)
 
 
-def _measured(sound: Iterable[Tensor], one: _Sum) -> Iterator[Tensor]:
-    for piece in sound:
-        one.samples += piece.shape[1]
-        yield piece
-
-
 def _finished(under_way: deque[_Sum], batch: list, span: Span, rate: int) -> Iterator[Prediction | Skipped]:
-    """The results of recordings of which no window waits in the batch, from the first on."""
+    """Yield the results of the first recordings, up to one with a window that still waits in the batch."""
     waiting = {id(of) for _, of in batch}
     while under_way and under_way[0].is_whole and id(under_way[0]) not in waiting:
         yield under_way.popleft().result(span, rate)
 
 
-def _hear(module: SceneClassifier, batch: list[tuple[Tensor, _Sum]]) -> None:
+def _classify(module: SceneClassifier, batch: list[tuple[Tensor, _Sum]]) -> None:
     """Add each window's probabilities to its recording's; windows of one length go through the model together."""
 
     def length(item: tuple[Tensor, _Sum]) -> int:
