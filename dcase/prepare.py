@@ -51,7 +51,7 @@ class PrepareConfig:
     orig_sample_rate: int = 44100
     """rate (Hz) that every file must have; in a pack, the training scripts' --orig_sample_rate"""
     num_workers: int | None = None
-    """processes that read files; without it one per core"""
+    """processes that read files; 0: only this one; without it one per core"""
     silence_db: float = -100.0
     """level (dBFS, RMS around the mean) below which a clip counts as silent"""
     any_length: bool = False
@@ -65,8 +65,8 @@ class PrepareConfig:
                 raise UserError(f"--{name} is a rate in Hz, more than 0; got {getattr(self, name)}")
         if self.subset not in SUBSETS:
             raise UserError(f"--subset is 5, 10, 25, 50 or 100 (percent); got {self.subset}")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise UserError(f"--num_workers is 1 or more here; got {self.num_workers}")
+        if self.num_workers is not None and self.num_workers < 0:
+            raise UserError(f"--num_workers is at least 0; got {self.num_workers}")
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ def test_lists_are_checked_as_for_training(folder):
 
 
 @pytest.mark.parametrize(
-    ("values", "flag"), [({"num_workers": 0}, "--num_workers"), ({"orig_sample_rate": 0}, "--orig")]
+    ("values", "flag"), [({"num_workers": -1}, "--num_workers"), ({"orig_sample_rate": 0}, "--orig")]
 )
 def test_flag_refused(values, flag):
     with pytest.raises(UserError, match=flag):

@@ -1,64 +1,90 @@
-"""Packing a data folder's clips into one file: read, resampled, made int16 and written over all cores."""
+"""Packing a data folder's clips into one file (`pack.py`): several processes read and resample, this one writes.
 
+Clips are packed in blocks. A block that is written gets a line in the journal, so a killed packing goes on behind the
+blocks that are whole. An older pack stays readable until the new one is finished.
+"""
+
+import fcntl
 import hashlib
-import multiprocessing
+import json
 import os
-from contextlib import closing
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from dcase.data.cores import over_all_cores
-from dcase.data.pack import (
-    Block,
-    Pack,
-    Packing,
-    Rates,
-    exists,
-    not_written,
-    only_one,
-    quantise,
-    refuse_full_disk,
-    remove_remains,
-    stamp,
-)
+from dcase.data.pack import COLUMNS, VERSION, Pack, Rates, checksum, exists, read_manifest, stamp
 from dcase.data.sound import read_wav, resampler
 from dcase.data.tau22 import Clips, DataConfig, check_files, load_splits
 from dcase.errors import UserError, one_line
+from dcase.files import replace_file
 from dcase.progress import progress
 
-_CHUNK = 32  # clips a process packs at a time, and of a block
+_CHUNK = 32  # clips of a block
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some clips, one behind the other in the samples file; the fields are lists with an entry per clip."""
+
+    filename: list[str]
+    length: list[int]  # samples
+    scale: list[float]
+    source_size: list[int]  # of the WAV file, bytes
+    source_mtime_ns: list[int]
+    sha256: str  # of the block's int16 samples
+
+    @property
+    def n_bytes(self) -> int:
+        return 2 * sum(self.length)
+
+    def line(self) -> str:
+        """Return the block's line in the journal."""
+        return json.dumps(asdict(self)) + "\n"
+
+    def is_of(self, folder: Path, wanted: set[str]) -> bool:
+        """Whether all its clips are wanted and their WAV files have not changed."""
+        stamps = zip(self.source_size, self.source_mtime_ns, strict=True)
+        now = (stamp(f"{folder}/{name}") for name in self.filename)
+        return wanted.issuperset(self.filename) and list(stamps) == list(now)
 
 
 def pack_clips(folder: Path, config) -> None:
-    """Make the pack of a data folder; ``config`` is `prepare.PrepareConfig`.
+    """Make the pack of a data folder; ``config`` is a `prepare.PrepareConfig`.
 
-    A pack that is there already, fits and is undamaged stays. Raises `UserError` where a clip cannot be read, or
-    the pack cannot be written; what is packed by then is kept for the next time.
+    A pack that is there already stays if it fits and is undamaged. Raises `UserError` where a clip cannot be read or
+    the pack cannot be written; the blocks that are written by then are kept for the next time.
     """
     clips = load_splits(folder, f"split{config.subset}", "test")
     target = DataConfig(pack_dir=config.pack_dir).pack_folder(folder)
     rates = Rates(config.orig_sample_rate, config.sample_rate)
     for part in clips:
         check_files(part)
-    filenames = sorted({name.decode() for part in clips for name in part.filenames.tolist()})
+    names = sorted({name.decode() for part in clips for name in part.filenames.tolist()})
     try:
+        target.mkdir(parents=True, exist_ok=True)
         with only_one(target):
             if exists(target) and _is_up_to_date(target, rates, clips):
-                remove_remains(target)  # of a run that was killed in its last moment
+                _remove_remains(target)  # of a packing that was killed in its last moment
                 return
-            _pack(folder, target, filenames, rates, config.num_workers)
+            _pack(folder, target, names, rates, config.num_workers)
     except OSError as error:
         raise UserError(
-            f"{target}: {one_line(error)}: check rights and space there, or give another folder as --pack_dir"
+            f"{target} cannot be written ({error.strerror or one_line(error)}): check rights and space there, or give another folder as "
+            "--pack_dir; what is packed is kept, and the same command goes on behind it"
         ) from error
 
 
 def _is_up_to_date(target: Path, rates: Rates, clips: list[Clips]) -> bool:
-    """Whether the pack that is there needs nothing done; says what it needs otherwise."""
+    """Whether the pack can stay as it is; prints why, or why not."""
     try:
         pack = Pack(target)
         if pack.rates != rates:
@@ -69,7 +95,7 @@ def _is_up_to_date(target: Path, rates: Rates, clips: list[Clips]) -> bool:
                 raise UserError(f"{len(changed)} recordings have changed since {target} was made ({changed[0]})")
         damaged = pack.damaged_blocks()
         if damaged:
-            raise UserError(f"{len(damaged)} blocks of {pack.path} are damaged")
+            raise UserError(f"{damaged} blocks of {pack.path} are damaged")
     except (UserError, OSError) as error:
         print(f"{str(error).partition(': make it again')[0]}: making it anew")
         return False
@@ -77,84 +103,157 @@ def _is_up_to_date(target: Path, rates: Rates, clips: list[Clips]) -> bool:
     return True
 
 
-def _pack(folder: Path, target: Path, filenames: list[str], rates: Rates, num_workers: int | None) -> None:
-    packing = Packing(target, rates)
-    todo = packing.todo(folder, filenames)
-    if len(todo) < len(filenames):
-        print(f"{len(filenames) - len(todo)} of {len(filenames)} clips are packed already: going on behind them")
+def _pack(folder: Path, target: Path, names: list[str], rates: Rates, num_workers: int | None) -> None:
+    journals = {path.name[8:16] for path in target.glob("journal-????????.jsonl")} - {_finished(target)}
+    id = min(journals, default=secrets.token_hex(4))
+    _remove_remains(target, id)
+    samples, journal = target / f"samples-{id}.i16", target / f"journal-{id}.jsonl"
+    head = json.dumps({"version": VERSION, **asdict(rates)}) + "\n"
+    blocks = list(_whole_blocks(samples, journal, head, folder, set(names)))
+    replace_file(journal, lambda beside: beside.write_text(head + "".join(block.line() for block in blocks)))
+    todo = sorted(set(names).difference(*(block.filename for block in blocks)))
+    n_packed = len(names) - len(todo)
+    if n_packed:
+        print(f"{n_packed} of {len(names)} clips are packed already: going on behind them")
     if todo:
         n_samples = read_wav(folder / todo[0], rates.orig_sample_rate).shape[-1] * rates.sample_rate
-        refuse_full_disk(target, 2 * len(todo) * n_samples // rates.orig_sample_rate)
+        _refuse_full_disk(target, 2 * len(todo) * n_samples // rates.orig_sample_rate)
     chunks = [todo[i : i + _CHUNK] for i in range(0, len(todo), _CHUNK)]
-    n_bytes = multiprocessing.Value("q", packing.n_bytes)  # so far: every process takes its places behind it
-    prepare = partial(_open_samples, packing.samples, n_bytes)
-    blocks = over_all_cores(partial(pack_block, folder, rates), chunks, num_workers, prepare)
-    bar = progress(total=len(filenames), initial=len(filenames) - len(todo), desc="packing", unit=" clips")
+    with (
+        open(samples, "ab") as file,
+        open(journal, "a") as log,
+        closing(over_all_cores(partial(_read_block, folder, rates), chunks, num_workers)) as found,
+        progress(total=len(names), initial=n_packed, desc="packing", unit=" clips") as bar,
+    ):
+        file.truncate(sum(block.n_bytes for block in blocks))
+        for block, content in found:
+            file.write(content)
+            file.flush()
+            log.write(block.line())
+            log.flush()
+            blocks.append(block)
+            bar.update(len(block.filename))
+        os.fsync(file.fileno())
+    _finish(target, id, rates, blocks)
+    size = sum(block.n_bytes for block in blocks) / 1e9
+    print(f"{target}: {len(names)} clips at {rates.sample_rate} Hz, {size:.2f} GB; training reads it now")
+
+
+def _whole_blocks(samples: Path, journal: Path, head: str, folder: Path, wanted: set[str]) -> Iterator[Block]:
+    """Yield an interrupted packing's blocks, up to the first that is damaged, not wanted, or whose WAV files changed."""
     try:
-        with bar, closing(blocks):
-            for block in blocks:
-                packing.add(block)
-                bar.update(len(block.filename))
-        packing.finish(filenames)
-    finally:
-        packing.close()
-    size = sum(block["n_bytes"] for block in packing.blocks) / 1e9
-    print(f"{target}: {len(filenames)} clips at {rates.sample_rate} Hz, {size:.2f} GB; training reads it now")
+        with open(journal) as lines, open(samples, "rb") as file:
+            if next(lines, "") != head:  # of other rates
+                return
+            for line in progress(lines, desc="checking what is packed", unit=" blocks", leave=False):
+                block = Block(**json.loads(line))
+                if hashlib.sha256(file.read(block.n_bytes)).hexdigest() != block.sha256:
+                    return
+                if not block.is_of(folder, wanted):
+                    return
+                yield block
+    except (OSError, ValueError, TypeError):  # no journal, or a line that was cut
+        return
 
 
-_samples: tuple[Path, int, Any] | None = None  # of a packing process: the file, its descriptor, and its bytes so far
-
-
-def _open_samples(path: Path, n_bytes: Any) -> None:
-    global _samples
-    _samples = path, os.open(path, os.O_WRONLY), n_bytes
-
-
-def _write_samples(samples: np.ndarray) -> int:
-    """Write samples behind all that is written; where they begin in the file, bytes."""
-    path, file, n_bytes = _samples
-    with n_bytes.get_lock():
-        start = n_bytes.value
-        n_bytes.value += samples.nbytes
-    content, done = memoryview(samples).cast("B"), 0
-    try:
-        while done < len(content):
-            done += os.pwrite(file, content[done:], start + done)
-    except OSError as error:
-        raise not_written(path, error) from error
-    return start
-
-
-def pack_block(folder: Path, rates: Rates, filenames: list[str]) -> Block:
-    """Write some clips' samples one behind the other. Raises `UserError` naming a file at fault."""
-    sources, waveforms = [], []
-    for name in filenames:
-        sources.append(stamp(folder / name))
+def _read_block(folder: Path, rates: Rates, names: list[str]) -> tuple[Block, bytes]:
+    """Read and resample some clips: their block and its samples. Raises `UserError` naming a file at fault."""
+    stamps, waveforms = [], []
+    for name in names:
+        stamps.append(stamp(folder / name))
         waveforms.append(read_wav(folder / name, rates.orig_sample_rate))
-    samples, scales = [], []
-    for waveform in _resampled(waveforms, rates):
-        ints, scale = quantise(waveform.numpy())
-        samples.append(ints[0])
-        scales.append(float(scale[0]))
-    for name, source in zip(filenames, sources, strict=True):
-        if stamp(folder / name) != source:
-            raise UserError(f"{folder / name} changed while it was read: run the same command again")
-    joined = np.concatenate(samples)
-    sizes, times = zip(*sources, strict=True)
-    return Block(
-        start=_write_samples(joined),
-        filename=filenames,
-        length=[len(ints) for ints in samples],
-        scale=scales,
-        source_size=list(sizes),
-        source_mtime_ns=list(times),
-        sha256=hashlib.sha256(joined).hexdigest(),
-    )
-
-
-def _resampled(waveforms: list[torch.Tensor], rates: Rates) -> list[torch.Tensor]:
-    """Each (1, samples) at the pack's rate; together where all are as long: a quarter less time."""
     resample = resampler(rates.orig_sample_rate, rates.sample_rate)
-    if len({waveform.shape for waveform in waveforms}) == 1:
-        return list(resample(torch.stack(waveforms)))
-    return [resample(waveform) for waveform in waveforms]
+    if len({waveform.shape for waveform in waveforms}) == 1:  # resampling them together takes a quarter less time
+        waveforms = list(resample(torch.stack(waveforms)))
+    else:
+        waveforms = [resample(waveform) for waveform in waveforms]
+    samples, scales = zip(*(quantise(waveform[0].numpy()) for waveform in waveforms), strict=True)
+    for name, before in zip(names, stamps, strict=True):
+        if stamp(folder / name) != before:
+            raise UserError(f"{folder / name} changed while it was read: run the same command again")
+    sizes, times = zip(*stamps, strict=True)
+    content = np.concatenate(samples).tobytes()
+    lengths = [len(clip) for clip in samples]
+    digest = hashlib.sha256(content).hexdigest()
+    return Block(names, lengths, list(scales), list(sizes), list(times), digest), content
+
+
+def quantise(waveform: np.ndarray) -> tuple[np.ndarray, float]:
+    """Turn a waveform (samples,), float32, into int16 samples and the clip's scale, a float32 number."""
+    peak = np.abs(waveform).max(initial=0)
+    scale = peak / np.float32(32767) if peak > 0 else np.float32(1)
+    scale = max(scale, np.finfo(np.float32).tiny)  # for a peak among the denormals
+    return np.rint(waveform / scale).clip(-32767, 32767).astype(np.int16), float(scale)
+
+
+def _finish(target: Path, id: str, rates: Rates, blocks: list[Block]) -> None:
+    """Make the blocks the folder's pack; the one that was there before is removed."""
+    starts = np.cumsum([0, *(block.n_bytes for block in blocks)]).tolist()
+    numbers = ("length", "scale", "source_size", "source_mtime_ns")
+    columns = {name: np.concatenate([getattr(block, name) for block in blocks]) for name in numbers}
+    columns["filename"] = np.array([name.encode() for block in blocks for name in block.filename])
+    columns["scale"] = columns["scale"].astype(np.float32)
+    columns["start"] = np.cumsum(columns["length"]) - columns["length"]  # samples
+    order = columns["filename"].argsort()
+    index = target / f"index-{id}.npz"
+    replace_file(index, lambda beside: _save_arrays(beside, {name: columns[name][order] for name in COLUMNS}))
+    manifest = {
+        "version": VERSION,
+        "id": id,
+        **asdict(rates),
+        "n_clips": len(order),
+        "n_bytes": starts[-1],
+        "source_bytes": int(columns["source_size"].sum()),
+        "index_sha256": hashlib.sha256(index.read_bytes()).hexdigest(),
+        "blocks": [
+            {"start": start, "n_bytes": block.n_bytes, "sha256": block.sha256}
+            for start, block in zip(starts, blocks, strict=False)
+        ],
+    }
+    text = json.dumps({**manifest, "manifest_sha256": checksum(manifest)}, indent=1)
+    replace_file(target / "manifest.json", lambda beside: beside.write_text(text))
+    _remove_remains(target)
+
+
+def _save_arrays(path: Path, columns: dict[str, np.ndarray]) -> None:
+    with open(path, "wb") as file:  # given a name, numpy would append .npz to it
+        np.savez(file, **columns)
+
+
+def _finished(target: Path) -> str | None:
+    """Return the ID of the folder's finished pack; None where there is none that can be read."""
+    try:
+        return read_manifest(target)["id"]
+    except UserError:
+        return None
+
+
+def _remove_remains(target: Path, unfinished: str | None = None) -> None:
+    """Remove the files of all packs but the finished and the unfinished one (IDs), and the finished one's journal."""
+    finished = _finished(target)
+    for path in target.iterdir():
+        found = re.fullmatch(r"\.?(samples|index|journal)-([0-9a-f]{8})\.(?:i16|npz|jsonl)(?:\.\d+)?", path.name)
+        if found and (found[2] not in (finished, unfinished) or found.groups() == ("journal", finished)):
+            path.unlink()
+
+
+def _refuse_full_disk(folder: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise UserError(
+            f"{folder} needs {n_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: make room, or give "
+            "another folder as --pack_dir"
+        )
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Raise `UserError` where another process packs into the folder; the lock ends with this process."""
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is packing into {folder}: wait for its end, or stop it") from error
+        except OSError:  # a file system without locks: two at once are not noticed there
+            pass
+        yield

@@ -35,12 +35,9 @@ import hashlib
 import math
 import os
 import shutil
-import signal
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -51,6 +48,7 @@ import pandas as pd
 import soundfile
 
 from aum.cache import cache_folder
+from dcase.data.cores import over_all_cores
 from dcase.data.tau22 import DEVICES, SCENES, SUBSETS
 from dcase.errors import UserError
 from dcase.progress import progress
@@ -438,17 +436,13 @@ def write_all(folder: Path, config: SynthConfig) -> None:
     (folder / "split_setup").mkdir()
     write_lists(folder, train, [name for names in test for name in names], config)
     jobs = [(name,) for name in train] + test
-    n_workers = (os.cpu_count() or 1) if config.num_workers is None else config.num_workers
-    with progress(total=len(train) + len(test) * len(DEVICES), desc="SynthTAU", unit="clip") as bar:
-        write = partial(write_clips, folder, config.seed)
-        if n_workers == 0:
-            for names in jobs:
-                bar.update(write(names))
-        else:  # Ctrl-C is for this process, which then ends the others
-            ignore = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}
-            with ProcessPoolExecutor(n_workers, **ignore) as pool:
-                for n_written in pool.map(write, jobs, chunksize=8):
-                    bar.update(n_written)
+    write = partial(write_clips, folder, config.seed)
+    with (
+        progress(total=len(train) + len(test) * len(DEVICES), desc="SynthTAU", unit="clip") as bar,
+        closing(over_all_cores(write, jobs, config.num_workers)) as written,
+    ):
+        for n_written in written:
+            bar.update(n_written)
     elsewhere = ("out", "responses", "num_workers")  # flags that this folder does not depend on
     flags = " ".join(f"--{flag} {value}" for flag, value in asdict(config).items() if flag not in elsewhere)
     (folder / MARK).write_text(
@@ -500,7 +494,7 @@ def _new_folder(path: Path, what: str, flag: str) -> Iterator[Path]:
             raise UserError(f"{flag} {path} exists already: name a new folder, or remove it first")
         yield partial_folder
         partial_folder.replace(path)
-    except (OSError, soundfile.LibsndfileError, BrokenProcessPool) as error:
+    except (OSError, soundfile.LibsndfileError) as error:
         raise _cannot_make(path, error, what, flag) from error
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
