@@ -11,7 +11,7 @@ from dcase import cli, predict
 from dcase.compare import CompareConfig
 from dcase.complexity import ComplexityConfig
 from dcase.data.synth import SynthConfig
-from dcase.doctor.__main__ import DoctorConfig
+from dcase.doctor.data import DoctorConfig
 from dcase.export import ExportConfig
 from dcase.predict import PredictConfig
 from dcase.prepare import PrepareConfig

@@ -112,12 +112,13 @@ def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
 
 def with_sound(clips: Clips, sound: Sound, like: TAU22 | None = None) -> TAU22:
     """The clips' data set. Raises `UserError` where recordings are missing, or are not those that were packed."""
-    _check_recordings(clips, sound)
+    check_recordings(clips, sound)
     return TAU22(clips, sound, like)
 
 
 @doctor_tells_more
-def _check_recordings(clips: Clips, sound: Sound) -> None:
+def check_recordings(clips: Clips, sound: Sound) -> None:
+    """Raise `UserError` where recordings are missing, or are not those that were packed."""
     if sound.pack is None:
         check_files(clips)
         return

@@ -78,8 +78,8 @@ def pack_clips(folder: Path, config) -> None:
             _pack(folder, target, names, rates, config.num_workers)
     except OSError as error:
         raise UserError(
-            f"{target} cannot be written ({error.strerror or one_line(error)}): check rights and space there, or give another folder as "
-            "--pack_dir; what is packed is kept, and the same command goes on behind it"
+            f"{target} cannot be written ({error.strerror or one_line(error)}): check rights and space there, or give "
+            "another folder as --pack_dir; what is packed is kept, and the same command goes on behind it"
         ) from error
 
 
@@ -140,7 +140,7 @@ def _pack(folder: Path, target: Path, names: list[str], rates: Rates, num_worker
 
 
 def _whole_blocks(samples: Path, journal: Path, head: str, folder: Path, wanted: set[str]) -> Iterator[Block]:
-    """Yield an interrupted packing's blocks, up to the first that is damaged, not wanted, or whose WAV files changed."""
+    """Yield an interrupted packing's blocks up to the first that is damaged, not wanted or of changed WAV files."""
     try:
         with open(journal) as lines, open(samples, "rb") as file:
             if next(lines, "") != head:  # of other rates

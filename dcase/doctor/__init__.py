@@ -1,1 +1,1 @@
-"""What works on this machine: the checks of ``python -m dcase.doctor``."""
+"""The checks of ``python -m dcase.doctor``: what works on this machine."""

@@ -1,19 +1,28 @@
-"""Checks of the data folder, for `dcase.doctor`: its lists, its recordings and their lengths, and the pack.
+"""Checks of places, for `dcase.doctor`: the data folder's lists, recordings and pack, and free disk.
 
 Nothing is fetched, made or changed.
 """
 
 import os
+import random
 import shlex
-from collections.abc import Callable, Iterable
+import time
+from collections import Counter
+from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
+import soundfile
+
+from aum.cache import cache_folder
 from dcase.data import pack, synth
+from dcase.data.dataset import Sound
+from dcase.data.loading import check_recordings, open_sound
 from dcase.data.logmel import LogMelConfig
-from dcase.data.pack import Pack, Rates
+from dcase.data.sound import cut_short
 from dcase.data.tau22 import (
     RELEASE,
     SPLITS,
@@ -27,67 +36,63 @@ from dcase.data.tau22 import (
     read_split,
     untrained_scenes,
 )
-from dcase.doctor import lengths
-from dcase.doctor.findings import Finding
+from dcase.doctor.findings import Finding, looked
+from dcase.doctor.machine import disk
 from dcase.errors import UserError
+from dcase.progress import progress
 
-_READING = ("pack_dir", "subset", "sample_rate", "orig_sample_rate")  # flags that say what is read, and how
 OWN_DATA = 'docs/extending.md, "A data set", has the lists of data of your own'
+_SECONDS = 10  # for headers: all of TAU22's take about 2 from memory, and may take minutes from a cold disk
+_READING = ("pack_dir", "subset", "sample_rate", "orig_sample_rate")  # flags that say what is read
 
 
 @dataclass(frozen=True)
-class Data:
-    """What training would be asked for."""
+class DoctorConfig:
+    """The training scripts' flags that the checks depend on."""
 
-    dataset_dir: str | None
-    pack_dir: str | None
-    rates: Rates
-    subset: int  # percent
-    target_length: int | None  # frames
+    data: DataConfig = field(default_factory=DataConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+    logmel: LogMelConfig = field(default_factory=LogMelConfig)
+    project_name: str = "DCASE25_Task1"
+    """Folder of the runs, whose disk is checked."""
 
-    def pack_folder(self, folder: Path) -> Path:
-        return Path(self.pack_dir).expanduser() if self.pack_dir else folder / "pack"
-
-    # Commands, with the flags that are not the defaults
+    def command(self, program: str, folder: Path, *flags: str, given: tuple[str, ...]) -> str:
+        """Return a command with those of the ``given`` flags that are not the defaults."""
+        values, defaults = ({**vars(c.data), **vars(c.split), **vars(c.logmel)} for c in (self, DoctorConfig()))
+        other = {name: os.path.expanduser(str(values[name])) for name in given if values[name] != defaults[name]}
+        quoted = [f"--{name} {shlex.quote(value)}" for name, value in other.items()]
+        return " ".join([program, "--dataset_dir", shlex.quote(str(folder)), *flags, *quoted])
 
     def check(self, folder: Path) -> str:
-        any_length = [] if self.target_length is None else ["--any_length"]
-        return _command("python -m dcase.prepare", folder, *self._given("orig_sample_rate"), *any_length)
-
-    def make_pack(self, folder: Path) -> str:
-        return _command("python -m dcase.prepare", folder, "--pack", *self._given(*_READING))
-
-    def train(self, folder: Path) -> str:
-        return _command("python train_base.py", folder, *self._given(*_READING))
-
-    def _given(self, *names: str) -> list[str]:
-        flags = {
-            "pack_dir": (self.pack_dir and Path(self.pack_dir).expanduser(), DataConfig.pack_dir),
-            "subset": (self.subset, SplitConfig.subset),
-            "sample_rate": (self.rates.sample_rate, LogMelConfig.sample_rate),
-            "orig_sample_rate": (self.rates.orig_sample_rate, DataConfig.orig_sample_rate),
-        }
-        other = {name: str(value) for name, (value, default) in flags.items() if value != default}
-        return [f"--{name} {shlex.quote(other[name])}" for name in names if name in other]
+        any_length = [] if self.logmel.target_length is None else ["--any_length"]
+        return self.command("python -m dcase.prepare", folder, *any_length, given=("orig_sample_rate",))
 
 
-def _command(program: str, folder: Path, *flags: str) -> str:
-    return " ".join([program, "--dataset_dir", shlex.quote(str(folder)), *flags])
+def places(config: DoctorConfig) -> list[Finding]:
+    """Check the data, and the space for runs and for what is made once per machine."""
+    runs, cache = Path(config.project_name), cache_folder()
+    return [
+        *looked("data", lambda: data_folder(config)),
+        *looked("disk: runs", lambda: disk("disk: runs", runs, f"df -h; du -sh {runs}")),
+        *looked("disk: cache", lambda: disk("disk: cache", cache, "export AUDIO_MAMBA_CACHE=/another/folder")),
+    ]
 
 
-def data_folder(data: Data) -> list[Finding]:
-    """Every finding about the data folder: --dataset_dir, TAU22_DIR, or SynthTAU's."""
-    given = data.dataset_dir or os.environ.get("TAU22_DIR")
+def data_folder(config: DoctorConfig) -> list[Finding]:
+    """Check the data folder: --dataset_dir, TAU22_DIR, or SynthTAU's."""
+    given = config.data.dataset_dir or os.environ.get("TAU22_DIR")
     if not given:
         folder = synth.default_folder()
         what = "neither --dataset_dir nor TAU22_DIR is given: the scripts use SynthTAU, which is synthetic"
+        whole = folder.exists() and synth.is_whole(folder)
         if not folder.exists():
-            return [Finding("data", "warn", f"{what}, and make it at first use", "export TAU22_DIR=/data/TAU22")]
-        if not synth.is_whole(folder):
-            what += f", and make it again at their next use: something of {folder} is missing"
-            return [Finding("data", "warn", what, "export TAU22_DIR=/data/TAU22")]
-        first = Finding("data", "warn", f"{what}, in {folder}", "export TAU22_DIR=/data/TAU22")
-        return [first, *_contents(folder, data)]
+            what += ", and make it at first use"
+        elif not whole:
+            what += f", and make it again at their next use, as {folder} is not whole"
+        else:
+            what += f", in {folder}"
+        first = Finding("data", "warn", what, "export TAU22_DIR=/data/TAU22")
+        return [first, *(_contents(folder, config) if whole else [])]
     folder = Path(given).expanduser()
     try:
         check_folder(folder)
@@ -95,133 +100,161 @@ def data_folder(data: Data) -> list[Finding]:
         fix = "" if folder.is_dir() else f"ls {folder}; ls {folder.absolute().parent}"
         return [Finding("data", "FAIL", str(error), fix)]
     kind = "TAU22" if is_tau22(folder) else "not TAU22 itself, or another test split"
-    return [Finding("data", "ok", f"{folder} ({kind})"), *_contents(folder, data)]
+    return [Finding("data", "ok", f"{folder} ({kind})"), *_contents(folder, config)]
 
 
-def _contents(folder: Path, data: Data) -> list[Finding]:
-    lists = _lists(folder, data.subset)
-    broken = any(finding.state == "FAIL" for finding in lists)
-    absent = [split for split in _asked(data) if not _list_path(folder, split).is_file()]
-    if broken or absent:
+def _contents(folder: Path, config: DoctorConfig) -> list[Finding]:
+    asked = (f"split{config.split.subset}", "test")
+    lists = _lists(folder, asked)
+    if any(finding.state == "FAIL" for finding in lists) or not all(_list(folder, name).is_file() for name in asked):
         return lists
     try:
-        splits = _quietly(lambda: dict(zip(_asked(data), load_splits(folder, *_asked(data)), strict=True)))
+        splits = dict(zip(asked, _quietly(lambda: load_splits(folder, *asked)), strict=True))
     except UserError as error:
-        fix = data.check(folder) if is_tau22(folder) else OWN_DATA
+        fix = config.check(folder) if is_tau22(folder) else OWN_DATA
         return [*lists, Finding("clips", "FAIL", str(error), fix)]
-    packed = _pack(folder, data, splits)
-    # Where a pack serves all of them, recordings may be missing.
-    needed = not any(finding.state == "ok" for finding in packed)
+    untrained = untrained_scenes(*splits.values())
+    packed, sound = _pack(folder, config, splits)
     return [
         *lists,
-        *_scenes(*splits.values()),
-        *_recordings(folder, splits, needed, data.check(folder)),
-        *_lengths(folder, data, splits.values(), needed),
-        _checked(folder, data.check(folder)),
-        *packed,
+        *([Finding("scenes", "warn", untrained, OWN_DATA)] if untrained else []),
+        *_recordings(folder, config, splits, sound),
+        *_lengths(folder, config, splits, sound),
+        _checked(folder, config),
+        packed,
     ]
 
 
-def _asked(data: Data) -> tuple[str, str]:
-    return f"split{data.subset}", "test"
-
-
-def _list_path(folder: Path, split: str) -> Path:
+def _list(folder: Path, split: str) -> Path:
     return folder / "split_setup" / f"{split}.csv"
 
 
-def _lists(folder: Path, subset: int) -> list[Finding]:
-    there, found = {}, []
-    paths = {split: _list_path(folder, split) for split in SPLITS}
+def _lists(folder: Path, asked: tuple[str, str]) -> list[Finding]:
+    there, found = [], []
     tau22 = is_tau22(folder)
-    own = not tau22 and any(path.is_file() for path in paths.values())  # lists that TAU22's must not replace
-    for split, path in paths.items():
+    own = not tau22 and any(_list(folder, split).is_file() for split in SPLITS)  # TAU22's must not replace them
+    for split in SPLITS:
+        path = _list(folder, split)
+        fetch = f"curl -L --create-dirs -o {shlex.quote(str(path))} {RELEASE}/{path.name}"
         if path.is_file():
             try:
-                there[split] = len(read_split(path))
+                there.append(f"{split} ({len(read_split(path)):,} clips)")
             except UserError as error:
-                found.append(Finding("split lists", "FAIL", str(error), _fetch_anew(path) if tau22 else OWN_DATA))
-        elif split in (f"split{subset}", "test"):
+                fix = f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')} && {fetch}" if tau22 else OWN_DATA
+                found.append(Finding("split lists", "FAIL", str(error), fix))
+        elif split in asked:
             what = f"{path} is missing: training fetches TAU22's, where there is a network"
             what += "" if tau22 else "; data of your own need lists of their own"
-            found.append(Finding("split lists", "warn", what, OWN_DATA if own else _fetch(path)))
-    shown = ", ".join(f"{split} ({n:,} clips)" for split, n in there.items())
-    return [*([Finding("split lists", "ok", shown)] if shown else []), *found]
+            found.append(Finding("split lists", "warn", what, OWN_DATA if own else fetch))
+    return [*([Finding("split lists", "ok", ", ".join(there))] if there else []), *found]
 
 
-def _fetch(path: Path) -> str:
-    return f"curl -L --create-dirs -o {shlex.quote(str(path))} {RELEASE}/{path.name}"
+def _pack(folder: Path, config: DoctorConfig, splits: dict[str, Clips]) -> tuple[Finding, Sound]:
+    """Return the finding, and where the sound comes from: the WAV files if the pack does not fit."""
+    place = config.data.pack_folder(folder)
+    again = config.command("python -m dcase.prepare", folder, "--pack", given=_READING)
+    wav = Sound(config.data.orig_sample_rate)
+    try:
+        sound = _quietly(lambda: open_sound(config, folder)[1])
+        if sound.pack is None:
+            why = "--read_from wav" if pack.exists(place) else f"none in {place}"
+            return Finding("pack", "warn", f"{why}: WAV files are read, many times slower", again), wav
+        for clips in splits.values():
+            check_recordings(clips, sound)
+    except UserError as error:
+        return Finding("pack", "FAIL", str(error).partition(f": {pack.AGAIN}")[0], again), wav
+    found = f"{place}: {len(sound.pack):,} clips at {sound.sample_rate} Hz"
+    return Finding("pack", "ok", found), sound
 
 
-def _fetch_anew(path: Path) -> str:
-    return f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')} && {_fetch(path)}"
-
-
-def _scenes(training: Clips, test: Clips) -> list[Finding]:
-    untrained = untrained_scenes(training, test)
-    return [Finding("scenes", "warn", untrained, OWN_DATA)] if untrained else []
-
-
-def _recordings(folder: Path, splits: dict[str, Clips], needed: bool, check: str) -> list[Finding]:
+def _recordings(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound: Sound) -> list[Finding]:
     found = []
     for split, clips in splits.items():
         missing = missing_files(folder, [name.decode() for name in clips.filenames.tolist()])
-        if missing:
-            what = f"{len(missing):,} of the {len(clips):,} WAV files of {split} are missing ({missing[0]}, ...)"
-            if needed:
-                found.append(Finding("recordings", "FAIL", f"{what}: unpack them, or leave them out", check))
-            else:
-                found.append(Finding("recordings", "-", f"{what}; the pack has them"))
+        if not missing:
+            continue
+        what = f"{len(missing):,} of the {len(clips):,} WAV files of {split} are missing ({missing[0]}, ...)"
+        if sound.pack:
+            found.append(Finding("recordings", "-", f"{what}; the pack has them"))
+        else:
+            found.append(Finding("recordings", "FAIL", f"{what}: unpack or exclude them", config.check(folder)))
     shown = " and ".join(f"{len(clips):,} of {split}" for split, clips in splits.items())
     return found or [Finding("recordings", "ok", f"all WAV files are there: {shown}")]
 
 
-def _lengths(folder: Path, data: Data, splits: Iterable[Clips], from_files: bool) -> list[Finding]:
-    if data.target_length is not None:
-        return [Finding("lengths", "ok", f"any: --target_length {data.target_length} pads or crops every clip")]
-    if from_files:
-        return lengths.of_files(folder, splits, data.rates, data.check(folder), data.train(folder))
-    return [lengths.of_pack(splits, Pack(data.pack_folder(folder)), data.train(folder))]
+def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound: Sound) -> list[Finding]:
+    """Check that all clips have one length: without --target_length, training refuses any other one."""
+    if config.logmel.target_length is not None:
+        what = f"any: --target_length {config.logmel.target_length} pads or crops every clip"
+        return [Finding("lengths", "ok", what)]
+    names = np.unique(np.concatenate([clips.filenames for clips in splits.values()]))
+    decoded = [name.decode() for name in names.tolist()]
+    findings = []
+    if sound.pack:
+        found = dict(zip(decoded, sound.pack.length[sound.pack.rows(names)].tolist(), strict=True))
+        shown = f"all {len(found):,} clips"
+    else:
+        found, at_fault, shown = _lengths_of_files(folder, decoded, sound.sample_rate)
+        if at_fault:
+            what = f"in {shown}: {len(at_fault):,} unreadable, empty or cut short ({at_fault[0]}, ...)"
+            findings.append(Finding("recordings", "FAIL", f"{what}: replace or exclude them", config.check(folder)))
+        if not found:
+            return findings
+    usual, n_usual = Counter(found.values()).most_common(1)[0]
+    length = f"{usual:,} samples at {sound.sample_rate} Hz ({usual / sound.sample_rate:.4g} s)"
+    if n_usual == len(found):
+        return [*findings, Finding("lengths", "ok", f"{length} in {shown}")]
+    other = next(name for name, n_samples in found.items() if n_samples != usual)
+    # `dcase.prepare` refuses to exclude more than half.
+    exclude = "exclude the others with `python -m dcase.prepare`, " if 2 * n_usual >= len(found) else ""
+    what = (
+        f"several in {shown}: {len(found) - n_usual:,} have not the most frequent one, {length} ({other} has "
+        f"{found[other]:,}). Training refuses that: cut them to one length, {exclude}or train with --target_length, "
+        "which pads or crops every clip"
+    )
+    frames = 1 + usual * config.logmel.sample_rate // sound.sample_rate // config.logmel.hop_length
+    train = config.command("python train_base.py", folder, given=(*_READING, "hop_length"))
+    return [*findings, Finding("lengths", "FAIL", what, f"{train} --target_length {frames}")]
 
 
-def _checked(folder: Path, check: str) -> Finding:
+def _lengths_of_files(folder: Path, names: list[str], sample_rate: int) -> tuple[dict[str, int], list[str], str]:
+    """Read the headers of WAV files for some seconds: each length at ``sample_rate``, the files at fault, which."""
+    missing = set(missing_files(folder, names))
+    names = [name for name in names if name not in missing]
+    random.Random(0).shuffle(names)  # so that the first ones are of all scenes, devices and splits
+    until = time.monotonic() + _SECONDS
+    found, at_fault = {}, []
+    for name in progress(names, desc="lengths of the clips", unit=" files", leave=False, delay=1):
+        try:
+            with soundfile.SoundFile(folder / name) as file:
+                if not file.frames or cut_short(file):
+                    raise OSError
+                found[name] = -(-file.frames * sample_rate // file.samplerate)
+        except (soundfile.SoundFileError, OSError, TypeError):  # TypeError: soundfile's, for a name in .raw
+            at_fault.append(name)
+        if time.monotonic() > until:
+            break
+    n_read = len(found) + len(at_fault)
+    shown = f"all {n_read:,} clips" if n_read == len(names) else f"{n_read:,} of {len(names):,} clips, drawn at random"
+    return found, at_fault, shown
+
+
+def _checked(folder: Path, config: DoctorConfig) -> Finding:
     clean, excluded, meta = (folder / name for name in ("meta_clean.csv", "meta_excluded.csv", "meta.csv"))
     if not clean.is_file():
         if (folder / synth.MARK).is_file():
             return Finding("checked", "-", "not yet; synthetic recordings are not damaged")
-        return Finding("checked", "warn", "nobody has looked for damaged recordings yet", check)
-    n_out = len(excluded.read_text().splitlines()) - 1 if excluded.is_file() else None
-    if meta.is_file() and meta.stat().st_mtime > clean.stat().st_mtime:
-        return Finding("checked", "warn", f"{meta} has changed since {clean.name} was made", check)
-    if n_out is None:
-        return Finding("checked", "warn", f"{clean.name} is there without {excluded.name}", check)
-    return Finding("checked", "ok", f"{clean.name} leaves out {n_out:,} recordings ({excluded.name} says why)")
-
-
-def _pack(folder: Path, data: Data, splits: dict[str, Clips]) -> list[Finding]:
-    place = data.pack_folder(folder)
-    again = data.make_pack(folder)
-    if not pack.exists(place):
-        return [Finding("pack", "warn", f"none in {place}: WAV files are read, many times slower", again)]
-    try:
-        found = Pack(place)
-        if found.rates != data.rates:
-            raise UserError(
-                f"{place} was resampled from {found.rates.orig_sample_rate} to {found.rates.sample_rate} Hz, not from "
-                f"{data.rates.orig_sample_rate} to {data.rates.sample_rate}"
-            )
-        for split, clips in splits.items():
-            changed = found.changed_sources(folder, found.rows(clips.filenames))
-            if changed:
-                raise UserError(
-                    f"{len(changed):,} recordings of {split} are missing or have changed since {place} was made "
-                    f"({changed[0]}, ...)"
-                )
-    except UserError as error:
-        return [Finding("pack", "FAIL", str(error).removesuffix(f": {pack.AGAIN}"), again)]
-    return [Finding("pack", "ok", f"{place}: {len(found):,} clips at {found.rates.sample_rate} Hz")]
+        what = "the recordings have not been checked for damage"
+    elif meta.is_file() and meta.stat().st_mtime > clean.stat().st_mtime:
+        what = f"{meta} has changed since {clean.name} was made"
+    elif not excluded.is_file():
+        what = f"{clean.name} is there without {excluded.name}"
+    else:
+        n_out = len(excluded.read_text().splitlines()) - 1
+        return Finding("checked", "ok", f"{clean.name} leaves out {n_out:,} recordings ({excluded.name} says why)")
+    return Finding("checked", "warn", what, config.check(folder))
 
 
 def _quietly(what: Callable):
-    with redirect_stdout(StringIO()):  # what meta_clean.csv leaves out is a finding of its own
+    with redirect_stdout(StringIO()):  # what it prints is a finding of its own
         return what()

@@ -1,6 +1,6 @@
 """Checks of the machine, for `dcase.doctor`: Python and packages, GPU, compilers, scan backends, W&B, free disk.
 
-Whatever may be broken is imported inside the check that looks at it. Nothing here waits for a network.
+Anything that may be broken is imported inside the check that looks at it. Nothing here waits for a network.
 """
 
 import importlib
@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -17,16 +16,20 @@ from dcase.doctor.findings import Finding
 from dcase.errors import one_line
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
+INSTALL = f"{sys.executable} -m pip install -r {REQUIREMENTS}"
 TESTED_PYTHON = (3, 11)
 MALWARE = {"pytorch-lightning": ("2.6.2", "2.6.3")}  # requirements.txt has the source
-ONLY_SOME_COMMANDS = {"huggingface_hub", "onnx", "onnxscript", "onnxruntime", "wandb", "tensorboard"}  # need these
+OPTIONAL = {"huggingface_hub", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "wandb", "tensorboard"}
+MODULES = {"pyyaml": "yaml"}  # distribution -> module, where the names differ in more than case and dashes
 LOW_DISK, FULL_DISK = 5e9, 5e8  # bytes: a run of AuM-Small keeps 0.7e9, its checkpoints are written beside the old ones
 FASTEST = {"cpu": "cpu", "cuda": "triton"}  # device -> scan backend: without it training is several times slower
+SCAN_FIXES = {
+    "cpu": "apt install gcc libc6-dev",
+    "triton": f"apt install gcc libc6-dev; {INSTALL}",
+    "mamba_ssm": f"cat {REQUIREMENTS.with_name('requirements-cuda.txt')}",
+    "torch": f"{INSTALL} --force-reinstall",
+}
 _GPU_TIMEOUT, _WANDB_TIMEOUT = 10, 20  # seconds
-
-
-def _install() -> str:
-    return f"{sys.executable} -m pip install -r {REQUIREMENTS}"
 
 
 # Python and its packages
@@ -44,65 +47,59 @@ def python() -> Finding:
 
 
 def pins() -> dict[str, str]:
-    """Distribution -> version, as requirements.txt pins it; empty where that is not beside the code."""
+    """Return distribution -> version, as pinned in requirements.txt; empty where that is not beside the code."""
     text = REQUIREMENTS.read_text() if REQUIREMENTS.is_file() else ""
     return dict(re.findall(r"^([\w.-]+)==([\w.+!-]+)", text, re.MULTILINE))
 
 
 def version_of(name: str) -> str | None:
+    """Return the installed version of a distribution, without a local part such as +cu128."""
     try:
-        return metadata.version(name)
+        return metadata.version(name).partition("+")[0]
     except metadata.PackageNotFoundError:
         return None
 
 
 def packages() -> list[Finding]:
-    """Whether what is pinned is installed, in these versions. Nothing is imported."""
+    """Check that the pinned packages are installed in these versions. Nothing is imported."""
     pinned = pins()
-    if not pinned:
-        return [Finding("packages", "warn", f"{REQUIREMENTS} is not there: nothing to compare their versions with")]
-    installed = {name: version_of(name) for name in pinned}
-    missing = [name for name, version in installed.items() if version is None]
-    needed = [name for name in missing if name not in ONLY_SOME_COMMANDS]
+    installed = {name: version_of(name) for name in {**pinned, "torch": "", "torchaudio": ""}}
+    missing = [name for name in pinned if installed[name] is None]
     other = [
-        f"{name} {version} (tested: {pinned[name]})"
-        for name, version in installed.items()
-        if version is not None and version.partition("+")[0] != pinned[name]
+        f"{name} {installed[name]} (tested: {version})"
+        for name, version in pinned.items()
+        if installed[name] not in (version, None)
     ]
     found = []
     for name, versions in MALWARE.items():
         if installed.get(name) in versions:
             what = f"{name} {installed[name]} on PyPI was malware: it has not been imported here; change your passwords"
-            found.append(Finding("packages", "FAIL", what, _install()))
+            found.append(Finding("packages", "FAIL", what, INSTALL))
     if missing:
-        what = f"not installed: {', '.join(missing)}"
-        found.append(Finding("packages", "FAIL" if needed else "warn", what, _install()))
+        state = "warn" if OPTIONAL.issuperset(missing) else "FAIL"
+        found.append(Finding("packages", state, f"not installed: {', '.join(missing)}", INSTALL))
     if other:
-        found.append(Finding("packages", "warn", f"not the tested versions: {', '.join(other)}", _install()))
+        found.append(Finding("packages", "warn", f"not the tested versions: {', '.join(other)}", INSTALL))
+    if installed["torch"] is None or installed["torch"] != installed["torchaudio"]:
+        what = f"torch {installed['torch']} and torchaudio {installed['torchaudio']}: they must be of one version"
+        found.append(Finding("packages", "FAIL", what, INSTALL))
+    if not pinned:
+        what = f"{REQUIREMENTS} is missing: there is nothing to compare their versions with"
+        found.append(Finding("packages", "warn", what))
     return found or [Finding("packages", "ok", f"{len(pinned)} in the versions of {REQUIREMENTS.name}")]
 
 
-def torch_pair() -> Finding:
-    """torch and torchaudio must be of one version. Nothing is imported."""
-    torch, torchaudio = version_of("torch"), version_of("torchaudio")
-    found = f"{torch} and {torchaudio}"
-    if None in (torch, torchaudio) or torch.partition("+")[0] != torchaudio.partition("+")[0]:
-        return Finding("torch, torchaudio", "FAIL", f"{found}: they must be of one version", _install())
-    return Finding("torch, torchaudio", "ok", found)
-
-
 def imports() -> list[Finding]:
-    """Whether the installed packages can be imported: their libraries may not fit this machine or one another."""
+    """Import the installed packages: their libraries may not fit this machine or one another."""
     found = []
-    for name in pins() or ("torch", "torchaudio"):
-        if version_of(name) is None:
-            continue
+    for name in filter(version_of, pins() or ("torch", "torchaudio")):
+        module = name.replace("-", "_").lower()
         try:
-            importlib.import_module(name.replace("-", "_"))
+            importlib.import_module(MODULES.get(module, module))
         except Exception as error:  # an OSError where a shared library is missing, and worse
-            state = "warn" if name in ONLY_SOME_COMMANDS else "FAIL"
+            state = "warn" if name in OPTIONAL else "FAIL"
             what = f"{name} cannot be imported: {type(error).__name__}: {one_line(error)}"
-            found.append(Finding("imports", state, what, f"{_install()} --force-reinstall --no-cache-dir"))
+            found.append(Finding("imports", state, what, f"{INSTALL} --force-reinstall --no-cache-dir"))
     return found or [Finding("imports", "ok", "all of them")]
 
 
@@ -112,52 +109,38 @@ def imports() -> list[Finding]:
 def gpu() -> Finding:
     import torch
 
-    seen = _nvidia_smi()
     if not torch.cuda.is_available():
+        seen = _nvidia_smi()
         if not seen:
-            return Finding("GPU", "warn", "none: training runs on the CPU, many times slower", "")
+            return Finding("GPU", "warn", "none: training runs on the CPU, many times slower")
         if torch.version.cuda is None:
             what = f"{seen}, but torch {torch.__version__} is a build without CUDA"
-            return Finding("GPU", "FAIL", what, f"{_install()} --force-reinstall")
+            return Finding("GPU", "FAIL", what, f"{INSTALL} --force-reinstall")
         what = (
             f"{seen}, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: the driver is too old, "
+            "or this session may not see the GPU"
         )
-        what += "or this session may not see the GPU"
         return Finding("GPU", "FAIL", what, "nvidia-smi && echo CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES")
-    made_for = torch.cuda.get_arch_list()
-    shown, strange = [], []
+    found = []
     for i in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(i)
-        shown.append(f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})")
-        if not runs_on(made_for, major, minor):
-            strange.append(shown[-1])
-    found = f"{', '.join(shown)}; CUDA {torch.version.cuda}, torch made for {' '.join(made_for)}"
-    if strange:
-        found += f"; not for {', '.join(strange)}: choose a build of torch that is (pytorch.org/get-started)"
-        return Finding("GPU", "FAIL", found, "python -m torch.utils.collect_env")
-    return Finding("GPU", "ok", found)
-
-
-def runs_on(made_for: list[str], major: int, minor: int) -> bool:
-    """Whether kernels for these architectures (sm_90, compute_90, ...) run on a GPU of a compute capability: machine
-    code on later ones of the same major version, PTX (compute_) on all later ones."""
-    for kind, digits in re.findall(r"(sm|compute)_(\d+)", " ".join(made_for)):
-        arch = divmod(int(digits), 10)
-        if arch <= (major, minor) and (kind == "compute" or arch[0] == major):
-            return True
-    return False
+        found.append(f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})")
+        try:
+            torch.ones(1, device=f"cuda:{i}").add(1).item()
+        except RuntimeError as error:
+            what = f"{found[-1]} does not run torch {torch.__version__} (CUDA {torch.version.cuda}): {one_line(error)}"
+            what += "; choose a build of torch for it (pytorch.org/get-started)"
+            return Finding("GPU", "FAIL", what, "python -m torch.utils.collect_env")
+    return Finding("GPU", "ok", f"{', '.join(found)}; CUDA {torch.version.cuda}")
 
 
 def _nvidia_smi() -> str:
-    """Names of GPUs, and the driver's version, as the driver tells them; "" where there is none."""
+    """Return the GPUs' names and the driver's version, as the driver tells them; "" where there is none."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_GPU_TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GPU_TIMEOUT, check=True)
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return (
-        ", ".join(f"{row} (name, driver)" for row in done.stdout.strip().splitlines()) if done.returncode == 0 else ""
-    )
+    return ", ".join(f"{row} (name, driver)" for row in done.stdout.strip().splitlines())
 
 
 def cxx_compiler() -> Finding:
@@ -172,91 +155,69 @@ def cxx_compiler() -> Finding:
 
 
 def scan_backends() -> list[Finding]:
-    """Each backend with its self-test, forward and backward, and why the others do not work; then which is taken."""
+    """Check each backend by its self-test, forward and backward; the last finding is the one that is taken."""
     import torch
 
-    from aum.scan import backends
+    from aum.scan import backends, choose
 
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = []
-    for name in ("cpu", "triton", "mamba_ssm", "torch"):
+    for name, fix in SCAN_FIXES.items():
         backend = backends.BACKENDS[name]
         reason = backend.missing()
         own = [device for device in devices if not backend.devices or device in backend.devices]
         if reason and not own:
-            found.append(Finding(f"scan: {name}", "-", "for NVIDIA GPUs, and torch sees none here"))
+            state, what, fix = "-", "for NVIDIA GPUs, and torch sees none here", ""
         elif reason:
             slower = name in [FASTEST[device] for device in devices]
-            found.append(Finding(f"scan: {name}", "warn" if slower else "-", reason, _fix_of(name)))
+            state, what = "warn" if slower else "-", reason
         elif not own:
-            found.append(Finding(f"scan: {name}", "-", "can be imported; there is no GPU for it to run on"))
+            state, what, fix = "-", "can be imported; there is no GPU for it to run on", ""
         else:
-            found.append(_self_tests(name, own))
-    return [*found, _choice(devices[-1])]
+            state, what = _self_tests(name, own)
+        found.append(Finding(f"scan: {name}", state, what, "" if state == "ok" else fix))
+    device = devices[-1]
+    try:
+        asked = ", as AUM_SCAN_BACKEND says" if os.environ.get("AUM_SCAN_BACKEND") else ""
+        taken = Finding("scan: taken", "ok", f"{choose(device, torch.float32)} on {device}{asked}")
+    except ValueError as error:
+        taken = Finding("scan: taken", "FAIL", one_line(error), "unset AUM_SCAN_BACKEND")
+    return [*found, taken]
 
 
-def _self_tests(name: str, devices: list[str]) -> Finding:
+def _self_tests(name: str, devices: list[str]) -> tuple[str, str]:
+    """Return a finding's state and text."""
     import torch
 
     import aum
     from aum.scan.backends import use_backend
 
-    begun, passed = time.monotonic(), []
+    passed = []
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
             try:
                 with use_backend(name):
                     aum.self_test(device, dtype)
             except (aum.SelfTestFailed, ValueError) as error:
-                message = one_line(error)
-                if "no kernel image" in message:
-                    message = f"built for another GPU's architecture: {message}"
-                return Finding(f"scan: {name}", "FAIL", f"self-test: {message}", _fix_of(name))
+                built = "built for another GPU's architecture: " if "no kernel image" in str(error) else ""
+                return "FAIL", f"self-test: {built}{one_line(error)}"
             passed.append(f"{str(dtype).removeprefix('torch.')} on {device}")
-    seconds = time.monotonic() - begun
-    return Finding(f"scan: {name}", "ok", f"self-test passed: {', '.join(passed)} ({seconds:.1f} s)")
-
-
-def _fix_of(name: str) -> str:
-    return {
-        "cpu": "apt install gcc libc6-dev",
-        "triton": f"apt install gcc libc6-dev; {_install()}",
-        "mamba_ssm": f"cat {REQUIREMENTS.with_name('requirements-cuda.txt')}",
-        "torch": f"{_install()} --force-reinstall",
-    }[name]
-
-
-def _choice(device: str) -> Finding:
-    import torch
-
-    from aum.scan import choose
-
-    try:
-        name = choose(device, torch.float32)
-    except ValueError as error:
-        return Finding("scan: taken", "FAIL", one_line(error), "unset AUM_SCAN_BACKEND")
-    asked = ", as AUM_SCAN_BACKEND says" if os.environ.get("AUM_SCAN_BACKEND") else ""
-    return Finding("scan: taken", "ok", f"{name} on {device}{asked}")
+    return "ok", f"self-test passed: {', '.join(passed)}"
 
 
 # W&B
 
 
 def wandb_login() -> Finding:
-    """Whether there are credentials on this machine; whether W&B accepts them is not asked."""
+    """Check for credentials on this machine; whether W&B accepts them is not asked."""
     mode = os.environ.get("WANDB_MODE")
     if mode in ("offline", "disabled"):
         return Finding("W&B", "ok", f"WANDB_MODE={mode}")
-    asked = "import sys, wandb; sys.exit(0 if wandb.login(prompt=False, verify=False) else 3)"
-    # In a process of its own, and silent: to greet a user by name, it would ask its server.
+    # In a process of its own, and silent: to greet a user by name, W&B would ask its server.
+    program = "import sys, wandb; sys.exit(0 if wandb.login(prompt=False, verify=False) else 3)"
+    command, env = [sys.executable, "-c", program], {**os.environ, "WANDB_SILENT": "true"}
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", asked],
-            env={**os.environ, "WANDB_SILENT": "true"},
-            capture_output=True,
-            text=True,
-            timeout=_WANDB_TIMEOUT,
-        )
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=_WANDB_TIMEOUT)
     except subprocess.TimeoutExpired:
         return Finding("W&B", "warn", f"no answer in {_WANDB_TIMEOUT} s; --wandb_mode offline never waits for it")
     if done.returncode == 0:
@@ -264,14 +225,14 @@ def wandb_login() -> Finding:
     if done.returncode == 3:
         return Finding("W&B", "warn", "not logged in: runs are kept offline, for `wandb sync`", "wandb login")
     last = next(iter(done.stderr.strip().splitlines()[-1:]), "no message")
-    return Finding("W&B", "warn", f"cannot be used: {last}", _install())
+    return Finding("W&B", "warn", f"cannot be used: {last}", INSTALL)
 
 
 # Disk
 
 
 def disk(name: str, folder: Path, fix: str) -> Finding:
-    """Free space where ``folder`` is, or will be made, and whether it may be written to."""
+    """Check the free space of a folder that need not exist yet, and whether it may be written to."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return Finding(name, "FAIL", f"{folder} cannot be written: {there} is no folder or may not be changed", fix)
