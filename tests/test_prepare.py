@@ -12,16 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from conftest import ROOT
+from conftest import refusal as refusal_of
 from data_folder import META_COLUMNS, SAMPLE_RATE, clip_row, noise, write_data_folder, write_lists
 
 from dcase import prepare as module
 from dcase.data import tau22
 from dcase.data.tau22 import load_clips
-from dcase.errors import UserError
 from dcase.prepare import PrepareConfig, prepare
 
-CONFIG = PrepareConfig(num_workers=2)
-ROOT = Path(__file__).parent.parent
+CONFIG = PrepareConfig(num_workers=0)
 
 
 @pytest.fixture
@@ -90,13 +90,13 @@ def excluded(folder: Path) -> list[list[str]]:
 
 
 def test_all_fine(folder, capsys):
-    prepare(folder, CONFIG)
+    prepare(folder, PrepareConfig(num_workers=2))
     assert "All 18 files are fine." in capsys.readouterr().out
     assert (folder / "meta_clean.csv").read_bytes() == (folder / "meta.csv").read_bytes()
     assert excluded(folder) == []
 
 
-def test_one_of_each_fault(faulty, capsys):
+def test_one_of_each_fault_and_what_training_uses_then(faulty, capsys):
     prepare(faulty, CONFIG)
     names = [clip_row("tram", "lyon", 50 + i, 0, "b")[0] for i in range(len(FAULTS))]
     assert excluded(faulty) == [list(pair) for pair in zip(names, FAULTS.values(), strict=True)]
@@ -108,27 +108,18 @@ def test_one_of_each_fault(faulty, capsys):
         assert f"  {kind:<28}  audio/tram-" in said
     assert "10  of the 22 clips of split25" in said and "2  of the 2 clips of test" in said
     assert "WARNING: 2 TEST CLIPS ARE EXCLUDED" in said and "NOT COMPARABLE" in said
+    assert len(load_clips(faulty, "split25")) == 12
+    assert "leaves out 10 of the 22 clips of split25" in capsys.readouterr().out
 
 
-def test_training_uses_what_was_written(faulty, capsys):
-    prepare(faulty, CONFIG)
-    clips = load_clips(faulty, "split25")
-    assert len(clips) == 12 and "leaves out 10 of the 22 clips of split25" in capsys.readouterr().out
-
-
-def test_no_warning_without_a_test_clip_at_fault(folder, capsys):
-    (folder / "audio/tram-lisbon-201-2010-0-a.wav").unlink()
+def test_a_fault_of_no_test_clip_and_a_length_that_is_not_the_usual_one(folder, capsys):
+    first, other = "audio/airport-lisbon-101-1010-0-a.wav", "audio/tram-lisbon-201-2010-0-a.wav"
+    soundfile.write(folder / first, noise(0, 4000), SAMPLE_RATE)
+    (folder / other).unlink()
     prepare(folder, CONFIG)
     said = capsys.readouterr().out
-    assert "1 of 18 clips are at fault" in said and "WARNING" not in said
-    assert excluded(folder) == [["audio/tram-lisbon-201-2010-0-a.wav", "missing"]]
-
-
-def test_most_common_length_counts_not_the_first(folder):
-    name = "audio/airport-lisbon-101-1010-0-a.wav"
-    soundfile.write(folder / name, noise(0, 4000), SAMPLE_RATE)
-    prepare(folder, CONFIG)
-    assert excluded(folder) == [[name, "not the most frequent length (4000 samples, not 4410)"]]
+    assert "2 of 18 clips are at fault" in said and "WARNING" not in said
+    assert excluded(folder) == [[first, "not the most frequent length (4000 samples, not 4410)"], [other, "missing"]]
 
 
 def of_other_lengths(folder: Path, n_clips: int) -> list[str]:
@@ -139,15 +130,15 @@ def of_other_lengths(folder: Path, n_clips: int) -> list[str]:
     return names
 
 
-def test_several_lengths_of_data_of_ones_own_are_to_be_cut_not_to_be_got_again(folder, capsys):
+def test_several_lengths_of_own_data_are_to_be_cut_not_downloaded_again(folder, capsys):
     names = of_other_lengths(folder, 3)
     prepare(folder, CONFIG)
     assert excluded(folder) == [
         [name, f"not the most frequent length ({5000 + i} samples, not 4410)"] for i, name in enumerate(names)
     ]
     said = capsys.readouterr().out
-    assert "again" not in said and "2 TEST CLIPS ARE EXCLUDED" in said and "mend or replace these files" in said
-    assert "All clips need one length, whichever it is: cut or pad the others" in said and "--target_length" in said
+    assert "again" not in said and "2 TEST CLIPS ARE EXCLUDED" in said and "repair or replace these files" in said
+    assert "All clips need one length: cut or pad the others" in said and "--target_length" in said
 
 
 def test_another_length_in_tau22_is_a_damaged_file(folder, capsys, monkeypatch):
@@ -155,9 +146,13 @@ def test_another_length_in_tau22_is_a_damaged_file(folder, capsys, monkeypatch):
     of_other_lengths(folder, 3)
     prepare(folder, CONFIG)
     said = capsys.readouterr().out
-    assert "not the most frequent length" in said and "get these files again" in said and "whichever" not in said
+    assert (
+        "not the most frequent length" in said
+        and "download these files again" in said
+        and "need one length" not in said
+    )
     of_other_lengths(folder, 10)
-    assert "get the sound files again" in refusal(folder)
+    assert "download the sound files again" in refusal(folder)
 
 
 def test_any_length_leaves_out_none_of_them(folder):
@@ -165,18 +160,18 @@ def test_any_length_leaves_out_none_of_them(folder):
     message = refusal(folder)
     assert "'not the most frequent length'" in message and "cut or pad" in message and "again" not in message
     assert "--any_length" in message and "--target_length" in message
-    prepare(folder, PrepareConfig(num_workers=1, any_length=True))
+    prepare(folder, PrepareConfig(num_workers=0, any_length=True))
     assert excluded(folder) == []
 
 
 def test_flags_for_rate_and_silence(folder):
     name = "audio/airport-lisbon-101-1010-0-a.wav"
     soundfile.write(folder / name, noise(0) * 0.1, SAMPLE_RATE, subtype="PCM_24")  # -40 dBFS, the others -20
-    prepare(folder, PrepareConfig(num_workers=1, silence_db=-30))
+    prepare(folder, PrepareConfig(num_workers=0, silence_db=-30))
     assert excluded(folder) == [[name, "silent"]]
     for path in (folder / "audio").iterdir():
         soundfile.write(path, noise(0), 16000)
-    prepare(folder, PrepareConfig(num_workers=1, orig_sample_rate=16000))
+    prepare(folder, PrepareConfig(num_workers=0, orig_sample_rate=16000))
     assert excluded(folder) == []
 
 
@@ -195,9 +190,7 @@ def test_crlf_and_further_columns_are_kept(folder):
 
 
 def refusal(folder: Path, config: PrepareConfig = CONFIG) -> str:
-    with pytest.raises(UserError) as caught:
-        prepare(folder, config)
-    return str(caught.value)
+    return refusal_of(prepare, folder, config)
 
 
 def test_sound_not_unpacked(folder, capsys):
@@ -208,19 +201,16 @@ def test_sound_not_unpacked(folder, capsys):
     assert not (folder / "meta_clean.csv").exists() and not (folder / "meta_excluded.csv").exists()
 
 
-def test_wrong_rate_everywhere(folder):
-    assert "--orig_sample_rate" in refusal(folder, PrepareConfig(num_workers=1, orig_sample_rate=48000))
+def test_one_fault_everywhere(folder):
+    assert "--orig_sample_rate" in refusal(folder, PrepareConfig(num_workers=0, orig_sample_rate=48000))
+    assert "--silence_db" in refusal(folder, PrepareConfig(num_workers=0, silence_db=0))
 
 
-def test_silence_everywhere(folder):
-    assert "--silence_db" in refusal(folder, PrepareConfig(num_workers=1, silence_db=0))
-
-
-def test_force_writes_all_the_same(folder):
+def test_force_writes_anyway(folder):
     for path in sorted((folder / "audio").iterdir())[:10]:
         path.unlink()
     refusal(folder)
-    prepare(folder, PrepareConfig(num_workers=1, force=True))
+    prepare(folder, PrepareConfig(num_workers=0, force=True))
     assert len(excluded(folder)) == 10
 
 
@@ -239,12 +229,9 @@ def test_lists_are_checked_as_for_training(folder):
     assert "does not exist" in refusal(folder / "nowhere")
 
 
-@pytest.mark.parametrize(
-    ("values", "flag"), [({"num_workers": -1}, "--num_workers"), ({"orig_sample_rate": 0}, "--orig")]
-)
-def test_flag_refused(values, flag):
-    with pytest.raises(UserError, match=flag):
-        PrepareConfig(**values)
+@pytest.mark.parametrize("flag, value", [("num_workers", -1), ("orig_sample_rate", 0), ("subset", 7)])
+def test_flag_refused(flag, value):
+    assert f"--{flag}" in refusal_of(lambda: PrepareConfig(**{flag: value}))
 
 
 def kill_own_process(*args, **kwargs):
@@ -253,43 +240,28 @@ def kill_own_process(*args, **kwargs):
 
 def test_killed_worker_is_an_error_not_a_wait(folder, monkeypatch):
     monkeypatch.setattr(module, "check_file", kill_own_process)
-    assert "--num_workers" in refusal(folder)
+    assert "--num_workers" in refusal(folder, PrepareConfig(num_workers=2))
     assert not (folder / "meta_clean.csv").exists()
 
 
 # As a program
 
 
-def start(folder: Path, **options) -> subprocess.Popen:
-    command = [sys.executable, "-m", "dcase.prepare", "--dataset_dir", str(folder), "--num_workers", "1"]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+def test_program(faulty, call_main):
+    done = call_main(module.main, "--dataset_dir", faulty, "--num_workers", 1)
+    assert done.code == 0 and "12 of 24 clips are at fault" in done.out and "meta_clean.csv: 12 clips" in done.out
+    assert "files/s" in done.err  # the progress bar
+    os.rename(faulty / "audio", faulty / "elsewhere")
+    done = call_main(module.main, "--dataset_dir", faulty)
+    done.refused("more than half of the clips")
+    assert "24 of 24 clips are at fault" in done.out and len(excluded(faulty)) == 12
 
 
-def test_program(faulty):
-    program = start(faulty)
-    out, err = program.communicate(timeout=60)
-    assert program.returncode == 0 and "Traceback" not in err
-    assert "12 of 24 clips are at fault" in out and "meta_clean.csv: 12 clips" in out
-    assert "files/s" in err  # the progress bar
-    assert len(excluded(faulty)) == 12
-
-
-def test_program_ends_in_one_line(folder):
-    os.rename(folder / "audio", folder / "elsewhere")
-    program = start(folder)
-    out, err = program.communicate(timeout=60)
-    assert program.returncode == 2 and "18 of 18 clips are at fault" in out
-    assert err.strip().startswith("error: more than half of the clips") and len(err.strip().splitlines()) == 1
-
-
-def test_folder_by_environment(folder, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prepare", "--num_workers", "1"])
+def test_folder_by_environment(folder, monkeypatch, call_main):
     monkeypatch.delenv("TAU22_DIR", raising=False)
-    with pytest.raises(UserError, match="--dataset_dir or set TAU22_DIR"):
-        module.main()
+    call_main(module.main).refused("--dataset_dir or set TAU22_DIR")
     monkeypatch.setenv("TAU22_DIR", str(folder))
-    module.main()
-    assert excluded(folder) == []
+    assert call_main(module.main, "--num_workers", 0).code == 0 and excluded(folder) == []
 
 
 def test_interrupted_program_leaves_the_old_list(tmp_path):
@@ -303,16 +275,21 @@ def test_interrupted_program_leaves_the_old_list(tmp_path):
     (tmp_path / "meta_clean.csv").write_text("\t".join(META_COLUMNS) + "\n" + "\t".join(rows[0]) + "\n")
     old = (tmp_path / "meta_clean.csv").read_bytes()
     # As a terminal starts it: a process group of its own, and SIGINT not ignored, as it is below a background shell.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    program = start(tmp_path, start_new_session=True, preexec_fn=heard)
-    said = ""
-    while "checking" not in said:
-        character = program.stderr.read(1)
-        assert character, said  # it has ended
-        said += character
-    time.sleep(0.2)
+    program = subprocess.Popen(
+        [sys.executable, "-m", "dcase.prepare", "--dataset_dir", str(tmp_path), "--num_workers", "1"],
+        cwd=ROOT,
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    children = Path(f"/proc/{program.pid}/task/{program.pid}/children")
+    while not children.read_text():  # it has started to read
+        assert program.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)  # Python loses a signal that arrives while it forks
     os.killpg(program.pid, signal.SIGINT)
-    said += program.communicate(timeout=60)[1]
+    said = program.communicate(timeout=60)[1]
     assert program.returncode == 130 and "Traceback" not in said and "stopped by the keyboard" in said
     assert (tmp_path / "meta_clean.csv").read_bytes() == old
     assert not (tmp_path / "meta_excluded.csv").exists()
