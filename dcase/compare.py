@@ -43,7 +43,7 @@ def main() -> None:
         print("\n".join([*said, ""]))
     if not finished:
         raise UserError(f"none of these {len(run_ids)} runs has results to compare")
-    groups = in_order(grouped(finished, config.project_name), config.sort)
+    groups = in_order(grouped(finished), config.sort)
     print(report(groups))
     if config.csv:
         write_csv(groups, Path(config.csv))

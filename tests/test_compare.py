@@ -13,11 +13,12 @@ import torch
 from conftest import read_results, refusal
 
 from dcase import compare, errors
-from dcase.compare import CompareConfig, grouped, read_all, read_finished
+from dcase.compare import CompareConfig
 from dcase.data.tau22 import DEVICES, SCENES
 from dcase.machine import MachineConfig
 from dcase.model import metrics
-from dcase.report import run_files
+from dcase.report.compare import grouped, read_all
+from dcase.report.run_files import read_finished
 from dcase.runs.config import BaseConfig, DeviceConfig, StorageConfig, to_plain
 from dcase.runs.config import TestConfig as ConfigOfTest
 
@@ -128,7 +129,7 @@ def test_stage_2_of_several_seeds_stands_together_through_its_stage_1():
     make_run("tuned9", results_of({"all": 11}), DeviceConfig(ckpt_id="base9"))
     make_run("orphan", results_of({"all": 11}), DeviceConfig(ckpt_id="gone"))
     runs, said = read_all(P, ["tuned0", "tuned1", "tuned9", "orphan"])
-    assert [group.ids for group in grouped(runs, P)] == ["tuned0 tuned1", "tuned9", "orphan"] and not said
+    assert [group.ids for group in grouped(runs)] == [["tuned0", "tuned1"], ["tuned9"], ["orphan"]] and not said
 
 
 def test_names_machines_and_places_make_no_difference():
@@ -140,7 +141,7 @@ def test_names_machines_and_places_make_no_difference():
         machine=replace(config.machine, num_workers=0),
     )
     make_run("two", results_of({"all": 10}), other, seed=1)
-    assert len(grouped(read_all(P, ["one", "two"])[0], P)) == 1
+    assert len(grouped(read_all(P, ["one", "two"])[0])) == 1
 
 
 def test_a_run_from_before_a_flag_was_there_has_its_default():
@@ -150,7 +151,7 @@ def test_a_run_from_before_a_flag_was_there_has_its_default():
     del content["config"]["fit"]["ema_decay"]
     path.write_text(json.dumps(content))
     make_run("new", results_of({"all": 10}), seed=1)
-    assert len(grouped(read_all(P, ["old", "new"])[0], P)) == 1
+    assert len(grouped(read_all(P, ["old", "new"])[0])) == 1
 
 
 def test_runs_that_cannot_be_compared_get_a_line(capsys, monkeypatch):
@@ -234,10 +235,10 @@ def test_a_test_that_failed_cannot_be_resumed_but_given_again(capsys, monkeypatc
     out = run_compare(capsys, monkeypatch, "--all")[1]
     assert "test failed has no results.json" in out and "--resume" not in out
     assert "run test_only.py --ckpt_path P/base/checkpoints/best.ckpt again; P/failed/ can be deleted" in out
-    message = refusal(run_files.read_finished, Path("P/failed"))
-    assert "run test_only.py again" in message and "--resume" not in message
+    message = refusal(read_finished, Path("P/failed"))
+    assert "run test_only.py --ckpt_path P/base/checkpoints/best.ckpt again" in message and "--resume" not in message
     make_run("stopped", None)
-    assert "--resume" in refusal(run_files.read_finished, Path("P/stopped"))
+    assert "--resume" in refusal(read_finished, Path("P/stopped"))
 
 
 def test_sorting_by_size_puts_the_smallest_first(capsys, monkeypatch):
@@ -299,7 +300,7 @@ def test_which_runs_must_be_said(capsys, monkeypatch):
 
 def test_a_run_of_the_scripts(general_run, monkeypatch):
     monkeypatch.chdir(general_run.parent.parent)
-    finished = read_finished("P", general_run.name)
+    (finished,), _ = read_all("P", [general_run.name])
     assert finished.flags["embed_dim"] == 16
     assert finished.figure("macro_avg_acc") == read_results(general_run)["macro_avg_acc"]
     assert finished.figure("complexity/macs") > 0

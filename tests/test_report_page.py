@@ -26,10 +26,10 @@ from dcase.report import bootstrap, mistakes, sounds, tested
 from dcase.report.__main__ import main
 from dcase.report.bootstrap import BINS, Figures, reliability
 from dcase.report.comparison import write_comparison
+from dcase.report.groups import Group, grouped
 from dcase.report.page import write_page
 from dcase.report.predictions import Predictions, read_predictions, write_predictions
 from dcase.report.run_files import read_finished
-from dcase.report.seeds import Spread, by_configuration
 from dcase.report.tables import own_models
 from dcase.report.words import percent, title
 from dcase.runs.config import DeviceConfig
@@ -249,9 +249,9 @@ def test_a_test_shows_how_its_checkpoint_was_trained(project, tmp_path):
 def test_predictions_of_another_test_are_not_shown(project, tmp_path):
     run = write_run(tmp_path / "mixed", made_up(), project.parent / "data")
     write_predictions(made_up(seed=5), run / "predictions.csv")
-    assert "is of another test" in read_finished(run).missing
+    assert "comes from another test" in read_finished(run).missing
     change(run, "results.json", lambda r: r.update(n_clips=7))
-    assert "is of another test" in read_finished(run).missing
+    assert "comes from another test" in read_finished(run).missing
 
 
 def test_without_recordings_there_are_words_alone(project, tmp_path):
@@ -567,9 +567,9 @@ def test_comparison(project):
     assert [tram[0], tram[1], tram[4]] == [percent(r["scene_acc"]["tram"]) for r in (one, two, other)]
     device = parsed.rows("device-table")["S4"]
     assert device[2].rstrip(" *") == f"{100 * (two['device_acc']['s4'] - one['device_acc']['s4']):+.2f}"
-    spread = Spread.of([one["macro_avg_acc"], two["macro_avg_acc"]])
-    assert spread.deviation == pytest.approx(np.std([one["macro_avg_acc"], two["macro_avg_acc"]], ddof=1))
-    assert parsed.tables["seed-table"][1][1:3] == ["0, 1", f"{percent(spread.mean)} ± {percent(spread.deviation)}"]
+    accuracies = [one["macro_avg_acc"], two["macro_avg_acc"]]
+    spread = f"{percent(np.mean(accuracies))} ± {percent(np.std(accuracies, ddof=1))}"
+    assert parsed.tables["seed-table"][1][1:3] == ["0, 1", spread]
     assert parsed.tables["seed-table"][2][2] == percent(other["macro_avg_acc"])
     assert parsed.rows("differing") == {
         "--seed": ["0", "1", "0"], "--lr": ["0.005", "0.005", "0.001"],
@@ -681,10 +681,10 @@ def test_runs_of_other_clips_are_compared_without_intervals(project, tmp_path):
 
 def test_seeds_stand_together(project):
     runs = [read_finished(project / name) for name in ("one", "other", "two")]
-    assert [[run.id for run in group] for group in by_configuration(runs)] == [["one", "two"], ["other"]]
+    assert [group.ids for group in grouped(runs)] == [["one", "two"], ["other"]]
     larger = dict(runs[2].config, machine={**runs[2].config.get("machine", {}), "batch_size": 99})
-    assert len(by_configuration([runs[0], replace(runs[2], config=larger)])) == 2  # another batch size is no other seed
-    assert Spread.of([1.0]) == (1.0, None) and Spread.of([1.0, None]) is None
+    assert len(grouped([runs[0], replace(runs[2], config=larger)])) == 2  # another batch size is no other seed
+    assert Group(runs[:1]).deviation("acc") is None
 
 
 def test_the_command(script, project):

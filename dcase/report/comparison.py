@@ -17,12 +17,12 @@ from dcase.report import setup, svg
 from dcase.report.bootstrap import FEWEST, Estimate, Figures, reliability
 from dcase.report.devices import matrix_table
 from dcase.report.gallery import Gallery
+from dcase.report.groups import grouped
 from dcase.report.html import Html, cell, el, join, link, section, table
 from dcase.report.learning import overlaid
 from dcase.report.page import Part, document, how_intervals, main, navigation
 from dcase.report.predictions import Predictions
 from dcase.report.run_files import Finished
-from dcase.report.seeds import Spread, by_configuration, per_seed, seeds_of
 from dcase.report.sounds import data_folder
 from dcase.report.tables import own_models
 from dcase.report.words import difference, interval, members, percent, title
@@ -177,23 +177,19 @@ def _difference_cells(estimate: Estimate, i: int) -> list[object]:
 
 
 def seeds(runs: list[Compared]) -> Html:
-    groups = by_configuration([compared.run for compared in runs])
-    if all(len(group) == 1 for group in groups):
+    groups = grouped([compared.run for compared in runs])
+    if all(len(group.runs) == 1 for group in groups):
         return Html("")
-    names = ["macro_avg_acc", *DEVICE_GROUPS]
-    rows, first = [], None
+    places = ["macro_avg_acc", *(f"device_group_acc/{group}" for group in DEVICE_GROUPS)]
+    rows, first = [], groups[0]
     for group in groups:
-        seed_of_each = [seeds_of(run) for run in group]
-        found = [Spread.of(per_seed([_figure(run, name) for run in group], seed_of_each)) for name in names]
-        first = first or found[0]
-        shown = [_spread(spread) for spread in found]
-        losses = Spread.of(per_seed([run.results["loss"] for run in group], seed_of_each))
-        loss = "-" if losses is None else f"{losses.mean:.4f}"
-        loss += "" if losses is None or losses.deviation is None else f" ± {losses.deviation:.4f}"
-        other = group is not groups[0] and group[0].tested_on == groups[0][0].tested_on
-        less = difference(found[0].mean - first.mean) if other and first and found[0] else "-"
-        given = ", ".join("?" if run.seed is None else str(run.seed) for run in group)
-        rows.append([f"{group[0].name} ({', '.join(run.id for run in group)})", given, *shown, loss, less])
+        found = [_spread(group.mean(place), group.deviation(place), percent) for place in places]
+        loss = _spread(group.mean("loss"), group.deviation("loss"), lambda value: f"{value:.4f}")
+        mean, base = group.mean("macro_avg_acc"), first.mean("macro_avg_acc")
+        other = group is not first and group.tested_on == first.tested_on and None not in (mean, base)
+        given = ", ".join("?" if run.seed is None else str(run.seed) for run in group.runs)
+        label = f"{group.name} ({', '.join(group.ids)})"
+        rows.append([label, given, *found, loss, difference(mean - base) if other else "-"])
     groups_of = [f"{title(group)} ({members(group)})" for group in DEVICE_GROUPS]
     header = ["Configuration", "Seeds", "Macro-average accuracy", *groups_of]
     caption = (
@@ -203,14 +199,10 @@ def seeds(runs: list[Compared]) -> Html:
     return table("seed-table", caption, [*header, "Log loss", "Difference"], rows)
 
 
-def _figure(run: Finished, name: str) -> float | None:
-    return run.results["device_group_acc"][name] if name in DEVICE_GROUPS else run.results[name]
-
-
-def _spread(spread: Spread | None) -> str:
-    if spread is None:
+def _spread(mean, deviation, text) -> str:
+    if mean is None:
         return "-"
-    return percent(spread.mean) + ("" if spread.deviation is None else f" ± {percent(spread.deviation)}")
+    return text(mean) + ("" if deviation is None else f" ± {text(deviation)}")
 
 
 def by_device(runs: list[Compared]) -> Html:

@@ -1,31 +1,34 @@
-"""What a run has left in its folder, read for its page: plain files alone, no checkpoint."""
+"""A tested run, read from its folder: plain files only, no checkpoint."""
 
 import csv
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from dcase.data.tau22 import TEST_CLIPS
+from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES, TEST_CLIPS
 from dcase.errors import UserError, one_line
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
+from dcase.runs.config import BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
 from dcase.runs.folder import kind_of, run_of
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name of a metric -> optimiser steps, values
+CONFIGS = {"general": BaseConfig, "device-specific": DeviceConfig, "test": TestConfig}  # by `kind_of`
+_OF_TRAINING = {"batch_size", "devices", "num_nodes"}  # a test has these flags too, but they hardly change its figures
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """A run that has been tested."""
+    """A run that has been tested. Large files are read when they are first needed."""
 
-    id: str
     folder: Path
-    results: dict  # of results.json
-    config: dict  # of config.json's "config"; empty where there is none
-    made: dict  # what else config.json holds: versions, command, commit
-    curves: Curves
-    predictions: Predictions | None
-    missing: str = ""  # why there are no predictions
-    trained_by: "Finished | None" = None  # of a test alone: the run whose checkpoint it tested, where it is there
+    results: dict  # results.json
+    config: dict  # "config" in config.json; empty where that is missing or damaged
+    made: dict  # the rest of config.json: versions, command, commit
+
+    @property
+    def id(self) -> str:
+        return self.folder.name
 
     @property
     def name(self) -> str:
@@ -34,120 +37,149 @@ class Finished:
 
     @property
     def kind(self) -> str:
-        """`runs.kind_of`; "" where there is no config.json."""
+        """The kind from `kind_of`; "" without a configuration."""
         return kind_of(self.config) if self.config else ""
 
     @property
+    def seed(self) -> int | None:
+        return self.flags.get("seed")
+
+    @property
+    def commit(self) -> str:
+        """The short git commit of the code; "-" where it is not known."""
+        return (self.made.get("commit") or "-")[:7]
+
+    @property
     def tested_on(self) -> tuple[str, int]:
-        """Runs where it is not the same cannot be compared."""
+        """The data and the number of clips. Runs where these differ cannot be compared."""
         return self.results["data"], self.results["n_clips"]
 
     @property
+    def comparable(self) -> bool:
+        """Whether the test covers TAU22's whole test split, like the published figures."""
+        return self.tested_on == ("TAU22", TEST_CLIPS)
+
+    @property
     def devices(self) -> list[str]:
-        """Those that the test has clips of."""
+        """Devices with test clips."""
         return [device for device, acc in self.results["device_acc"].items() if acc is not None]
 
     @property
     def groups(self) -> list[str]:
-        """Of devices: those that the test has clips of."""
+        """Groups of devices with test clips."""
         return [group for group, acc in self.results["device_group_acc"].items() if acc is not None]
 
     @property
     def fine_tuning(self) -> dict[str, dict]:
-        """What stage 2 came to, of each device (see `tables.fine_tuning_rows`); empty of a general model."""
+        """Stage 2's outcome per device (see `tables.fine_tuning_rows`); empty for a general model."""
         return self.results.get("fine_tuning") or self.training.results.get("fine_tuning") or {}
 
-    @property
-    def comparable(self) -> bool:
-        """With the published figures: TAU22, the whole test split."""
-        return self.results["data"] == "TAU22" and self.results["n_clips"] == TEST_CLIPS
+    def figure(self, place: str) -> float | None:
+        """Return a figure of results.json by its place, as "loss" or "scene_acc/bus"; None where it is missing."""
+        part, _, name = place.partition("/")
+        value = self.results.get(part)
+        return (value or {}).get(name) if name else value
+
+    @cached_property
+    def trained_by(self) -> "Finished | None":
+        """The run whose checkpoint this test loaded, where that run is still there."""
+        tested = run_of(self.config["ckpt_path"]) if self.config.get("ckpt_path") else None
+        if tested is None or tested.folder.resolve() == self.folder.resolve():
+            return None
+        return read_unfinished(tested.folder)
 
     @property
     def training(self) -> "Finished":
-        return self.trained_by or self
+        """The run that trained the model: this one, unless it is a test."""
+        return self.trained_by.training if self.trained_by else self
+
+    @cached_property
+    def flags(self) -> dict:
+        """Every flag and its value; a flag that is newer than the run has today's default. A test also has the flags
+        of the run whose model it tested."""
+        if not self.config:
+            return {}
+        own = {}
+        for name, value in to_plain(from_plain(CONFIGS[self.kind], self.config)).items():
+            own |= value if isinstance(value, dict) else {name: value}
+        if self.trained_by is None:
+            return own
+        given = {name: value for name, value in own.items() if value is not None and name not in _OF_TRAINING}
+        return self.trained_by.flags | given
 
     @property
-    def seed(self) -> int | None:
-        return (self.training.config.get("fit") or {}).get("seed")
+    def predictions(self) -> Predictions | None:
+        return self._predictions[0]
+
+    @property
+    def missing(self) -> str:
+        """Why there are no predictions; "" where there are."""
+        return self._predictions[1]
+
+    @cached_property
+    def _predictions(self) -> tuple[Predictions | None, str]:
+        path = self.folder / PREDICTIONS_CSV
+        if not path.is_file():
+            return None, f"This run has no {PREDICTIONS_CSV}: it was tested by an earlier version."
+        try:
+            predictions = read_predictions(path)
+        except UserError as error:
+            return None, f"{error}."
+        # Rounding to four decimals can turn a tie, so one clip in a thousand may differ.
+        counted = predictions.confusion.sum(0).ravel().tolist()
+        kept = sum(map(min, counted, (clips for row in self.results["confusion"] for clips in row)))
+        if len(predictions) != self.results["n_clips"] or kept < 0.999 * len(predictions):
+            return None, f"{PREDICTIONS_CSV} comes from another test than results.json."
+        return predictions, ""
+
+    @cached_property
+    def curves(self) -> Curves:
+        """metrics.csv. A row that a kill cut short is left out; of a step logged twice, the last row counts."""
+        found: dict[str, dict[int, float]] = {}
+        try:
+            with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
+                for row in list(csv.reader(file))[1:]:
+                    try:
+                        step, name, value = row
+                        found.setdefault(name, {})[int(step)] = float(value)
+                    except ValueError:
+                        continue
+        except (OSError, ValueError):
+            return {}
+        return {name: ([*sorted(points)], [points[s] for s in sorted(points)]) for name, points in found.items()}
+
+
+def read_unfinished(folder: Path) -> Finished:
+    """Return a run that may have no results; a file that is missing or damaged counts as empty."""
+    made = _read_object(folder / "config.json")
+    config = made.pop("config", None)
+    return Finished(folder, _read_object(folder / "results.json"), config if isinstance(config, dict) else {}, made)
 
 
 def read_finished(folder: Path) -> Finished:
-    """Raises `UserError`, naming the file, where results.json is missing or damaged."""
-    return _read(folder, _read_results(folder), with_trained_by=True)
-
-
-def _read(folder: Path, results: dict, with_trained_by: bool) -> Finished:
-    made = _read_object(folder / "config.json")
-    config = made.pop("config", None)
-    config = config if isinstance(config, dict) else {}
-    predictions, missing = _predictions(folder, results) if with_trained_by else (None, "")
-    trained_by = _trained_by(folder, config) if with_trained_by else None
-    curves = _read_curves(folder / "metrics.csv")
-    return Finished(folder.name, folder, results, config, made, curves, predictions, missing, trained_by)
-
-
-def _read_results(folder: Path) -> dict:
-    path = folder / "results.json"
-    again = "the run has not been tested to its end: --resume it, or test its checkpoint with test_only.py"
-    if kind_of(_read_object(folder / "config.json").get("config") or {}) == "test":
-        again = "the test has not come to its end: run test_only.py again"
+    """Raise `UserError`, naming the file, where results.json is missing or damaged."""
+    run, path = read_unfinished(folder), folder / "results.json"
+    if not path.is_file() and run.kind == "test":
+        again = f"run test_only.py --ckpt_path {run.config['ckpt_path']} again; {folder}/ can be deleted"
+        raise UserError(f"test {run.id} has no results.json: it did not finish and cannot be resumed: {again}")
+    if not path.is_file():
+        raise UserError(f"run {run.id} has no results.json: it has not been tested to its end: --resume it")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("macro_avg_acc", "acc", "loss", "scene_acc", "device_acc", "device_group_acc", "n_clips"):
+        for name in ("macro_avg_acc", "acc", "loss", "n_clips", "confusion"):
             results[name]
-        return {"data": "", "note": "", **results}
+        for part, names in (("scene_acc", SCENES), ("device_acc", DEVICES), ("device_group_acc", DEVICE_GROUPS)):
+            for name in names:
+                results[part][name]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): {again}") from error
+        raise UserError(f"{path} cannot be read ({one_line(error)}): test the run again with test_only.py") from error
+    return Finished(folder, {"data": "", "note": "", **results}, run.config, run.made)
 
 
 def _read_object(path: Path) -> dict:
-    """Of JSON; empty where it is missing or damaged: a page without it says so."""
+    """Return a JSON object; an empty one where the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _predictions(folder: Path, results: dict) -> tuple[Predictions | None, str]:
-    """The predictions, or why there are none."""
-    path = folder / PREDICTIONS_CSV
-    if not path.is_file():
-        return None, f"This run has no {PREDICTIONS_CSV}: it was tested before there was one."
-    try:
-        predictions = read_predictions(path)
-    except UserError as error:
-        return None, f"{error}."
-    # Rounding to four decimals can turn a tie, so a clip in a thousand may differ.
-    counted = predictions.confusion.sum(0).ravel().tolist()
-    kept = sum(map(min, counted, (clips for row in results["confusion"] for clips in row)))
-    if len(predictions) != results["n_clips"] or kept < 0.999 * len(predictions):
-        return None, f"{PREDICTIONS_CSV} is of another test than results.json."
-    return predictions, ""
-
-
-def _read_curves(path: Path) -> Curves:
-    """Of metrics.csv. A row that a kill has cut is left out; of a step that was logged twice, the last counts."""
-    found: dict[str, dict[int, float]] = {}
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in list(csv.reader(file))[1:]:
-                try:
-                    step, name, value = row
-                    found.setdefault(name, {})[int(step)] = float(value)
-                except ValueError:
-                    continue
-    except (OSError, ValueError):
-        return {}
-    return {name: ([*sorted(points)], [points[s] for s in sorted(points)]) for name, points in found.items()}
-
-
-def _trained_by(folder: Path, config: dict) -> Finished | None:
-    tested = tested_run(folder, config)
-    return _read(tested, _read_object(tested / "results.json"), with_trained_by=False) if tested else None
-
-
-def tested_run(folder: Path, config: dict) -> Path | None:
-    """The run of --ckpt_path, where that is another one."""
-    found = run_of(config["ckpt_path"]) if config.get("ckpt_path") else None
-    return found.folder if found and found.folder.resolve() != folder.resolve() else None

@@ -59,3 +59,8 @@ def brackets(estimate: Interval) -> str:
 def aside(estimate: Interval) -> str:
     """ "3.20 points above" what a difference is to."""
     return f"{abs(100 * estimate.value):.2f} points {'above' if estimate.value >= 0 else 'below'}"
+
+
+def shown(value: object) -> str:
+    """Return a flag's value as on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
