@@ -1,11 +1,11 @@
 """Stage 1: train one Audio Mamba for all recording devices (the general model), then test it once.
 
     python train_base.py --dataset_dir /data/TAU22 --model aum_small
-    python train_base.py --model aum_nano --n_epochs 20        # without a data folder: synthetic data, on a laptop
-    python train_base.py --model aum_nano --teacher RUN_ID     # learn from another run's model, too
+    python train_base.py --model aum_nano --n_epochs 20        # on a laptop, with synthetic data
+    python train_base.py --model aum_nano --teacher RUN_ID     # also learn from another run's model
     python train_base.py --pretrained vim_s.pth --layer_decay 0.75    # start from a published model's weights
     python train_base.py --seeds 3                             # three runs, their mean and deviation
-    python train_base.py --resume RUN_ID                       # go on after an interruption
+    python train_base.py --resume RUN_ID                       # continue after an interruption
 
 The run goes to <project_name>/<run_id>/; its id is what train_device_specific.py takes as --ckpt_id.
 """

@@ -1,8 +1,8 @@
 """Stage 2: fine-tune the general model for each known recording device, then test all of them once.
 
     python train_device_specific.py --ckpt_id RUN_ID --dataset_dir /data/TAU22
-    python train_device_specific.py --resume RUN_ID            # go on after an interruption
-    python train_device_specific.py --ckpt_id RUN_ID --only_devices a,b     # a share of the work, for one of several
+    python train_device_specific.py --resume RUN_ID            # continue after an interruption
+    python train_device_specific.py --ckpt_id RUN_ID --only_devices a,b     # one of several parts
 
 RUN_ID of --ckpt_id is the run id that train_base.py printed. Model, front end and split are the general model's; a
 flag that contradicts them stops the script. A device's model is kept only if it is clearly better than the general one
@@ -35,7 +35,7 @@ def main() -> None:
     config, sound = open_sound(config, source.folder)
     train = with_sound(clips[0], sound)
     if clips[1] is not None:
-        with_sound(clips[1], sound, like=train)  # found out now, not at its first device
+        with_sound(clips[1], sound, like=train)  # mistakes are found now, not at the first device
     test = with_sound(source.test, sound, like=train)
 
     module = SceneClassifier.from_checkpoint(checkpoint, config)

@@ -114,7 +114,7 @@ def wandb_logger(config: EvalConfig, run: Run) -> Wandb | None:
     for mode in {"disabled": (), "offline": ("offline",)}.get(given, (given, "offline")):
         try:
             experiment, mode = _start_wandb(mode, config, run)
-        except Exception as error:  # whatever fails in W&B, its folder or the network, the run goes on
+        except Exception as error:  # W&B, its folder or the network: the run goes on without it
             what = f"W&B cannot be used {mode if mode == 'offline' else 'online'}"
             print(f"{what} ({type(error).__name__}: {one_line(error)}); metrics go to {run.folder}")
             _end_wandb()  # it would hold on to the run's id

@@ -98,7 +98,7 @@ class Classifier(pl.LightningModule):
             raise UserError("--init_from: that run's model is of another kind than --model: give the same") from error
 
     def start_from_file(self, path: str, grid: tuple[int, int] | None) -> None:
-        """Take the weights of a checkpoint file (--pretrained), and print what became of each. The log-mel's
+        """Take the weights of a checkpoint file (--pretrained), and print what each was used for. The log-mel's
         normalisation stays this run's.
 
         Raises `UserError` where the file cannot be read, is incomplete, or does not fit the model.

@@ -48,11 +48,11 @@ class Outcome:
     lr: float | None = None
     epoch: int | None = None
 
-    def line(self, device_id: str) -> str:
-        figures = ""
-        if self.general is not None and self.fine_tuned is not None:
-            figures = f" ({100 * self.general:.2f} -> {100 * self.fine_tuned:.2f} % on {self.n_val} validation clips)"
-        return f"device {device_id}: {'own model kept' if self.kept else 'general model stays'}: {self.reason}{figures}"
+    def __str__(self) -> str:
+        said = f"{'own model kept' if self.kept else 'general model stays'}: {self.reason}"
+        if self.general is None:
+            return said
+        return f"{said} ({100 * self.general:.2f} -> {100 * self.fine_tuned:.2f} % on {self.n_val} validation clips)"
 
 
 def fine_tune(
@@ -78,7 +78,7 @@ def fine_tune(
         outcome = _decide(device_id, general, clips, like, config, folder, list(loggers), teachers)
         if is_main():
             write_json(decision, dataclasses.asdict(outcome))
-    print(outcome.line(device_id))
+    print(f"device {device_id}: {outcome}")
     return outcome, load_checkpoint(folder / TUNED)["state_dict"] if outcome.kept else None
 
 

@@ -90,14 +90,13 @@ class KeepCheckpoints(Checkpoint):
         # Between optimiser steps only. An epoch's last batch leaves it to the epoch's end.
         last = batch_idx + 1 == trainer.num_training_batches
         if not last and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.stopped_by = self._stop_asked(trainer)
+            self.stopped_by = self._signal(trainer)
             if self.stopped_by:
                 module.train_loss = sum_over_all(module.train_loss)  # the epoch goes on from the main process's file
                 self._save(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args) -> None:
-        if self.stopped_by:  # not sooner: Lightning still had to log the last batch
-            self._stop(trainer)
+        self._stop(trainer)  # not sooner: Lightning still had to log the last batch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
         for name, parameter in module.named_parameters():
@@ -114,9 +113,7 @@ class KeepCheckpoints(Checkpoint):
         if self.every_n_epochs:
             self.validation_due = epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
         self._save(trainer)
-        self.stopped_by = self._stop_asked(trainer)
-        if self.stopped_by:
-            self._stop(trainer)
+        self._stop_if_asked(trainer)
         if self.validation_due:
             self._validate(trainer, module)
 
@@ -145,22 +142,23 @@ class KeepCheckpoints(Checkpoint):
                 logger.keep_checkpoints()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args) -> None:
-        self.stopped_by = self._stop_asked(trainer)
-        if self.stopped_by:
-            self._stop(trainer)  # last.ckpt holds the epoch; its validation is done again
+        self._stop_if_asked(trainer)  # last.ckpt holds the epoch; its validation is done again
 
     def _save(self, trainer: pl.Trainer) -> None:
         trainer.save_checkpoint(self.folder / "last.ckpt")
 
-    def _stop_asked(self, trainer: pl.Trainer) -> int:
+    def _signal(self, trainer: pl.Trainer) -> int:
         return largest_of_all(self.stop.received, trainer.strategy.root_device)
 
+    def _stop_if_asked(self, trainer: pl.Trainer) -> None:
+        self.stopped_by = self._signal(trainer)
+        self._stop(trainer)
+
     def _stop(self, trainer: pl.Trainer) -> None:
-        raise Stopped(
-            self.stopped_by,
-            f"stopped by {signal.Signals(self.stopped_by).name}, saved in epoch {trainer.current_epoch + 1} after "
-            f"{trainer.global_step} steps in all",
-        )
+        if self.stopped_by:
+            name, epoch = signal.Signals(self.stopped_by).name, trainer.current_epoch + 1
+            said = f"stopped by {name}, saved in epoch {epoch} after {trainer.global_step} steps in all"
+            raise Stopped(self.stopped_by, said)
 
     def state_dict(self) -> dict:
         return {name: getattr(self, name) for name in ("best_score", "best_loss", "best_epoch", "validation_due")}
@@ -249,9 +247,7 @@ def make_trainer(
             "check_val_every_n_epoch": config.fit.n_epochs + 1,  # never: KeepCheckpoints validates
             "accumulate_grad_batches": config.fit.accumulate_grad_batches,
             "gradient_clip_val": config.fit.gradient_clip_val or None,
-            "callbacks": [checkpoints],
         }
-    fit["callbacks"] = [*fit.get("callbacks", [PlainSignals()]), Bars()]
     try:
         trainer = pl.Trainer(
             accelerator=machine.accelerator,
@@ -263,6 +259,7 @@ def make_trainer(
             default_root_dir=folder,
             logger=loggers,
             plugins=[SafeCheckpoints()],
+            callbacks=[checkpoints or PlainSignals(), Bars()],
             enable_model_summary=False,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,  # loading.Batches knows the processes

@@ -52,7 +52,7 @@ class SceneClassifier(Classifier):
             self.augment = Augment(config.augment, config.logmel, frames)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # Augmentation and dropout depend on seed, epoch, batch and process alone, wherever a run was interrupted.
+        # Augmentation and dropout depend only on seed, epoch, batch and process, not on where a run was interrupted.
         torch.manual_seed(mixed_seed(self.config.fit.seed, self.current_epoch, batch_idx, self.global_rank))
         if 0 < self.freeze_epochs >= self.current_epoch:
             self.train()  # not in on_train_epoch_start, which an epoch that is resumed in its middle does not have

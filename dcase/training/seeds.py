@@ -31,16 +31,11 @@ class Series:
     args: list[str]  # of train_base.py, for every seed
     runs: dict[int, str]  # seed -> run id
 
-    @property
-    def id(self) -> str:
-        return self.path.stem
+    def write(self, **more: object) -> None:
+        write_json(self.path, {"args": self.args, "runs": {str(seed): id for seed, id in self.runs.items()}, **more})
 
-    @property
-    def project_name(self) -> str:
-        return str(self.path.parent)
-
-    def content(self) -> dict:
-        return {"args": self.args, "runs": {str(seed): run_id for seed, run_id in self.runs.items()}}
+    def run(self, seed: int) -> Run:
+        return Run(self.path.parent / self.runs[seed])
 
 
 def train_each(description: str) -> bool:
@@ -50,24 +45,24 @@ def train_each(description: str) -> bool:
     """
     args = sys.argv[1:]
     series, further = _to_resume(args)
-    if series is None:
-        series = _new(args, description)
+    series = series or _new(args, description)
     if series is None:
         return False
+    project_name = str(series.path.parent)
     for i, (seed, run_id) in enumerate(series.runs.items(), 1):
-        run = Run(series.path.parent / run_id)
+        run = series.run(seed)
         if (run.folder / "results.json").is_file():
             print(f"seed {seed}: run {run_id} is finished")
             continue
         print(f"\nseed {seed}, {i} of {len(series.runs)}: run {run_id}", flush=True)
         begin = [*series.args, "--seed", str(seed), "--run_id", run_id]
-        go_on = ["--resume", run_id, "--project_name", series.project_name]
-        code = _run([*(go_on if run.has_config() else begin), *further], series.id)
+        resume = ["--resume", run_id, "--project_name", project_name]
+        code = _run([*(resume if run.has_config() else begin), *further], series.path.stem)
         if code:
-            how = resume_command(SCRIPT.name, series.id, series.project_name)
+            how = resume_command(SCRIPT.name, series.path.stem, project_name)
             print(f"\nseed {seed} (run {run_id}) ended with exit code {code}; go on with: {how}", file=sys.stderr)
             sys.exit(code)
-    _tell(series)
+    _finish(series, project_name)
     return True
 
 
@@ -93,7 +88,7 @@ def _new(args: list[str], description: str) -> Series | None:
     if path.exists():
         raise UserError(f"--run_id {series_id}: {path} is there already: --resume it, or give another id")
     series = Series(path, rest, {seed: f"{series_id}-{seed}" for seed in seeds})
-    write_json(path, series.content())
+    series.write()
     print(f"{len(seeds)} seeds, runs {', '.join(series.runs.values())}; after an interruption: --resume {series_id}")
     return series
 
@@ -132,9 +127,9 @@ def _run(args: list[str], series_id: str) -> int:
     return code if code >= 0 else 128 - code  # as a shell returns it
 
 
-def _tell(series: Series) -> None:
+def _finish(series: Series, project_name: str) -> None:
     """Write mean and deviation into the series' file, and print them."""
-    finished, said = compare.read_all(series.project_name, list(series.runs.values()))
+    finished, said = compare.read_all(project_name, list(series.runs.values()))
     if said:
         raise UserError(said[0])
     together = compare.Group(finished)
@@ -143,9 +138,8 @@ def _tell(series: Series) -> None:
         mean = together.mean(place)
         if mean is not None and name not in compare.COUNTS:
             figures[place] = {"mean": mean, "deviation": together.deviation(place)}
-    write_json(series.path, series.content() | {"figures": figures})
+    series.write(figures=figures)
     print(f"\n{compare.report([together])}\n\nMean and deviation of all figures: {series.path}")
+    place = same_place(from_plain(BaseConfig, series.run(min(series.runs)).read_config()))
     ids = " ".join(series.runs.values())
-    any_run = Run(series.path.parent / next(iter(series.runs.values())))
-    place = same_place(from_plain(BaseConfig, any_run.read_config()))
     print(f"next: for run in {ids}; do python train_device_specific.py --ckpt_id $run {place}; done")
