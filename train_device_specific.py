@@ -19,7 +19,8 @@ from dcase.machine import is_main
 from dcase.runs.checkpoints import save_checkpoint
 from dcase.runs.config import parse_device_specific, same_place, start_run, with_data_of
 from dcase.runs.loggers import open_loggers
-from dcase.training import evaluation, fine_tuning, fit
+from dcase.training import evaluation, fit
+from dcase.training.fine_tuning import FineTuning
 from dcase.training.lit import SceneClassifier
 from dcase.training.teachers import load_teachers
 
@@ -48,9 +49,10 @@ def main() -> None:
     run = start_run(config, run)
 
     with open_loggers(config, run) as loggers:
+        tuning = FineTuning(module, clips, train, config, run, loggers, teachers)
         outcomes, weights = {}, {}
         for device_id in config.devices_to_tune:
-            outcome, kept = fine_tuning.fine_tune(device_id, module, clips, train, config, run, loggers, teachers)
+            outcome, kept = tuning.tune(device_id)
             outcomes[device_id] = dataclasses.asdict(outcome)
             if kept:
                 weights[device_id] = kept

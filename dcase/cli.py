@@ -18,7 +18,7 @@ import tyro
 Config = TypeVar("Config")
 
 _registry = tyro.constructors.ConstructorRegistry()
-_asking = False  # whether `_one_paragraph` is waiting for tyro's own rules
+_TYROS = "by tyro's own rules"  # marks `_one_paragraph`'s question
 
 
 @_registry.primitive_rule
@@ -48,14 +48,9 @@ def _integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pr
 def _one_paragraph(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.StructConstructorSpec | None:
     """Take tyro's own reading of a dataclass, with each field's help as one paragraph: tyro keeps the source's line
     breaks."""
-    global _asking
-    if _asking:
-        return None  # this question is ours: tyro's own rules answer it
-    _asking = True
-    try:
-        spec = _registry.get_struct_spec(info)
-    finally:
-        _asking = False
+    if _TYROS in info.markers:
+        return None
+    spec = _registry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, _TYROS)))
     if not isinstance(spec, tyro.constructors.StructConstructorSpec):
         return None
     fields = (dataclasses.replace(field, helptext=partial(_unfolded, field.helptext)) for field in spec.fields)

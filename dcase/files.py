@@ -55,19 +55,14 @@ def _is_running(pid: int) -> bool:
 
 def keep_copy(path: Path, copy: Path) -> None:
     """Make ``copy`` the same file as ``path``, as a hard link where the file system has them."""
-    beside = copy.with_name(f".{copy.name}.{os.getpid()}")
-    try:
-        _remove_halves(copy)
-        beside.unlink(missing_ok=True)
+
+    def link(beside: Path) -> None:
         try:
             os.link(path, beside)
         except OSError:
             shutil.copyfile(path, beside)
-        os.replace(beside, copy)
-    except OSError as error:
-        raise UserError(f"{copy} cannot be written ({error.strerror}): check rights and space there") from error
-    finally:
-        beside.unlink(missing_ok=True)
+
+    replace_file(copy, link)
 
 
 def write_json(path: Path, content: Any) -> None:

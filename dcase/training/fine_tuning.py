@@ -55,106 +55,105 @@ class Outcome:
         return f"{said} ({100 * self.general:.2f} -> {100 * self.fine_tuned:.2f} % on {self.n_val} validation clips)"
 
 
-def fine_tune(
-    device_id: str,
-    general: SceneClassifier,
-    clips: tuple[Clips, Clips | None],
-    like: TAU22,
-    config: DeviceConfig,
-    run: Run,
-    loggers: Sequence[Logger],
-    teachers: Teachers | None = None,
-) -> tuple[Outcome, dict[str, Tensor] | None]:
-    """Fine-tune the general model on one device's clips. Return (outcome, the model's weights if kept).
+@dataclass(frozen=True)
+class FineTuning:
+    """Stage 2 of one run: what all devices share."""
 
-    ``clips`` are (training, validation) of all devices; ``like`` is their data set, for the clips' length. Where a run
-    is resumed, a finished device is not trained again, and an interrupted one goes on where it was.
-    """
-    folder = run.checkpoints / device_id
-    decision = folder / "outcome.json"
-    if decision.is_file():
-        outcome = Outcome(**json.loads(decision.read_text()))
-    else:
-        outcome = _decide(device_id, general, clips, like, config, folder, list(loggers), teachers)
-        if is_main():
-            write_json(decision, dataclasses.asdict(outcome))
-    print(f"device {device_id}: {outcome}")
-    return outcome, load_checkpoint(folder / TUNED)["state_dict"] if outcome.kept else None
+    general: SceneClassifier
+    clips: tuple[Clips, Clips | None]  # training and validation clips of all devices
+    like: TAU22  # their data set, for the clips' length
+    config: DeviceConfig
+    run: Run
+    loggers: Sequence[Logger]
+    teachers: Teachers | None = None
 
+    def tune(self, device_id: str) -> tuple[Outcome, dict[str, Tensor] | None]:
+        """Fine-tune the general model on one device's clips. Return (outcome, the model's weights if kept).
 
-def _decide(
-    device_id: str,
-    general: SceneClassifier,
-    clips: tuple[Clips, Clips | None],
-    like: TAU22,
-    config: DeviceConfig,
-    folder: Path,
-    loggers: list[Logger],
-    teachers: Teachers | None,
-) -> Outcome:
-    train_clips, val_clips = (part.of_device(device_id) if part is not None else None for part in clips)
-    if not len(train_clips):
-        return Outcome(False, "no training clip of this device")
-    if val_clips is not None and not len(val_clips):
-        return Outcome(False, "no validation clip of this device to compare on", len(train_clips))
-    train_set = TAU22(train_clips, like.sound, like)
-    val_set = TAU22(val_clips, like.sound, like) if val_clips is not None else None
+        Where a run is resumed, a finished device is not trained again, and an interrupted one goes on where it was.
+        """
+        folder = self.run.checkpoints / device_id
+        decision = folder / "outcome.json"
+        if decision.is_file():
+            outcome = Outcome(**json.loads(decision.read_text()))
+        else:
+            outcome = self._decide(device_id, folder)
+            if is_main():
+                write_json(decision, dataclasses.asdict(outcome))
+        print(f"device {device_id}: {outcome}")
+        return outcome, load_checkpoint(folder / TUNED)["state_dict"] if outcome.kept else None
 
-    # Each device has its own seed, so that its result does not depend on which were trained before it.
-    seed = mixed_seed(config.fit.seed, DEVICES.index(device_id)) % 2**32
-    print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
-    tried = []
-    for lr in config.learning_rates:
-        tuned = dataclasses.replace(config, fit=dataclasses.replace(config.fit, seed=seed, lr=lr))
-        pl.seed_everything(seed, workers=True, verbose=False)
-        module = SceneClassifier(tuned, general.frames)
-        module.load_state_dict(general.state_dict())
-        module.choose_trained(config.finetune, config.lora_rank)
-        module.augment.responses = general.augment.responses
-        module.log_prefix, module.clips_id = f"{device_id}/", general.clips_id
-        place = folder
-        if len(config.learning_rates) > 1:
-            place, module.log_prefix = folder / f"lr_{lr:g}", f"{device_id}/lr_{lr:g}/"
-        tried.append((lr, train(module, train_set, val_set, tuned, place, loggers, teachers), module))
-    lr, best, module = max(tried, key=lambda one: (one[1].best_score or 0, -(one[1].best_loss or 0)))
-    with main_first():  # the others read it
-        if is_main():
-            module.load_state_dict(final_state(load_checkpoint(trained_checkpoint(best.folder))))
-            save_checkpoint({"dcase_format": FORMAT, "state_dict": module.merged()}, folder / TUNED)
+    def _decide(self, device_id: str, folder: Path) -> Outcome:
+        train_clips, val_clips = (part.of_device(device_id) if part is not None else None for part in self.clips)
+        if not len(train_clips):
+            return Outcome(False, "no training clip of this device")
+        if val_clips is not None and not len(val_clips):
+            return Outcome(False, "no validation clip of this device to compare on", len(train_clips))
+        train_set = TAU22(train_clips, self.like.sound, self.like)
+        val_set = TAU22(val_clips, self.like.sound, self.like) if val_clips is not None else None
+        lr, best_epoch = self._train(device_id, train_set, val_set, folder)
 
-    counts = {"n_train": len(train_set), "n_val": len(val_set) if val_set else 0, "lr": lr}
-    if val_set is None:
-        return Outcome(True, "nothing was held out to compare on (--val_fraction 0)", **counts)
-    before, loss_before = _compared(general, val_set, config, folder)
-    module = SceneClassifier(config, general.frames)
-    module.load_state_dict(general.state_dict())
-    module.model.load_state_dict(load_checkpoint(folder / TUNED)["state_dict"])
-    after, loss_after = _compared(module, val_set, config, folder)
-    # Not the accuracy: a few clips from two or three places hardly move it, and often by chance.
-    gain, error = mean_and_error(loss_before - loss_after, val_clips.location)
-    is_clear, no_worse = gain > CERTAINTY * error, after[MONITOR] >= before[MONITOR]
-    reason = f"the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.3f} with a standard error of {error:.3f}"
-    if is_clear and not no_worse:
-        reason = f"the accuracy falls, although {reason}"
-    elif gain > 0 and not is_clear:
-        reason += ", which may be chance"
-    return Outcome(
-        is_clear and no_worse,
-        reason,
-        **counts,
-        general=before[MONITOR],
-        fine_tuned=after[MONITOR],
-        general_loss=before["loss"],
-        fine_tuned_loss=after["loss"],
-        gain_error=error if math.isfinite(error) else None,
-        epoch=best.best_epoch,
-    )
+        counts = {"n_train": len(train_set), "n_val": len(val_set) if val_set else 0, "lr": lr}
+        if val_set is None:
+            return Outcome(True, "nothing was held out to compare on (--val_fraction 0)", **counts)
+        before, loss_before = self._test(self.general, val_set, folder)
+        tuned = self._copy(self.config)
+        tuned.model.load_state_dict(load_checkpoint(folder / TUNED)["state_dict"])
+        after, loss_after = self._test(tuned, val_set, folder)
+        # Not the accuracy: a few clips from two or three places hardly move it, and often by chance.
+        gain, error = mean_and_error(loss_before - loss_after, val_clips.location)
+        is_clear, no_worse = gain > CERTAINTY * error, after[MONITOR] >= before[MONITOR]
+        reason = f"the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.3f} with a standard error of {error:.3f}"
+        if is_clear and not no_worse:
+            reason = f"the accuracy falls, although {reason}"
+        elif gain > 0 and not is_clear:
+            reason += ", which may be chance"
+        return Outcome(
+            is_clear and no_worse,
+            reason,
+            **counts,
+            general=before[MONITOR],
+            fine_tuned=after[MONITOR],
+            general_loss=before["loss"],
+            fine_tuned_loss=after["loss"],
+            gain_error=error if math.isfinite(error) else None,
+            epoch=best_epoch,
+        )
 
+    def _train(self, device_id: str, train_set: TAU22, val_set: TAU22 | None, folder: Path) -> tuple[float, int | None]:
+        """Write the device's model to `TUNED`. Return (the best learning rate, its best epoch)."""
+        # Each device has its own seed, so that its result does not depend on which were trained before it.
+        seed = mixed_seed(self.config.fit.seed, DEVICES.index(device_id)) % 2**32
+        print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
+        tried = []
+        for lr in self.config.learning_rates:
+            config = dataclasses.replace(self.config, fit=dataclasses.replace(self.config.fit, seed=seed, lr=lr))
+            pl.seed_everything(seed, workers=True, verbose=False)
+            module = self._copy(config)
+            module.choose_trained(config.finetune, config.lora_rank)
+            module.augment.responses = self.general.augment.responses
+            module.clips_id = self.general.clips_id
+            part = f"lr_{lr:g}/" if len(config.learning_rates) > 1 else ""
+            module.log_prefix = f"{device_id}/{part}"
+            best = train(module, train_set, val_set, config, folder / part, list(self.loggers), self.teachers)
+            tried.append((lr, best, module))
+        lr, best, module = max(tried, key=lambda one: (one[1].best_score or 0, -(one[1].best_loss or 0)))
+        with main_first():  # the others read it
+            if is_main():
+                module.load_state_dict(final_state(load_checkpoint(trained_checkpoint(best.folder))))
+                save_checkpoint({"dcase_format": FORMAT, "state_dict": module.merged()}, folder / TUNED)
+        return lr, best.best_epoch
 
-def _compared(module: SceneClassifier, val_set: TAU22, config: DeviceConfig, folder: Path) -> tuple[dict, Tensor]:
-    """Return (results on the validation clips, each clip's loss (n,))."""
-    batches = loader(val_set, config.machine, evaluation_batches(val_set, config.machine))
-    with no_silent_exit():
-        make_trainer(config.machine, folder, []).validate(module, batches, verbose=False)
-    losses = F.cross_entropy(module.logits, torch.from_numpy(val_set.clips.scene), reduction="none")
-    return module.results, losses
+    def _copy(self, config: DeviceConfig) -> SceneClassifier:
+        """Return a module with the general model's weights."""
+        module = SceneClassifier(config, self.general.frames)
+        module.load_state_dict(self.general.state_dict())
+        return module
+
+    def _test(self, module: SceneClassifier, val_set: TAU22, folder: Path) -> tuple[dict, Tensor]:
+        """Return (results on the validation clips, each clip's loss (n,))."""
+        batches = loader(val_set, self.config.machine, evaluation_batches(val_set, self.config.machine))
+        with no_silent_exit():
+            make_trainer(self.config.machine, folder, []).validate(module, batches, verbose=False)
+        losses = F.cross_entropy(module.logits, torch.from_numpy(val_set.clips.scene), reduction="none")
+        return module.results, losses
