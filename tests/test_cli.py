@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refusal
 
 from dcase import cli, predict
 from dcase.compare import CompareConfig
@@ -77,6 +77,19 @@ def test_the_documents_defaults():
     assert (small.embed_dim, small.depth, small.patch_size, small.n_classes) == (384, 24, (16, 16), 10)
     stage_2 = flat(cli.parse(config.DeviceConfig, "", args=[]))
     assert (stage_2["n_epochs"], stage_2["warmup_steps"], stage_2["lr"]) == (50, 100, 0.0005)
+
+
+OUT_OF_RANGE = (
+    "n_epochs=0 check_val_every_n_epoch=0 accumulate_grad_batches=0 lr=-1 lr=inf warmup_steps=-1 weight_decay=nan "
+    "gradient_clip_val=-1 qat_epochs=-1 seed=-1 seed=4294967296 layer_decay=0 layer_decay=1.1 freeze_epochs=150 "
+    "ema_decay=-0.1 ema_decay=1"
+).split()
+
+
+@pytest.mark.parametrize("given", OUT_OF_RANGE)
+def test_a_value_outside_a_flags_range_is_refused(given):
+    name, value = given.split("=")
+    assert refusal(lambda: config.FitConfig(**{name: float(value)})).startswith(f"--{name} must be ")
 
 
 DOCUMENT_COMMANDS = """
