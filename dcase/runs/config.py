@@ -286,7 +286,7 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     saved = run.read_config()
     script = SCRIPTS[kind_of(saved)]
     if kind_of(saved) == "test":
-        raise UserError(f"--resume {run_id}: that run was made by {script}: run a test again instead of resuming it")
+        raise UserError(f"--resume {run_id}: that run was made by {script}: a test is not resumed, run it again")
     if kind_of(saved) != kind_of(to_plain(cls())):
         how = resume_command(script, run_id, project_name)
         raise UserError(f"--resume {run_id}: that run was made by {script}; go on with: {how}")
