@@ -185,24 +185,27 @@ def call(monkeypatch, main, *args) -> None:
     main()
 
 
-def test_resume_fetches_a_run_that_is_not_here(elsewhere, general_run, monkeypatch, capsys):
-    before = read_results(general_run)
-    monkeypatch.setattr("dcase.runs.loggers.wandb_logger", lambda *args: None)  # the stand-in takes no metrics
+@pytest.fixture
+def without_wandb(monkeypatch) -> None:
+    """The stand-in takes no metrics."""
+    monkeypatch.setattr("dcase.runs.loggers.wandb_logger", lambda *args: None)
+
+
+def test_resume_fetches_a_run_that_is_not_here(elsewhere, general_run, without_wandb, monkeypatch, capsys):
     call(monkeypatch, train_base.main, "--resume", "general", "--logger", "wandb")
     assert "fetched from W&B: P/general/" in capsys.readouterr().out
-    assert read_results(elsewhere / "general")["confusion"] == before["confusion"]
+    assert read_results(elsewhere / "general")["confusion"] == read_results(general_run)["confusion"]
     assert sorted(path.name for path in elsewhere.iterdir()) == ["general"]  # nothing is left of the download
 
 
-def test_ckpt_id_fetches_a_run_that_is_not_here(elsewhere, learnable, monkeypatch, capsys):
-    args = ["--ckpt_id", "general", "--dataset_dir", learnable, *DEVICE_FIT, *QUIET]
-    monkeypatch.setattr("dcase.runs.loggers.wandb_logger", lambda *args: None)
-    call(monkeypatch, train_device_specific.main, *args, "--n_epochs", "1", "--run_id", "tuned")
+def test_ckpt_id_fetches_a_run_that_is_not_here(elsewhere, learnable, without_wandb, monkeypatch, capsys):
+    args = ["--ckpt_id", "general", "--dataset_dir", learnable, *DEVICE_FIT, *QUIET, "--n_epochs", "1"]
+    call(monkeypatch, train_device_specific.main, *args, "--run_id", "tuned")
     assert "fetched from W&B: P/general/" in capsys.readouterr().out
     assert (elsewhere / "tuned" / "checkpoints" / "best.ckpt").is_file()
 
 
-def test_what_is_here_comes_first(elsewhere, server, general_run, tmp_path):
+def test_what_is_here_comes_first(elsewhere, server, general_run):
     shutil.copytree(general_run, elsewhere / "general")
     (elsewhere / "general" / "mark").write_text("mine")
     artifacts.fetch("P", "general", None)
@@ -210,24 +213,17 @@ def test_what_is_here_comes_first(elsewhere, server, general_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "run_id, mode, logger",
+    "run_id, mode, logger, logged_in",
     [
-        ("general", None, "none"),
-        ("general", None, "tensorboard"),
-        ("general", "offline", None),
-        ("general", "disabled", None),
-        ("../general", None, None),  # a path
+        *(("general", None, "none", True), ("general", None, "tensorboard", True)),
+        *(("general", "offline", None, True), ("general", "disabled", None, True)),
+        *(("general", None, None, False), ("../general", None, None, True)),
     ],
 )
-def test_wandb_is_not_asked_where_it_is_not_used(elsewhere, server, run_id, mode, logger):
+def test_wandb_is_not_asked_where_it_is_not_used(elsewhere, server, monkeypatch, run_id, mode, logger, logged_in):
+    monkeypatch.setattr(wandb, "login", lambda **options: logged_in)
     artifacts.fetch("P", run_id, mode, logger)
     assert not server.asked and not (elsewhere / "general").exists()
-
-
-def test_wandb_is_not_asked_without_a_login(elsewhere, server, monkeypatch):
-    monkeypatch.setattr(wandb, "login", lambda **options: False)
-    artifacts.fetch("P", "general", None)
-    assert not server.asked
 
 
 def test_a_run_that_wandb_has_not_either(elsewhere, server, monkeypatch, capsys):

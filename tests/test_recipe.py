@@ -1,7 +1,6 @@
 """Distillation, averaging, rounding, responses, pruning and low-rank fine-tuning through the scripts."""
 
 import re
-import shlex
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import FIT, QUIET, RATE, ROOT, SMALL, assert_same_run, only_run, read_results, refusal, weights
+from conftest import FIT, QUIET, RATE, SMALL, assert_same_run, only_run, read_results, refusal, weights
 from forked import run_script
 from stored_files import file_sizes
 from test_scripts import copy_general, kill_and_resume
@@ -242,49 +241,3 @@ def test_a_larger_model_is_pruned_into_a_smaller_one_and_trained_on(teacher_run,
     assert theirs.abs().max() > 0.01
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # it started from there, and hardly moved
     run("train_base.py", *args, "--embed_dim", "32").refused("--embed_dim 32 is more than the 16")
-
-
-# The recipe of docs/challenge.md
-
-
-def recipe_commands() -> list[list[str]]:
-    """Those of the page's section, each as its words."""
-    section = (ROOT / "docs/challenge.md").read_text().partition("## A recipe\n")[2]
-    block = section.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ")
-    return [shlex.split(line, comments=True) for line in block.splitlines() if line.startswith("python ")]
-
-
-SMALLER = "--n_epochs 2 --n_mels 64 --n_fft 1024 --window_length 1024 --num_workers 0 --wandb_mode disabled".split()
-
-
-def test_every_command_of_the_recipe_runs_on_synthtau(tmp_path):
-    data, responses = tmp_path / "synth", tmp_path / "responses"
-    sizes = ["--train_clips", 120, "--test_clips_per_device", 10]
-    run_script("dcase.synth", "--out", data, *sizes, cwd=ROOT).succeeded()
-    run_script("dcase.synth", "--responses", responses, cwd=ROOT).succeeded()
-    known = {"/data/TAU22": str(data), "/data/MicIRP": str(responses)}
-    trained = {}
-    names = iter(("TEACHER_1", "TEACHER_2", "STUDENT", "DEVICE_RUN"))
-    commands = recipe_commands()
-    assert [command[1] for command in commands] == [
-        *["train_base.py"] * 3, "train_device_specific.py", "test_only.py", "-m"
-    ]  # fmt: skip
-    for _, script, *args in commands:
-        for name, value in {**known, **trained}.items():
-            args = [arg.replace(name, value) for arg in args]
-        if script == "-m":
-            script, *args = [*args, "--n_mels", "64"]
-        elif script == "train_base.py":
-            size = ["--depth", "1", "--embed_dim", "32"] if "aum_small" in args else []
-            args += [*SMALLER, *size, "--qat_epochs", "1", "--batch_size", "32"]
-        else:
-            args += ["--num_workers", "0", "--wandb_mode", "disabled"]
-            args += ["--n_epochs", "1"] if script == "train_device_specific.py" else []
-        out = run_script(script, *args, cwd=tmp_path).succeeded().out
-        if script.startswith("train"):
-            run = run_of(out, tmp_path / "DCASE25_Task1")
-            trained[next(names)] = run.name
-    assert "Memory: pass" in out and "MACs: pass" in out
-    results = read_results(run)
-    assert results["n_clips"] == 90 and results["complexity"]["within_limits"]
-    assert (run / "stored" / "general.safetensors").is_file()
