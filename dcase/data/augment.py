@@ -1,8 +1,8 @@
 """Augmentation of training batches, on the batch's device; nothing here runs in evaluation.
 
-Device responses (`responses.py`) and time rolling work on the waveform; Freq-MixStyle, mixup and masking on the
-normalised log-mel, in this order: MixStyle's statistics would otherwise be those of the masks. A mask is filled with 0,
-the mean of the normalised log-mel.
+Device responses (`responses.py`) and time rolling change the waveform; Freq-MixStyle, mixup and masking change the
+normalised log-mel, in this order, as MixStyle would otherwise take its statistics from the masks. Masks are filled with
+0, the mean of the normalised log-mel.
 """
 
 from dataclasses import dataclass
@@ -23,23 +23,23 @@ class AugmentConfig:
     roll_sec: float = 0.1
     """Roll each clip in time, around its end, by up to this much either way, seconds."""
     mixstyle_p: float = 0.6
-    """Probability that Freq-MixStyle works on a batch."""
+    """Probability that Freq-MixStyle changes a batch."""
     mixstyle_alpha: float = 0.5
     """Freq-MixStyle's weights are drawn from Beta(alpha, alpha)."""
     freqm: int = 48
-    """Longest frequency mask, mel bins; a mask's width is drawn from 0 to this. 0: none."""
+    """Largest width of a frequency mask, mel bins; each width is drawn from 0 to this. 0: no mask."""
     timem: int = 64
-    """Longest time mask, frames, before --timem_max_fraction. 0: none."""
+    """Largest width of a time mask, frames, before --timem_max_fraction. 0: no mask."""
     timem_max_fraction: float = 0.2
-    """A time mask covers at most this part of the clip; 1.0: no such cap (64 of 65 frames would erase half of a
-    1-second clip on average)."""
+    """Largest part of a clip that a time mask covers; 1.0: no limit (64 of 65 frames would erase half of a 1-second
+    clip on average)."""
     dir_path: str | None = None
-    """Folder of impulse responses of recording devices, WAV or FLAC files of any rate, through which clips of device a
-    are heard, as MicIRP's (micirp.blogspot.com) for TAU22; None: as they were recorded."""
+    """Folder of impulse responses of recording devices (WAV or FLAC files of any rate, such as MicIRP's,
+    micirp.blogspot.com) to filter clips of device a with; None: no filter."""
     dir_p: float = 0.4
-    """Probability that a clip of device a is heard through one of --dir_path's responses."""
+    """Probability that a clip of device a is filtered with one of --dir_path's responses."""
     mixup_alpha: float = 0.0
-    """Mixup's weights are drawn from Beta(alpha, alpha), as 0.3; 0: no mixup."""
+    """Mixup's weights are drawn from Beta(alpha, alpha), such as 0.3; 0: no mixup."""
 
     def __post_init__(self):
         for name, low, high in (
@@ -49,7 +49,7 @@ class AugmentConfig:
             ("timem", 0, float("inf")),
             ("timem_max_fraction", 0, 1),
             ("dir_p", 0, 1),
-            ("mixup_alpha", 0, 100),  # where all weights are near a half
+            ("mixup_alpha", 0, 100),  # at 100, all weights are near a half
         ):
             if not low <= getattr(self, name) <= high:
                 raise UserError(f"--{name} is from {low} to {high}; got {getattr(self, name)}")
@@ -58,9 +58,9 @@ class AugmentConfig:
 
 
 def roll(waveform: Tensor, max_shift: int, length: Tensor) -> Tensor:
-    """Roll every clip of (b, 1, samples) by its own shift of up to ``max_shift`` samples either way.
+    """Roll each clip of (b, 1, samples) by its own shift of up to ``max_shift`` samples either way.
 
-    ``length`` (b,): samples of each clip; what follows is padding and stays where it is.
+    ``length`` (b,): samples of each clip; the padding that follows stays in place.
     """
     b, _, samples = waveform.shape
     shift = torch.randint(-max_shift, max_shift + 1, (b, 1, 1), device=waveform.device)
@@ -69,9 +69,9 @@ def roll(waveform: Tensor, max_shift: int, length: Tensor) -> Tensor:
 
 
 def freq_mixstyle(x: Tensor, p: float, alpha: float) -> Tensor:
-    """Freq-MixStyle of a batch (b, 1, n_mels, frames): with probability p, one coin for the whole batch, give each clip
-    per-frequency mean and deviation mixed with those of another clip, weights from Beta(alpha, alpha).
+    """Mix each clip's mean and deviation per frequency in a batch (b, 1, n_mels, frames) with those of another clip.
 
+    Weights are drawn from Beta(alpha, alpha). It happens with probability p, decided once for the whole batch.
     Source: MixStyle, arXiv:2104.02008, with statistics per frequency band in place of channels, as described in
     arXiv:2305.07499.
     """
@@ -87,10 +87,10 @@ def freq_mixstyle(x: Tensor, p: float, alpha: float) -> Tensor:
 
 
 class Mix(NamedTuple):
-    """Mixup of one batch: every clip keeps the share ``weight`` (b,), at least a half, of itself, and has the rest from
-    clip ``other`` (b,). The log-mel and every kind of target go through one and the same. Both None: no mixup.
+    """Mixup of one batch: ``weight`` (b,), at least a half, of each clip and the rest of clip ``other`` (b,).
 
-    Source: mixup, arXiv:1710.09412. There a weight may be below a half: the same pairs, with the clips' places swapped.
+    One object mixes the log-mel and every kind of target. Both None: no mixup.
+    Source: mixup, arXiv:1710.09412. A weight below a half, as there, makes the same pairs with the clips swapped.
     """
 
     weight: Tensor | None = None
@@ -98,8 +98,7 @@ class Mix(NamedTuple):
 
     @classmethod
     def draw(cls, b: int, alpha: float, device: torch.device | str = "cpu") -> "Mix":
-        """A weight from Beta(alpha, alpha) for each of ``b`` clips, and a random order of them; ``alpha`` 0: no mixup,
-        and no random number is used up."""
+        """Draw a weight from Beta(alpha, alpha) for each of ``b`` clips and an order of them; 0: nothing is drawn."""
         if alpha == 0:
             return cls()
         weight = torch.distributions.Beta(alpha, alpha).sample((b,)).to(device)
@@ -114,19 +113,13 @@ class Mix(NamedTuple):
 
 
 class Masking(nn.Module):
-    """One frequency and one time mask per clip (SpecAugment, arXiv:1904.08779) on (b, 1, n_mels, frames)."""
+    """Mask a frequency band and a time span of each clip (SpecAugment, arXiv:1904.08779) in (b, 1, n_mels, frames)."""
 
     def __init__(self, config: AugmentConfig, n_mels: int, frames: int):
         super().__init__()
-        masks = []
-        if config.freqm:
-            masks.append(torchaudio.transforms.FrequencyMasking(min(config.freqm, n_mels), iid_masks=True))
-        if config.timem:
-            masks.append(
-                torchaudio.transforms.TimeMasking(
-                    min(config.timem, frames), iid_masks=True, p=config.timem_max_fraction
-                )
-            )
+        freqm, timem, p = min(config.freqm, n_mels), min(config.timem, frames), config.timem_max_fraction
+        masks = [torchaudio.transforms.FrequencyMasking(freqm, iid_masks=True)] if freqm else []
+        masks += [torchaudio.transforms.TimeMasking(timem, iid_masks=True, p=p)] if timem else []
         self.masks = nn.Sequential(*masks)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from dcase.errors import UserError
 
 
 class Batch(NamedTuple):
-    """A batch of b clips; as an item of `TAU22`, one clip, without the dimension b and with ``waveform`` as float32."""
+    """A batch of b clips. An item of `TAU22` is one clip, without the dimension b and with ``waveform`` as float32."""
 
     waveform: torch.Tensor  # (b, 1, samples): float32 with full scale 1, or int16 from a pack
-    scale: torch.Tensor  # (b,), float32: what the waveform is to be multiplied by
+    scale: torch.Tensor  # (b,), float32: factor of the waveform
     sample_rate: int  # of the waveform, Hz
     length: torch.Tensor  # (b,) samples of each waveform; the rest of a shorter one is zeros
     scene: torch.Tensor  # (b,), in SCENES
@@ -30,18 +30,16 @@ class Batch(NamedTuple):
 class Sound:
     """Where the sound of clips comes from."""
 
-    sample_rate: int  # Hz, of the waveforms that come out
-    max_samples: int | None = (
-        None  # clips may be of any length, and what is longer is cut at its end; None: all as long
-    )
+    sample_rate: int  # Hz, of the waveforms
+    max_samples: int | None = None  # clips of any length are accepted, and cut to this one; None: one length
     pack: Pack | None = None  # None: the WAV files
 
 
 class TAU22(Dataset):
-    """Clips with their sound: a batch for a list of indices (``__getitems__``, what torch's loader asks for).
+    """Clips with their sound: a batch for a list of indices (``__getitems__``, which torch's loader calls).
 
-    All clips must be as long as the first one, or as those of the data set ``like``: another length raises `UserError`.
-    With ``sound.max_samples`` any length will do.
+    Raises `UserError` for a clip that is not as long as the first one, or as those of the data set ``like``, unless
+    ``sound.max_samples`` is given.
     """
 
     def __init__(self, clips: Clips, sound: Sound, like: "TAU22 | None" = None):
@@ -72,7 +70,7 @@ class TAU22(Dataset):
         return Batch(waveform, scale, self.sound.sample_rate, length, scene, device, torch.from_numpy(index))
 
     def _packed(self, index: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Waveforms (b, 1, samples) as they are in the pack, lengths (b,) and scales (b,)."""
+        """Return waveforms (b, 1, samples) as they are in the pack, lengths (b,) and scales (b,)."""
         pack, rows = self.sound.pack, self.rows[index]
         length = self._cut(pack.length[rows])
         waveform = torch.empty(len(rows), 1, int(length.max()), dtype=torch.int16)

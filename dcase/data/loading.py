@@ -35,10 +35,10 @@ Config = TypeVar("Config")  # a dataclass with the parts ``data`` and ``logmel``
 
 @dataclass(frozen=True)
 class Source:
-    """A data folder, its training and test clips, and what may be said of figures from it."""
+    """A data folder, its training and test clips, and whether figures from it compare with published ones."""
 
     folder: Path
-    training: Clips | None  # of --subset, the validation part included; None where only a test is asked for
+    training: Clips | None  # of --subset, the validation part included; None where only the test is needed
     test: Clips
     name: str  # for tables and charts
     comparable: bool  # with published figures: TAU22, the whole test split
@@ -47,15 +47,15 @@ class Source:
 
 @doctor_tells_more
 def find_source(config: DataConfig, subset: int | None = None) -> Source:
-    """--dataset_dir, else the environment variable TAU22_DIR, else SynthTAU, made once into a cache folder; without
-    ``subset`` only its test clips are looked for."""
+    """Load the clips of --dataset_dir, else of the environment variable TAU22_DIR, else of SynthTAU, which is made once
+    into a cache folder. Without ``subset``, only the test clips are loaded."""
     given = config.dataset_dir or os.environ.get("TAU22_DIR")
     if not given:
         print("neither --dataset_dir nor TAU22_DIR is given: using SynthTAU, a synthetic stand-in for TAU22")
     with main_first():
         folder = Path(given).expanduser() if given else synth.ensure_default()
         check_folder(folder)
-        # The test list before training: a mistake in it is found now, and it is TAU22's mark.
+        # The test list, too, before training: a mistake in it shows now, and is_tau22 needs it.
         *training, test = load_splits(folder, *([f"split{subset}"] if subset else []), "test")
     training = training[0] if training else None
     if training and (untrained := untrained_scenes(training, test)):
@@ -70,35 +70,29 @@ def find_source(config: DataConfig, subset: int | None = None) -> Source:
 
 
 def training_clips(source: Source, split: SplitConfig) -> tuple[Clips, Clips | None]:
-    """(train, val): val is held out of the training clips by location, or is None with --val_fraction 0."""
+    """Return (train, val): val is held out of the training clips by location, or is None with --val_fraction 0."""
     clips = source.training
     if split.val_split == "test":
         print("--val_split test: the model is chosen on the test split, so its test figures are OPTIMISTIC")
         return clips, source.test
     if split.val_fraction == 0:
-        print(
-            "--val_fraction 0: training on every clip; the last epoch's model is kept, as nothing can tell a better one"
-        )
+        print("--val_fraction 0: training on every clip; without validation, the last epoch's model is kept")
         return clips, None
     return split_by_location(clips, split.val_fraction)
 
 
 @doctor_tells_more
 def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
-    """The pack where there is one (or --read_from asks for it), else the WAV files; says which. The configuration comes
-    back with --read_from decided, so that a resumed run reads what it read before.
+    """Open the pack where there is one (or --read_from asks for it), else the WAV files, and print which.
 
-    Raises `UserError` where the pack does not fit: it is then made again, or --read_from wav given.
+    The configuration is returned with --read_from decided, so that a resumed run reads what it read before.
+    Raises `UserError` where the pack does not fit.
     """
     logmel, rate = config.logmel, config.data.orig_sample_rate
     place = config.data.pack_folder(folder)
-
-    def decided(read_from: str) -> Config:
-        return replace(config, data=replace(config.data, read_from=read_from))
-
     if config.data.read_from == "wav" or (config.data.read_from == "auto" and not pack.exists(place)):
         print(f"sound: WAV files of {folder} (`python -m dcase.prepare --pack` makes them one file, read much faster)")
-        return decided("wav"), Sound(rate, samples_for(logmel, rate))
+        return _read_from("wav", config), Sound(rate, samples_for(logmel, rate))
     found = Pack(place)
     wanted = pack.Rates(rate, logmel.sample_rate)
     if found.rates != wanted:
@@ -107,11 +101,15 @@ def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
             f"--orig_sample_rate and --sample_rate are {rate} and {logmel.sample_rate}: {pack.AGAIN}"
         )
     print(f"sound: the pack {place} ({len(found)} clips at {logmel.sample_rate} Hz)")
-    return decided("pack"), Sound(logmel.sample_rate, samples_for(logmel, logmel.sample_rate), found)
+    return _read_from("pack", config), Sound(logmel.sample_rate, samples_for(logmel, logmel.sample_rate), found)
+
+
+def _read_from(what: str, config: Config) -> Config:
+    return replace(config, data=replace(config.data, read_from=what))
 
 
 def with_sound(clips: Clips, sound: Sound, like: TAU22 | None = None) -> TAU22:
-    """The clips' data set. Raises `UserError` where recordings are missing, or are not those that were packed."""
+    """Return the clips' data set. Raises `UserError` where recordings are missing or not those that were packed."""
     check_recordings(clips, sound)
     return TAU22(clips, sound, like)
 
@@ -132,11 +130,11 @@ def check_recordings(clips: Clips, sound: Sound) -> None:
 
 
 class Batches(Sampler[list[int]]):
-    """Which clips of n each batch of this process holds: every clip exactly once, whatever the number of processes.
+    """The clips, of n, in each batch of this process: all processes together read every clip exactly once.
 
-    The processes cut every ``batch_size`` x processes clips of ``order()`` among themselves as evenly as can be. In
-    the last batch a process may be left without a clip: it gets one that does not count, so that all of them take the
-    same number of steps. ``start()`` is the batch to begin with. Both are asked when an iteration begins.
+    The processes share every ``batch_size`` x processes clips of ``order()`` as evenly as possible. In the last batch a
+    process may be left without a clip. It then gets one that does not count, so that all processes take the same number
+    of steps. ``start()`` is the batch to begin with. Both are called when an iteration begins.
     """
 
     def __init__(
@@ -162,36 +160,36 @@ class Batches(Sampler[list[int]]):
             yield list(order[first:last]) or [order[batch * self.together]]
 
     def _mine(self, batch: int) -> tuple[int, int]:
-        """Where this process's part of a batch begins and ends in the order."""
+        """Return where this process's part of a batch begins and ends in the order."""
         first = batch * self.together
         size = min(self.together, self.n - first)
         return tuple(first + size * rank // self.processes for rank in (self.rank, self.rank + 1))
 
     def counted(self, batch: int) -> int:
-        """Clips of this process's batch that count: all of them, or none of the one that only keeps step."""
+        """Return how many clips of this process's batch count: all, or none where its only clip just keeps step."""
         first, last = self._mine(batch)
         return last - first
 
     def weight(self, batch: int) -> float:
-        """What this process's mean loss is to be multiplied by, so that the mean of that over the processes and over
-        the ``accumulate`` batches of an optimiser step is the mean over all clips of that step."""
+        """Return the factor of this process's mean loss, so that the mean over the processes and over the
+        ``accumulate`` batches of an optimiser step is the mean over all clips of that step."""
         begin = batch // self.accumulate * self.accumulate * self.together
         clips = min(self.n, begin + self.accumulate * self.together) - begin
         return self.counted(batch) * self.processes * self.accumulate / clips
 
 
 def shuffled(n: int, seed: int, epoch: int) -> list[int]:
-    """An order of n clips from the seed and the epoch alone, so that a resumed run finds its place."""
+    """Return an order of n clips that depends only on seed and epoch, so that a resumed run finds its place."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch))).tolist()
 
 
 def clips_id(train: Clips, val: Clips | None) -> str:
-    """Which clips were trained and chosen on, so that a resumed run or stage 2 can tell that they are the same."""
+    """Return an ID of the clips, so that a resumed run or stage 2 can tell whether they are the same."""
     return f"{train.fingerprint()}-{val.fingerprint() if val is not None else 'none'}"
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers: neighbours in any of them give unrelated seeds."""
+    """Mix several numbers into one 63-bit seed: neighbouring numbers give unrelated seeds."""
     state = 0
     for number in numbers:  # the finaliser of splitmix64
         state = (state + number + 0x9E3779B97F4A7C15) % 2**64
@@ -202,12 +200,12 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def evaluation_batches(dataset: TAU22, machine: MachineConfig) -> Batches:
-    """The data set's clips in its own order, shared among the processes."""
+    """Return batches of the data set's clips in its order, shared among the processes."""
     return Batches(len(dataset), machine.batch_size, rank=process_rank(), processes=process_count())
 
 
 class BatchLoader(DataLoader):
-    """A loader of `data.dataset.Batch` that knows how each batch counts."""
+    """A loader of `data.dataset.Batch` that knows the weight of each batch."""
 
     batch_sampler: Batches
 
@@ -227,8 +225,8 @@ class BatchLoader(DataLoader):
 def loader(dataset: TAU22, machine: MachineConfig, batches: Batches) -> BatchLoader:
     """Return a loader of the data set's batches.
 
-    Reading a pack is so fast that more processes would only cost time: none is used on a CPU, and one beside a GPU,
-    which reads ahead.
+    Reading a pack is so fast that more processes would only cost time: none is used on a CPU, and one, which reads
+    ahead, with a GPU.
     """
     workers = min(machine.num_workers, n_cores())
     on_gpu = torch.cuda.is_available() and machine.accelerator != "cpu"
@@ -246,7 +244,7 @@ def loader(dataset: TAU22, machine: MachineConfig, batches: Batches) -> BatchLoa
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """SLURM sends its signals to all processes of a job: the training process saves, and then ends these."""
+    """Ignore signals: SLURM sends them to all processes of a job. The training process saves, then ends the workers."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,9 +1,8 @@
 """The front end: waveform (b, 1, samples) -> normalised log-mel (b, 1, n_mels, frames).
 
-Resample (where the sound is not at the model's rate already, as a pack's is) -> power mel spectrogram
--> log(x + 1e-5), as the DCASE2025 Task 1 baseline does (CPJKU/dcase2025_task1_baseline, README), then minus the mean
-and over the deviation of the training clips.
-At 32 kHz, hop 500 and window 3072 a frame advances by 15.6 ms and sees 96 ms; a 1-second clip makes 65 frames.
+Resample (a pack is at the model's rate already) -> power mel spectrogram -> log(x + 1e-5), as the DCASE2025 Task 1
+baseline does (CPJKU/dcase2025_task1_baseline, README) -> subtract the mean and divide by the deviation of the training
+clips. At 32 kHz, hop 500 and window 3072, frames are 15.6 ms apart and 96 ms long; a 1-second clip has 65 frames.
 """
 
 import math
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from dcase.errors import UserError
 
 LOG_OFFSET = 1e-5  # power; log(LOG_OFFSET) = -11.5 is the log-mel of digital silence
-_PIECE = 2**19  # samples in all frames of what a CPU works on at a time: their spectrum then stays in its cache
-_BLOCK = 16  # mel bins per matrix product: neighbours share few FFT bins, and the rest of their filters is zeros
+_PIECE = 2**19  # samples, over all frames, that a CPU transforms at a time: their spectrum then stays in its cache
+_BLOCK = 16  # mel bins per matrix product: neighbours share few FFT bins, and elsewhere their filters are zero
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,8 @@ class LogMelConfig:
     f_max: float | None = None
     """Upper edge of the highest mel bin, Hz; None: half of --sample_rate."""
     target_length: int | None = None
-    """Frames of the log-mel: longer ones are cut, shorter ones padded with the log of silence. None: as long as the
-    clip (65 frames for 1 s at the default settings)."""
+    """Frames of the log-mel: longer ones are cut, shorter ones padded with the log of silence. None: the clip's own
+    length (65 frames for 1 s at the default settings)."""
 
     def __post_init__(self):
         for name in ("sample_rate", "window_length", "hop_length", "n_fft", "n_mels", "target_length"):
@@ -57,7 +56,7 @@ class LogMelConfig:
 
 
 def frames_of(config: LogMelConfig, samples: int, orig_sample_rate: int) -> int:
-    """Frames of a clip's log-mel: --target_length, else 1 + resampled samples // hop_length.
+    """Return the frames of a clip's log-mel: --target_length, else 1 + resampled samples // hop_length.
 
     Raises `UserError` for a clip that is too short for one window.
     """
@@ -70,7 +69,7 @@ def frames_of(config: LogMelConfig, samples: int, orig_sample_rate: int) -> int:
 
 
 def samples_for(config: LogMelConfig, sample_rate: int) -> int | None:
-    """Samples at a rate (Hz) that the first ``target_length`` frames can depend on: no more need be read.
+    """Return the samples at a rate (Hz) that the first ``target_length`` frames depend on; only these need be read.
 
     None where the clip's own length counts.
     """
@@ -83,16 +82,15 @@ def samples_for(config: LogMelConfig, sample_rate: int) -> int | None:
 class LogMel(nn.Module):
     """Waveform (b, 1, samples) at the configuration's ``sample_rate`` -> log-mel (b, 1, n_mels, frames), normalised.
 
-    `resampled` brings sound at ``orig_sample_rate`` there.
-
-    ``mean`` and ``std`` of the training clips' log-mel are the only entries of its state dict; `fit` finds them.
+    `resampled` converts sound at ``orig_sample_rate`` to that rate. The state dict has only ``mean`` and ``std`` of the
+    training clips' log-mel, which `fit` computes.
     """
 
     def __init__(self, config: LogMelConfig, orig_sample_rate: int):
         super().__init__()
         self.config, self.orig_sample_rate = config, orig_sample_rate
         self.resample = torchaudio.transforms.Resample(orig_sample_rate, config.sample_rate)
-        for name, buffer in list(self.resample.named_buffers()):  # these follow from the configuration: no checkpoint
+        for name, buffer in list(self.resample.named_buffers()):  # not for checkpoints: the configuration gives them
             self.resample.register_buffer(name, buffer, persistent=False)
         f_max = config.sample_rate / 2 if config.f_max is None else config.f_max
         filters = torchaudio.functional.melscale_fbanks(
@@ -100,7 +98,7 @@ class LogMel(nn.Module):
         )
         self.register_buffer("filters", filters, persistent=False)  # (FFT bins, n_mels)
         self.register_buffer("window", torch.hann_window(config.window_length), persistent=False)
-        self.blocks = []  # (FFT bins, mel bins) of each part of the filters that is not all zeros, as slices
+        self.blocks = []  # (FFT bins, mel bins) of the parts of the filters that are not all zeros, as slices
         for mels in (slice(m, m + _BLOCK) for m in range(0, config.n_mels, _BLOCK)):
             used = filters[:, mels].any(1).nonzero().flatten().tolist() or [0]
             self.blocks.append((slice(used[0], used[-1] + 1), mels))
@@ -110,10 +108,9 @@ class LogMel(nn.Module):
     def resampled(
         self, waveform: Tensor, length: Tensor, scale: Tensor | None = None, sample_rate: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(waveform (b, 1, samples), length (b,)) at the configuration's ``sample_rate``, float32 with full scale 1.
+        """Return (waveform (b, 1, samples), length (b,)) at the configuration's ``sample_rate``, float32, full scale 1.
 
-        ``sample_rate``: of the waveform, Hz; None: ``orig_sample_rate``. ``scale`` (b,): what an int16 waveform is to
-        be multiplied by.
+        ``sample_rate``: of the waveform, Hz; None: ``orig_sample_rate``. ``scale`` (b,): factor of an int16 waveform.
         """
         sample_rate = self.orig_sample_rate if sample_rate is None else sample_rate
         if waveform.dtype == torch.int16:
@@ -121,19 +118,17 @@ class LogMel(nn.Module):
         if sample_rate == self.config.sample_rate:
             return waveform, length
         if sample_rate != self.orig_sample_rate:
-            raise ValueError(
-                f"sound at {sample_rate} Hz, neither {self.orig_sample_rate} nor {self.config.sample_rate}"
-            )
+            raise ValueError(f"sound at {sample_rate}, not {self.orig_sample_rate} or {self.config.sample_rate} Hz")
         with torch.autocast(waveform.device.type, enabled=False):
             waveform = self.resample(waveform.float())
         return waveform, -(-length * self.config.sample_rate // sample_rate)
 
     def forward(self, waveform: Tensor, length: Tensor | None = None) -> Tensor:
-        """``length`` (b,): samples of each clip, where some are padded at their end; None: none is."""
+        """``length`` (b,): samples of each clip, where some are padded at their end; None: none are."""
         return (self.raw(waveform, length) - self.mean) / self.std
 
     def raw(self, waveform: Tensor, length: Tensor | None = None) -> Tensor:
-        """The log-mel before normalisation, always computed in float32, each clip's at its own length."""
+        """Return the log-mel before normalisation, always computed in float32, of each clip at its own length."""
         if self.config.target_length is None or length is None:
             return self._whole(waveform)
         x = waveform.new_empty(len(waveform), 1, self.config.n_mels, self.config.target_length, dtype=torch.float32)
@@ -143,7 +138,7 @@ class LogMel(nn.Module):
         return x
 
     def _whole(self, waveform: Tensor) -> Tensor:
-        """(b, 1, samples), nothing of it padding -> (b, 1, n_mels, frames), cut or padded to ``target_length``."""
+        """(b, 1, samples) without padding -> (b, 1, n_mels, frames), cut or padded to ``target_length``."""
         with torch.no_grad(), torch.autocast(waveform.device.type, enabled=False):
             n_samples = (1 + waveform.shape[-1] // self.config.hop_length) * self.config.n_fft  # of a clip's frames
             clips = len(waveform) if waveform.is_cuda else max(1, round(_PIECE / n_samples))
@@ -158,7 +153,7 @@ class LogMel(nn.Module):
         config = self.config
         spectrum = torch.stft(
             waveform, config.n_fft, config.hop_length, config.window_length, self.window, return_complex=True
-        ).mT  # (b, frames, FFT bins): the order in which it lies in memory
+        ).mT  # (b, frames, FFT bins): its order in memory
         squares = torch.view_as_real(spectrum).square_()
         power = (squares[..., 0] + squares[..., 1]).flatten(0, 1)
         mel = torch.cat([power[:, bins] @ self.filters[bins, mels] for bins, mels in self.blocks], 1)
@@ -166,11 +161,13 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def fit(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-        """Set ``mean`` and ``std`` over every value of the log-mels of (waveform, length). Sums run in float64."""
+        """Set ``mean`` and ``std`` over all values of the log-mels of (waveform, length). Sums are in float64."""
         total = squares = count = 0
         for waveform, length in batches:
             x = self.raw(waveform.to(self.mean.device), length).double()
             total, squares, count = total + x.sum().item(), squares + x.square().sum().item(), count + x.numel()
         mean = total / count
         self.mean.fill_(mean)
-        self.std.fill_(max(math.sqrt(max(squares / count - mean**2, 0.0)), 1e-3))  # all clips silent: no division by 0
+        self.std.fill_(
+            max(math.sqrt(max(squares / count - mean**2, 0.0)), 1e-3)
+        )  # no division by 0 where all clips are silent

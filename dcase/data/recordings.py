@@ -1,4 +1,4 @@
-"""Recordings of any length, rate and format, read a piece at a time, and cut into windows as long as training clips."""
+"""Recordings of any length, rate and format: read a piece at a time, and cut into windows as long as training clips."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -14,29 +14,29 @@ from dcase.data.logmel import LogMelConfig
 from dcase.data.sound import cut_short, is_odd_ratio, resampler
 from dcase.errors import UserError, one_line
 
-PIECE_SECONDS = 30  # of sound that is read at a time
+PIECE_SECONDS = 30  # length of the pieces
 
 
 @dataclass(frozen=True)
 class Span:
-    """Lengths that a model can hear at once, in samples at the recordings' rate."""
+    """Lengths that a model takes at once, in samples at the recordings' rate."""
 
-    window: int  # of what is longer than `most`, a window at a time
-    least: int  # a recording that is shorter is repeated until it is as long
-    most: int  # a recording up to this length is heard whole
+    window: int  # of the pieces that a recording longer than `most` is cut into
+    least: int  # a shorter recording is repeated up to this length
+    most: int  # a recording up to this length is one window
 
 
 def span_of(config: LogMelConfig, frames: int, orig_sample_rate: int) -> Span:
-    """The lengths that go with a model of so many frames, by which alone it knows how long its training clips were.
+    """Return the lengths for a model of ``frames`` frames, which tell how long its training clips were.
 
-    A clip's frames are 1 + resampled samples // hop_length, so that clips between ``window`` and ``most`` made just
-    these: 1 s where the model has 65 frames at the default settings, or up to 16 ms more. With --target_length a
-    shorter clip is padded by the log-mel, as in training, and only has to fill one FFT. Of a longer clip training and
-    test hear the beginning alone, a window and what the last frames reach of what follows (`logmel.samples_for`); in
-    windows all of it is heard, each as a clip that ends there.
+    A clip has 1 + resampled samples // hop_length frames, so clips between ``window`` and ``most`` have ``frames``: at
+    the default settings, 65 frames are 1 s, or up to 16 ms more. With --target_length, a shorter clip is padded by the
+    log-mel, as in training, and only has to fill one FFT. Training and test read only the beginning of a longer clip:
+    a window and the samples after it that the last frames reach (`logmel.samples_for`). Here every window is read as a
+    clip that ends there.
     """
 
-    def first(resampled: int) -> int:  # of the numbers of samples that make at least so many resampled ones
+    def first(resampled: int) -> int:  # the smallest number of samples that makes at least so many resampled ones
         return (resampled - 1) * orig_sample_rate // config.sample_rate + 1
 
     of_fft = first(config.n_fft // 2 + 1)
@@ -47,13 +47,13 @@ def span_of(config: LogMelConfig, frames: int, orig_sample_rate: int) -> Span:
 
 
 def pieces(path: Path, sample_rate: int) -> Iterator[Tensor]:
-    """A sound file as (1, samples), float32, some seconds at a time: mono, resampled to ``sample_rate`` (Hz).
+    """Yield a sound file as (1, samples), float32, some seconds at a time: mono, resampled to ``sample_rate`` (Hz).
 
-    Together they are what `sound.read_wav` gives. Raises `UserError`, naming the file, where it is missing,
-    unreadable, truncated, empty or not finite, which may show only at its end.
+    Concatenated, the pieces equal `sound.read_wav`. Raises `UserError`, naming the file, where it is missing,
+    unreadable, truncated, empty or not finite; some of it shows only at the file's end.
     """
     try:
-        open(path, "rb").close()  # else libsndfile's word for whatever is wrong here: "System error"
+        open(path, "rb").close()  # libsndfile would only say "System error"
         with soundfile.SoundFile(path) as file:
             if cut := cut_short(file):
                 raise UserError(f"{path} cannot be read ({cut})")
@@ -65,13 +65,13 @@ def pieces(path: Path, sample_rate: int) -> Iterator[Tensor]:
 
 
 def _resampled(file: soundfile.SoundFile, path: Path, sample_rate: int) -> Iterator[Tensor]:
-    """Each piece is resampled between some samples of its neighbours, which its filter reaches into."""
+    """Resample each piece together with the samples of its neighbours that the filter reaches."""
     divisor = math.gcd(file.samplerate, sample_rate)
-    step, made = file.samplerate // divisor, sample_rate // divisor  # so many samples become so many
+    step, made = file.samplerate // divisor, sample_rate // divisor  # `step` samples become `made` samples
     size = -(-PIECE_SECONDS * file.samplerate // step) * step
     resample = resampler(file.samplerate, sample_rate) if step != made else None
     reach = -(-resample.width // step) * step if resample else 0  # of the filter, to either side
-    held, before = torch.zeros(1, 0), 0  # what is read, beginning ``before`` samples before the next piece
+    held, before = torch.zeros(1, 0), 0  # samples read, from ``before`` samples before the next piece
     n_read = 0
     while True:
         new = file.read(before + size + reach - held.shape[1], dtype="float32", always_2d=True)
@@ -89,17 +89,15 @@ def _resampled(file: soundfile.SoundFile, path: Path, sample_rate: int) -> Itera
         before = reach
     if not n_read:
         raise UserError(f"{path} is empty")
-    if (
-        n_read < file.frames
-    ):  # of a cut MP3 file; FLAC's decoder says so itself, and an OGG file does not know its length
+    if n_read < file.frames:  # a cut MP3 file; FLAC's decoder reports it, and an OGG file does not know its length
         raise UserError(f"{path} cannot be read (truncated: {n_read} of {file.frames} samples)")
 
 
 def windows(pieces: Iterable[Tensor], span: Span, hop: int) -> Iterator[Tensor]:
-    """Cut sound, (1, samples) a piece at a time, into the (1, samples) that a model hears at once.
+    """Cut sound, (1, samples) a piece at a time, into the windows (1, samples) that a model takes.
 
-    What is no longer than ``span.most`` is one window, repeated from its start where it is shorter than ``span.least``.
-    Of what is longer, a window begins every ``hop`` samples, and one more ends with the sound, so that all is heard.
+    Sound up to ``span.most`` is one window, repeated from its start where it is shorter than ``span.least``. In longer
+    sound, a window begins every ``hop`` samples, and one more ends with the sound, so that none is left out.
     """
     held = torch.zeros(1, 0)
     start, end = 0, None  # of the next and of the last window, in ``held``

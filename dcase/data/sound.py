@@ -16,7 +16,7 @@ CHECK = "check the data folder with `python -m dcase.prepare`"
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, int]:
-    """Samples of a sound file, (samples, channels) float32 with full scale 1, and its rate in Hz.
+    """Read a sound file: samples (samples, channels), float32 with full scale 1, and its rate in Hz.
 
     Raises `UserError` where it is missing, is no sound file or ends early.
     """
@@ -32,8 +32,8 @@ def read_samples(path: Path) -> tuple[np.ndarray, int]:
 
 
 def cut_short(file: soundfile.SoundFile) -> str:
-    """ "truncated: 90 of 100 bytes of sound" where a WAV file ends before its header says, else ""."""
-    # libsndfile reads what is left of it without an error, but notes it in its log.
+    """Return "truncated: 90 of 100 bytes of sound" where a WAV file ends before its header says, else ""."""
+    # libsndfile reads such a file without an error, but notes it in its log.
     cut = re.search(r"^data : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
     if cut and int(cut[2]) < int(cut[1]) < 0xFFFFFFFF:  # all ones: "length unknown", from programs that write to a pipe
         return f"truncated: {cut[2]} of {cut[1]} bytes of sound"
@@ -41,7 +41,7 @@ def cut_short(file: soundfile.SoundFile) -> str:
 
 
 def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
-    """A sound file as (1, samples), float32: any bit depth, mixed down to mono, resampled to ``sample_rate`` (Hz).
+    """Read a sound file of any bit depth as (1, samples), float32: mixed down and resampled to ``sample_rate`` (Hz).
 
     Raises `UserError` naming the file where it is missing, unreadable, truncated, empty or not finite.
     """
@@ -59,12 +59,12 @@ def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
 
 
 def is_odd_ratio(rate: int, sample_rate: int) -> bool:
-    """Whether resampling would take more than 50 million coefficients, 200 MB."""
+    """Whether resampling would need more than 50 million coefficients, 200 MB."""
     divisor = math.gcd(rate, sample_rate)
     return (rate // divisor) * (sample_rate // divisor) > 50_000_000
 
 
 @lru_cache
 def resampler(rate: int, sample_rate: int) -> torchaudio.transforms.Resample:
-    """Kept, as its coefficients cost eight times as much as resampling a 1-s clip."""
+    """Return the resampler, cached: its coefficients cost eight times as much as resampling a 1-s clip."""
     return torchaudio.transforms.Resample(rate, sample_rate)

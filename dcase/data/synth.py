@@ -3,30 +3,15 @@
     python -m dcase.synth --out D
     python -m dcase.synth --responses D
 
-Names, lists and file format are TAU22's, so that everything runs without its 30 GB of recordings; the sound is not, and
-every page that shows a figure from it says so. A clip is a weighted sum of layers, through the room of its location,
-through its device. Its bytes depend on its name and the seed alone, whatever is made beside it and in what order.
+Names, lists and file format are TAU22's, so that everything runs without its 30 GB of recordings. The sound is not, and
+every page that shows a figure from it says so. A clip is a weighted sum of layers (SCENE_MIXES, the main ones first),
+filtered by the room of its location and by its device (RECORDERS). Its bytes depend only on its name and the seed, not
+on the other clips or their order.
 
-scene              layers, the chief ones first (levels in SCENE_MIXES)                           room
-airport            ventilation, air-conditioning hiss, babble, suitcases, talk, steps             large
-bus                engine, road noise, talk, clatter, squeaks                                     small
-metro              low rolling noise, motor, rail joints, squeal, talk                            small
-metro_station      ventilation, passing trains, talk, chimes, steps, babble, squeal               very large
-park               wind, birds, a far city, steps, talk                                           open
-public_square      noise of a city, fountain, babble, birds, steps, passing cars                  open, some echo
-shopping_mall      babble, music, ventilation, clatter, steps                                     large
-street_pedestrian  steps, babble, near talk, noise of a city, clatter                             street
-street_traffic     passing vehicles, noise of a city, engines, squeal, birds                      street
-tram               rolling noise, motor whine, rail joints, squeal, talk, bell                    small
-A location draws every level, parameter and the room from ranges that overlap between scenes; its segments stay near it;
-pieces of one segment differ in nothing but chance.
-
-device   frequency response                               dynamics      noise floor, upper limit
-a        flat                                             as they are   low, 20 kHz
-b c      gently coloured by a smooth random curve         as they are   low, 16-17 kHz
-s1-s3    coloured, narrower band, a resonance             compressed    higher, 10-15 kHz
-s4-s6    a further draw of that family, a little harsher  compressed    higher, 8-14 kHz
-Devices are the same for every seed. Test clips exist on all nine: devices are compared on equal content.
+A location draws every level, parameter and the room from ranges that overlap between scenes. Its segments stay near
+it; pieces of one segment differ only by chance. Device a is flat, b and c are gently coloured. s1 to s3 are coloured
+more, have a narrower band, a resonance, compression and more noise; s4 to s6 are harsher still, and only in the test.
+Devices are the same for every seed. Test clips exist on all nine, so that devices are compared on equal content.
 --responses makes impulse responses of further devices, for --dir_path: none of them is one of the nine.
 """
 
@@ -55,9 +40,9 @@ from dcase.progress import progress
 
 VERSION = 1  # goes up whenever the same arguments would give other bytes
 SAMPLE_RATE = 44100  # Hz; a clip is SAMPLE_RATE samples = 1 s, so bin k of its spectrum is k Hz
-MARK = "SYNTHETIC.md"  # the file that says so, written last
+MARK = "SYNTHETIC.md"  # the file that says that the folder is synthetic, written last
 WAV_BYTES = 44 + 3 * SAMPLE_RATE  # of a clip's file, as in TAU22
-TRAIN_PIECES, TEST_PIECES = 2, 1  # clips of a segment (TAU22: 10); few, so that a small set has many segments
+TRAIN_PIECES, TEST_PIECES = 2, 1  # clips of a segment (TAU22: 10): a small set then has many segments
 TRAIN_LOCATIONS, TEST_LOCATIONS = 20, 10  # of each scene
 FIRST_TEST_LOCATION, FIRST_TEST_SEGMENT = 1000, 100_000  # beyond every training clip's
 CITIES = ("barcelona", "helsinki", "lisbon", "london", "lyon", "milan", "paris", "prague", "stockholm", "vienna")
@@ -66,14 +51,14 @@ CITIES = ("barcelona", "helsinki", "lisbon", "london", "lyon", "milan", "paris",
 DEVICE_CYCLE = "a a a b a a a c a a a s1 a a a s2 a a s3".split()
 
 HZ = np.arange(SAMPLE_RATE // 2 + 1, dtype=np.float32)  # of a spectrum's bins
-OCTAVES = np.log2(np.maximum(HZ, 20) / 1000)  # the same, above 1 kHz
+OCTAVES = np.log2(np.maximum(HZ, 20) / 1000)  # of the bins above 1 kHz
 SECONDS = np.arange(SAMPLE_RATE, dtype=np.float32) / SAMPLE_RATE
 Waveform = np.ndarray  # (SAMPLE_RATE,) float32
-Spectrum = np.ndarray  # (SAMPLE_RATE // 2 + 1,) of a response float32, of a sound complex64
+Spectrum = np.ndarray  # (SAMPLE_RATE // 2 + 1,): a response float32, a sound complex64
 
 
 def generator(*parts: object) -> np.random.Generator:
-    """A random generator that depends on ``parts`` alone, so that the order in which clips are made cannot matter."""
+    """Return a random generator that depends only on ``parts``, so that the order of clips does not matter."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
@@ -90,7 +75,7 @@ def unit(wave: Waveform) -> Waveform:
 
 
 def bump(centre: float, octaves: float) -> Spectrum:
-    """A band around ``centre`` Hz, ``octaves`` to either side."""
+    """Return a band around ``centre`` Hz, ``octaves`` to either side."""
     return np.exp(-(((OCTAVES - math.log2(centre / 1000)) / octaves) ** 2))
 
 
@@ -100,7 +85,7 @@ def shaped_noise(rng: np.random.Generator, response: Spectrum) -> Waveform:
 
 
 def slow_curve(rng: np.random.Generator, rate: float) -> Waveform:
-    """A random curve of deviation 1 that turns about ``rate`` times a second."""
+    """Return a random curve of deviation 1 that turns about ``rate`` times a second."""
     knots = rng.standard_normal(int(2 * rate) + 4)
     return np.interp(SECONDS * (2 * rate) + rng.random(), np.arange(len(knots)), knots).astype(np.float32)
 
@@ -247,7 +232,7 @@ class Name(NamedTuple):
 
 
 def layer(kind: str, level: float, chance: float, name: Name, seed: int) -> Waveform | float:
-    """One layer of a clip, or 0 where its segment does without."""
+    """Return one layer of a clip, or 0 where its segment does not have it."""
     location = generator(seed, name.scene, name.location, kind)
     segment = generator(seed, name.scene, name.segment, kind)
     level += LEVEL_SPREAD * location.standard_normal() + SEGMENT_LEVEL_SPREAD * segment.standard_normal()
@@ -263,7 +248,7 @@ def layer(kind: str, level: float, chance: float, name: Name, seed: int) -> Wave
 
 @lru_cache(maxsize=512)
 def room(scene: str, location: int, seed: int) -> Spectrum:
-    """Response of a location: direct sound and a tail that decays and darkens, times the location's loudness."""
+    """Return a location's response: direct sound and a tail that decays and darkens, times the loudness."""
     loudness, (low, high), _ = SCENE_MIXES[scene]
     rng = generator(seed, scene, location, "room")
     seconds = rng.uniform(low, high)
@@ -274,7 +259,7 @@ def room(scene: str, location: int, seed: int) -> Spectrum:
 
 
 def scene_spectrum(name: Name, seed: int) -> Spectrum:
-    """What there is to hear in a clip: the same for every device."""
+    """Return a clip's sound before the device."""
     layers = SCENE_MIXES[name.scene][2]
     mix = sum(layer(kind, level, chance, name, seed) for kind, (level, chance) in layers.items())
     return np.fft.rfft(mix) * room(name.scene, name.location, seed)
@@ -307,7 +292,7 @@ BLOCK = 63  # samples of one step of the compressor; SAMPLE_RATE is a multiple
 
 
 def drawn_response(device: Device, rng: np.random.Generator) -> Spectrum:
-    """Complex response of minimum phase: a short impulse response without pre-echo."""
+    """Return a complex response of minimum phase: its impulse response is short and has no pre-echo."""
     curve = device.colour * np.interp(OCTAVES, np.linspace(OCTAVES[0], OCTAVES[-1], 12), rng.standard_normal(12))
     curve += device.resonance * bump(400 * 15 ** rng.random(), 0.25)
     curve -= 10 * np.log10(1 + (device.low_cut / np.maximum(HZ, 1)) ** 4)
@@ -325,7 +310,7 @@ def device_response(device_id: str) -> Spectrum:
 
 
 def further_response(k: int) -> np.ndarray:
-    """Impulse response (RESPONSE_SAMPLES,) of the k-th device that is none of RECORDERS but of b's to s6's family."""
+    """Return the impulse response (RESPONSE_SAMPLES,) of the k-th further device, from the family of b to s6."""
     rng = generator("response", k)
     device = Device(
         colour=rng.uniform(3, 4.5),
@@ -340,7 +325,7 @@ def further_response(k: int) -> np.ndarray:
 
 
 def compress(wave: Waveform, ratio: float) -> Waveform:
-    """Let 1 dB out for ``ratio`` dB in above THRESHOLD, over about 50 ms."""
+    """Compress levels above THRESHOLD by ``ratio``, over about 50 ms."""
     power = np.mean(wave.reshape(-1, BLOCK) ** 2, axis=1)
     release = np.exp(-np.arange(150) * (BLOCK / SAMPLE_RATE / 0.05))
     power = np.convolve(np.r_[power[-149:], power], release / release.sum(), "valid")
@@ -350,7 +335,7 @@ def compress(wave: Waveform, ratio: float) -> Waveform:
 
 
 def record(spectrum: Spectrum, name: Name, seed: int) -> Waveform:
-    """What the clip's device makes of the sound: coloured, compressed, noisy, saturating below full scale."""
+    """Record the sound with the clip's device: coloured, compressed, noisy, saturating below full scale."""
     device = RECORDERS[name.device_id]
     wave = np.fft.irfft(spectrum * device_response(name.device_id), SAMPLE_RATE)
     if device.ratio > 1:
@@ -362,20 +347,19 @@ def record(spectrum: Spectrum, name: Name, seed: int) -> Waveform:
 @dataclass(frozen=True)
 class SynthConfig:
     out: str | None = None
-    """Folder to make; it must not exist yet, or be empty."""
+    """Folder to make; it must be new or empty."""
     responses: str | None = None
-    """Folder of impulse responses to make, for --dir_path, beside or in place of --out; it must not exist yet, or be
-    empty."""
+    """Folder of impulse responses to make, for --dir_path, with or without --out; it must be new or empty."""
     train_clips: int = 1800
     """Clips in split25; split10 and split5 are parts of it."""
     test_clips_per_device: int = 100
     """Test clips of each of the 9 devices."""
     largest_subset: Literal[25, 50, 100] = 25
-    """Percent; 50 makes split50 with twice as many clips as split25, 100 also split100 with four times as many."""
+    """Percent; 50 makes split50 with twice the clips of split25, 100 also split100 with four times the clips."""
     seed: int = 0
     """Seed of the sound; names and devices are the same for every seed."""
     num_workers: int | None = None
-    """Processes; 0: none but this one; None: one for each core. The files do not depend on it."""
+    """Processes; 0: only this one; None: one per core. The files do not depend on it."""
 
     def __post_init__(self) -> None:
         if self.out is None and self.responses is None:
@@ -389,7 +373,7 @@ class SynthConfig:
 def names_on_a(
     n_clips: int, n_pieces: int, n_locations: int, first_location: int, first_segment: int
 ) -> Iterator[Name]:
-    """``n_clips`` names of device a, scenes in turn, so that any beginning of them is balanced."""
+    """Yield ``n_clips`` names of device a, scenes in turn, so that every first part of them is balanced."""
     for k in range(n_clips):
         scene, (segment, piece) = k % len(SCENES), divmod(k // len(SCENES), n_pieces)
         place = segment % n_locations
@@ -398,14 +382,14 @@ def names_on_a(
 
 
 def names_for_train(n_clips: int) -> Iterator[Name]:
-    """Each segment on one device, every scene starting elsewhere in DEVICE_CYCLE."""
+    """Yield names with a device per segment; scenes start at different places of DEVICE_CYCLE."""
     for name in names_on_a(n_clips, TRAIN_PIECES, TRAIN_LOCATIONS, 0, 0):
         turn = name.segment // len(SCENES) + 2 * SCENES.index(name.scene)
         yield name._replace(device_id=DEVICE_CYCLE[turn % len(DEVICE_CYCLE)])
 
 
 def names_for_test(n_clips: int) -> Iterator[tuple[Name, ...]]:
-    """Each clip on all devices."""
+    """Yield the names of each clip on all devices."""
     for name in names_on_a(n_clips, TEST_PIECES, TEST_LOCATIONS, FIRST_TEST_LOCATION, FIRST_TEST_SEGMENT):
         yield tuple(name._replace(device_id=device_id) for device_id in DEVICES)
 
@@ -422,7 +406,7 @@ def write_lists(folder: Path, train: list[Name], test: list[Name], config: Synth
 
 
 def write_clips(folder: Path, seed: int, names: tuple[Name, ...]) -> int:
-    """Write one sound as the devices of ``names`` record it; return how many."""
+    """Write one sound as the devices of ``names`` record it; return the number of clips."""
     spectrum = scene_spectrum(names[0], seed)
     for name in names:
         soundfile.write(folder / name.filename, record(spectrum, name, seed), SAMPLE_RATE, subtype="PCM_24")
@@ -461,55 +445,59 @@ Nothing in this folder was recorded: no figure from it is comparable with TAU22 
 def make(out: Path, **options: int | None) -> Path:
     """Make a SynthTAU folder, all of it or nothing; ``options`` are the fields of `SynthConfig`. Return its path.
 
-    Raises UserError when ``out`` holds something already or cannot be written.
+    Raises UserError where ``out`` is not empty or cannot be written.
     """
-    config, out = SynthConfig(str(out), **options), Path(out).absolute()
-    with _new_folder(out, "SynthTAU", "--out") as folder:
+    config = SynthConfig(str(out), **options)
+    with _new_folder(Path(out), "SynthTAU", "--out") as folder:
         write_all(folder, config)
-    return out
+    return Path(out).absolute()
 
 
 def make_responses(out: Path) -> Path:
     """Make a folder of N_RESPONSES impulse responses, all of it or nothing, the same bytes every time. Return its path.
 
-    Raises UserError when ``out`` holds something already or cannot be written.
+    Raises UserError where ``out`` is not empty or cannot be written.
     """
-    out = Path(out).absolute()
-    with _new_folder(out, "responses", "--responses") as folder:
+    with _new_folder(Path(out), "responses", "--responses") as folder:
         folder.mkdir(parents=True)
         for k in range(N_RESPONSES):  # not float: libsndfile would write the time into the file
             soundfile.write(folder / f"synthetic{k:02}.wav", further_response(k), SAMPLE_RATE, subtype="PCM_24")
-    return out
+    return Path(out).absolute()
 
 
 @contextmanager
 def _new_folder(path: Path, what: str, flag: str) -> Iterator[Path]:
-    """A folder beside ``path`` to make and fill; it is renamed when it is full, and removed where that fails.
+    """Yield a folder beside ``path`` to make and fill; it is renamed at the end, and removed where that fails.
 
-    Raises UserError, naming the flag, when ``path`` holds something already or cannot be written.
+    Raises UserError, naming the flag, where ``path`` is not empty or cannot be written.
     """
+    path = path.absolute()
     partial_folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    with _told(path, what, flag):
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise UserError(f"{flag} {path} exists already: name a new folder, or remove it first")
+            yield partial_folder
+            partial_folder.replace(path)
+        finally:
+            shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+@contextmanager
+def _told(folder: Path, what: str, flag: str) -> Iterator[None]:
+    """Turn errors of writing into a UserError."""
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(f"{flag} {path} exists already: name a new folder, or remove it first")
-        yield partial_folder
-        partial_folder.replace(path)
+        yield
     except (OSError, soundfile.LibsndfileError) as error:
-        raise _cannot_make(path, error, what, flag) from error
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-
-
-def _cannot_make(folder: Path, error: Exception, what: str = "SynthTAU", flag: str = "--out") -> UserError:
-    default = " or, for the default one, by the environment variable AUDIO_MAMBA_CACHE" if flag == "--out" else ""
-    return UserError(
-        f"{what} cannot be made in {folder} ({error}): give a folder that can be written, on a disk with room, "
-        f"by {flag}{default}"
-    )
+        default = " or, for the default one, by the environment variable AUDIO_MAMBA_CACHE" if flag == "--out" else ""
+        raise UserError(
+            f"{what} cannot be made in {folder} ({error}): give a folder that can be written, on a disk with room, "
+            f"by {flag}{default}"
+        ) from error
 
 
 def default_folder() -> Path:
-    """Where the default SynthTAU lies."""
+    """Return the place of the default SynthTAU."""
     return cache_folder() / f"synth_tau_v{VERSION}"
 
 
@@ -524,21 +512,19 @@ def is_whole(folder: Path) -> bool:
 
 
 def ensure_default() -> Path:
-    """The default SynthTAU, made by the first caller while others wait, and made again if something of it is missing.
+    """Return the default SynthTAU: the first caller makes it, again if something of it is missing, while others wait.
 
-    Raises UserError when it cannot be made.
+    Raises UserError where it cannot be made.
     """
     folder = default_folder()
     if not is_whole(folder):
-        try:
+        with _told(folder, "SynthTAU", "--out"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with open(folder.with_suffix(".lock"), "w") as lock:
-                fcntl.lockf(lock, fcntl.LOCK_EX)  # let go when the process ends, however it ends
+                fcntl.lockf(lock, fcntl.LOCK_EX)  # released when the process ends, also when it is killed
                 if not is_whole(folder):
                     for remains in (folder, *folder.parent.glob(f".{folder.name}.*.partial")):
                         shutil.rmtree(remains, ignore_errors=True)
                     make(folder)
-        except OSError as error:
-            raise _cannot_make(folder, error) from error
     print(f"data: SynthTAU, which is synthetic (no figure from it is comparable with TAU22), in {folder}")
     return folder

@@ -5,8 +5,8 @@ A data folder holds ``audio/*.wav``, ``meta.csv`` (filename, scene_label, identi
 ``meta_clean.csv``, written by ``python -m dcase.prepare``, takes the place of ``meta.csv`` when it is there.
 
 Glossary: *scene* (``scene_label``) is the class, an index into `SCENES`; *device* (``source_label``) is the recording
-device, an index into `DEVICES`; *location* (``identifier``) is the place of recording, "lisbon-1000": its clips sound
-alike, so it must never be on both sides of a split.
+device, an index into `DEVICES`; *location* (``identifier``) is the place of recording, as "lisbon-1000". Clips of one
+location sound alike, so no location may be on both sides of a split.
 """
 
 import csv
@@ -18,7 +18,7 @@ import re
 import urllib.request
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -45,13 +45,13 @@ _LEAVES_FOLDER = r"^/|^[A-Za-z]:|\\|(?:^|/)\.\.(?:/|$)|[\x00-\x1f]"
 
 
 def leaves_folder(filename: str) -> bool:
-    """Whether a name of a list would lead out of the folder that the list is of."""
+    """Whether a file name in a list points outside the list's folder."""
     return re.search(_LEAVES_FOLDER, filename) is not None
 
 
 @dataclass(frozen=True, eq=False)
 class Clips:
-    """n clips of a data folder, as arrays: thousands of Python strings would be copied into every worker's memory."""
+    """n clips of a data folder, as arrays: Python strings would be copied into the memory of every worker."""
 
     folder: Path
     filenames: np.ndarray  # (n,) bytes, relative to the folder
@@ -63,22 +63,21 @@ class Clips:
         return len(self.filenames)
 
     def select(self, rows) -> "Clips":
-        """The clips where the mask ``rows`` holds, or those with the indices ``rows``, in that order."""
+        """Return the clips where the mask ``rows`` is true, or those with the indices ``rows``, in that order."""
         rows = np.asarray(rows)
         rows = rows if rows.dtype == bool else rows.astype(np.int64)  # an empty list would be float
-        columns = ("filenames", "scene", "device", "location")
-        return replace(self, **{column: getattr(self, column)[rows] for column in columns})
+        return Clips(self.folder, self.filenames[rows], self.scene[rows], self.device[rows], self.location[rows])
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when a clip is added, lost or moved."""
+        """Return 16 hex digits that change when a clip is added, lost or moved."""
         return hashlib.sha256(b"\n".join(self.filenames.tolist())).hexdigest()[:16]
 
     def of_device(self, device_id: str) -> "Clips":
-        """The clips recorded with ``device_id``, one of `DEVICES`."""
+        """Return the clips recorded with ``device_id``, one of `DEVICES`."""
         return self.select(self.device == DEVICES.index(device_id))
 
     def name(self, i: int) -> str:
-        """Filename of clip ``i`` as the csv has it: "audio/airport-lisbon-1000-40000-0-a.wav"."""
+        """Return the file name of clip ``i`` as in the csv: "audio/airport-lisbon-1000-40000-0-a.wav"."""
         return self.filenames[i].decode()
 
     def path(self, i: int) -> Path:
@@ -91,32 +90,32 @@ class DataConfig:
 
     dataset_dir: str | None = None
     """TAU22 folder; without it TAU22_DIR, else the folder that the checkpoint's run was given, else SynthTAU, a small
-    synthetic stand-in"""
+    synthetic stand-in."""
     orig_sample_rate: int = 44100
-    """rate (Hz) of the recordings; a file of another rate is resampled by what its header says"""
+    """Rate (Hz) of the recordings; a file whose header has another rate is resampled to it."""
     read_from: Literal["auto", "pack", "wav"] = "auto"
-    """what is read: the pack that `python -m dcase.prepare --pack` made, the WAV files; auto: a pack if there is one"""
+    """Read the pack that `python -m dcase.prepare --pack` made, or the WAV files; auto: the pack if there is one."""
     pack_dir: str | None = None
-    """folder of the pack; without it pack/ in the data folder"""
+    """Folder of the pack; without it pack/ in the data folder."""
 
     def pack_folder(self, folder: Path) -> Path:
         return Path(self.pack_dir).expanduser() if self.pack_dir else Path(folder) / "pack"
 
     def __post_init__(self):
-        if self.orig_sample_rate <= 0:
-            raise UserError(f"--orig_sample_rate is a rate in Hz, more than 0; got {self.orig_sample_rate}")
+        if self.orig_sample_rate < 1:
+            raise UserError(f"--orig_sample_rate is at least 1 (Hz); got {self.orig_sample_rate}")
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Which clips to train and to choose the model on."""
+    """Which clips the model is trained on, and which ones choose the best epoch."""
 
     subset: int = 25
-    """part of TAU22's training clips to train on: 5, 10, 25, 50 or 100 (percent)"""
+    """Part of TAU22's training clips to train on: 5, 10, 25, 50 or 100 (percent)."""
     val_fraction: float = 0.1
-    """part of the training clips held out for validation, by recording location (0 to 1; 0: train on all of them)"""
+    """Part of the training clips to hold out for validation, by recording location (0 to 1; 0: train on all clips)."""
     val_split: Literal["train", "test"] = "train"
-    """where validation clips come from; test chooses the model on the test split: its score is then optimistic"""
+    """Where validation clips come from; test chooses the model on the test split, so its score is optimistic."""
 
     def __post_init__(self):
         if self.subset not in SUBSETS:
@@ -129,16 +128,16 @@ class SplitConfig:
 
 
 def load_clips(folder: Path, split: str) -> Clips:
-    """Clips of ``split`` (one of `SPLITS`) in the list's order. Whether their files are there is for `check_files`.
+    """Load the clips of ``split`` (one of `SPLITS`) in the list's order; `check_files` looks for their files.
 
-    Prints one line when meta_clean.csv leaves clips out, and one when the list had to be fetched.
-    Raises `UserError`, naming file and line, for anything wrong with the folder, its lists or its files.
+    Prints a line when meta_clean.csv leaves clips out, and one when the list had to be fetched.
+    Raises `UserError`, naming file and line, for any fault of the folder or its lists.
     """
     return load_splits(folder, split)[0]
 
 
 def load_splits(folder: Path, *splits: str) -> list[Clips]:
-    """`load_clips` of each split; meta.csv, the longest list, is read only once."""
+    """Load the clips of each split as `load_clips` does; meta.csv, the longest list, is read only once."""
     folder = Path(folder)
     check_folder(folder)
     lists = {split: _read_or_fetch_split(folder, split) for split in splits}
@@ -161,7 +160,7 @@ def load_splits(folder: Path, *splits: str) -> list[Clips]:
 
 
 def untrained_scenes(training: Clips, test: Clips) -> str:
-    """What to say where test clips are of scenes that no training clip is of; "" where all are trained on."""
+    """Return a warning where test clips are of scenes that no training clip is of, else ""."""
     scenes = np.setdiff1d(test.scene, training.scene)
     if not len(scenes):
         return ""
@@ -182,7 +181,7 @@ def check_files(clips: Clips) -> None:
 
 
 def is_tau22(folder: Path) -> bool:
-    """Whether the folder is TAU22 itself, whose scores compare with published ones, rather than a stand-in."""
+    """Whether the folder is TAU22 itself, so that scores compare with published ones, and no stand-in."""
     test_list = Path(folder) / "split_setup" / "test.csv"
     if (Path(folder) / "SYNTHETIC.md").exists() or not test_list.is_file():
         return False
@@ -204,7 +203,7 @@ def check_folder(folder: Path) -> None:
 
 
 def read_meta(path: Path) -> pd.DataFrame:
-    """A checked meta.csv or meta_clean.csv, columns as strings; raises `UserError` with file and line."""
+    """Read and check meta.csv or meta_clean.csv, columns as strings. Raises `UserError` with file and line."""
     meta = _read_list(path, _META_COLUMNS)
     known = f"not one of {', '.join(DEVICES)}"
     _refuse(path, meta, ~meta["source_label"].isin(DEVICES), "unknown device {source_label!r} (source_label), " + known)
@@ -212,45 +211,38 @@ def read_meta(path: Path) -> pd.DataFrame:
 
 
 def read_split(path: Path, content: bytes | None = None) -> pd.DataFrame:
-    """A checked split list, columns as strings, from ``content`` where given; raises `UserError` with file and line."""
+    """Read and check a split list, or its ``content``, columns as strings. Raises `UserError` with file and line."""
     return _read_list(path, _SPLIT_COLUMNS, content)
 
 
 def missing_files(folder: Path, filenames: Sequence[str]) -> list[str]:
-    """Those of ``filenames`` that are not in the data folder. One listing per folder, not one look per file."""
-    parents = {name.rpartition("/")[0] for name in filenames}
-    present = {parent: _listing(folder / parent) for parent in parents}
-    split_names = ((name, *name.rpartition("/")[::2]) for name in filenames)
-    return [name for name, parent, base in split_names if base not in present[parent]]
+    """Return those of ``filenames`` that are not in the data folder. Folders are listed; files are not looked up."""
+    parts = [name.rpartition("/")[::2] for name in filenames]
+    present = {parent: _listing(folder / parent) for parent in {parent for parent, _ in parts}}
+    return [name for name, (parent, base) in zip(filenames, parts, strict=True) if base not in present[parent]]
 
 
 def _meta_of(path: Path, meta: pd.DataFrame, found: np.ndarray, rows: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The rows of ``meta`` (the file ``path``) for those of a split list, in the list's order, less what meta_clean.csv
-    leaves out. ``found``: each row's place in meta, -1 where it is not there."""
-    folder = path.parent
-    list_path = folder / "split_setup" / f"{split}.csv"
+    """Return the rows of ``meta``, the file ``path``, for a split list's, in its order, less those that meta_clean.csv
+    leaves out. ``found``: the place of each row in meta, -1 where it is missing."""
+    list_path = path.parent / "split_setup" / f"{split}.csv"
     unknown = pd.Series(found < 0, index=rows.index)
     if path.name == "meta_clean.csv" and unknown.any():
-        _say_left_out(path, split, int(unknown.sum()), len(rows))
+        line = f"{path} leaves out {unknown.sum()} of the {len(rows)} clips of {split} (why: meta_excluded.csv)"
+        not_comparable = "The test score is then NOT COMPARABLE with one on the whole test split."
+        print(f"WARNING: {line}. {not_comparable}" if split == "test" else line)
         if unknown.all():
             raise UserError(f"{path} leaves out every clip of {split}: run `python -m dcase.prepare` again")
-        if "meta.csv" in _listing(folder):  # left out is only what meta.csv knows; the rest is a mistake
-            unknown &= ~rows["filename"].isin(read_meta(folder / "meta.csv")["filename"])
+        if "meta.csv" in _listing(path.parent):  # only what meta.csv has can be left out; the rest is a mistake
+            unknown &= ~rows["filename"].isin(read_meta(path.with_name("meta.csv"))["filename"])
         else:
             unknown[:] = False
-    n_unknown = f"(as {int(unknown.sum())} of {len(rows)} are)"
+    n_unknown = f"(as {unknown.sum()} of {len(rows)} are)"
     _refuse(list_path, rows, unknown, "{filename!r} is not in meta.csv " + n_unknown + "; are both of one data set?")
     rows, meta = rows[found >= 0], meta.iloc[found[found >= 0]]
     other = pd.Series(rows["scene_label"].to_numpy() != meta["scene_label"].to_numpy(), index=rows.index)
     _refuse(list_path, rows, other, "{filename!r} is {scene_label!r} here but another scene in " + path.name)
     return meta
-
-
-def _say_left_out(meta_clean: Path, split: str, n_left_out: int, n_clips: int) -> None:
-    line = f"{meta_clean} leaves out {n_left_out} of the {n_clips} clips of {split} (why: meta_excluded.csv)"
-    if split == "test":
-        line = f"WARNING: {line}. The test score is then NOT COMPARABLE with one on the whole test split."
-    print(line)
 
 
 def _read_or_fetch_split(folder: Path, split: str) -> pd.DataFrame:
@@ -274,7 +266,7 @@ def _read_or_fetch_split(folder: Path, split: str) -> pd.DataFrame:
 
 
 def _read_list(path: Path, columns: tuple[str, ...], content: bytes | None = None) -> pd.DataFrame:
-    """A tab-separated list of clips; its index plus 2 is the line in the file. The checks that all lists share."""
+    """Read a tab-separated list of clips, with the checks of all lists. Its index plus 2 is the line in the file."""
     table = _parse(path, _read_bytes(path) if content is None else content)
     absent = [column for column in columns if column not in table.columns]
     if absent and any("," in column for column in table.columns):
@@ -333,7 +325,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _listing(folder: Path) -> set[str]:
-    """Names in a folder; none where there is no such folder."""
+    """Return the names in a folder; none where there is no such folder."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries}
@@ -353,12 +345,12 @@ _LOOK_AHEAD = 8  # locations. With 1, 10 % of split25 is 7 to 12 % of a device; 
 
 
 def split_by_location(clips: Clips, fraction: float) -> tuple[Clips, Clips]:
-    """Split clips into (train, val) by whole recording locations: no place is heard in both.
+    """Split clips into (train, val) by whole recording locations: none has clips on both sides.
 
-    Of each scene, as near as whole locations allow to ``fraction`` of its clips are held out: at least one location
-    and never all of them. The locations stand in a fixed order without pattern (of their hashes); of the next few
-    that fit, that one is taken which leaves the devices nearest to ``fraction`` of each. The result depends on the
-    clips' locations, scenes and devices alone, not on a seed.
+    Of each scene, ``fraction`` of the clips is held out, as nearly as whole locations allow: at least one location and
+    never all of them. Locations are tried in a fixed order without a pattern (of their hashes); of the next few that
+    fit, the one is taken that brings every device nearest to ``fraction``. The result depends only on the clips'
+    locations, scenes and devices, not on a seed.
     Raises `UserError` for a fraction outside (0, 1) and where a scene has too few locations.
     """
     if not 0 < fraction < 1:
@@ -371,51 +363,39 @@ def split_by_location(clips: Clips, fraction: float) -> tuple[Clips, Clips]:
     scenes = np.unique(clips.scene)
     for n_scenes, scene in enumerate(scenes, start=1):
         device_target = fraction * counts[:, scenes[:n_scenes]].sum((0, 1))  # of the scenes so far
-        _hold_out_scene(scene, counts, order, held_out, fraction, device_target)
-    is_val = held_out[location]
-    return clips.select(~is_val), clips.select(is_val)
-
-
-def _hold_out_scene(
-    scene: int,
-    counts: np.ndarray,
-    order: list[int],
-    held_out: np.ndarray,
-    fraction: float,
-    device_target: np.ndarray,
-) -> None:
-    """Mark in ``held_out`` (locations,) one scene's share of locations; counts: (locations, scenes, devices)."""
-    n_clips = counts[:, scene].sum(1)  # (locations,)
-    target = fraction * n_clips.sum()
-
-    def away(i: int) -> float:  # from the target, with location i
-        return abs(n_clips[held_out].sum() + n_clips[i] - target)
-
-    def device_error(i: int) -> float:
-        taken = counts[held_out].sum((0, 1)) + counts[i].sum(0)
-        return float(((taken - device_target) ** 2 / np.maximum(device_target, 1)).sum())
-
-    while True:
-        taken = n_clips[held_out].sum()
-        spare = _spare(counts, held_out)
-        free = [i for i in order if n_clips[i] and spare[i]]
-        fitting = [i for i in free if taken + n_clips[i] <= target]
-        if fitting:
-            held_out[min(fitting[:_LOOK_AHEAD], key=device_error)] = True
-            continue
-        nearest = min(free, key=away, default=None)
-        if not taken and nearest is None:
+        while (i := _next_to_hold_out(scene, counts, order, held_out, fraction, device_target)) is not None:
+            held_out[i] = True
+        if not counts[held_out, scene].any():
             raise UserError(
                 f"{SCENES[scene]} has too few recording locations to hold one out: it needs clips of one more "
                 "(meta.csv's identifier), or use --val_fraction 0"
             )
-        if nearest is not None and (not taken or away(nearest) < abs(taken - target)):
-            held_out[nearest] = True
-        return
+    is_val = held_out[location]
+    return clips.select(~is_val), clips.select(is_val)
 
 
-def _spare(counts: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """(locations,) bool: not held out yet, and no scene would be left without a training location by holding it out."""
+def _next_to_hold_out(
+    scene: int, counts: np.ndarray, order: list[int], held_out: np.ndarray, fraction: float, device_target: np.ndarray
+) -> int | None:
+    """Return the location to hold out next for a scene; None where enough is held out.
+
+    ``counts``: clips (locations, scenes, devices); ``held_out``: (locations,) bool; ``device_target``: (devices,).
+    """
+    n_clips = counts[:, scene].sum(1)  # (locations,)
+    target, taken = fraction * n_clips.sum(), n_clips[held_out].sum()
     has_scene = counts.sum(2) > 0  # (locations, scenes)
-    remaining = (has_scene & ~held_out[:, None]).sum(0)
-    return ~held_out & ~(has_scene & (remaining == 1)).any(1)
+    is_last = has_scene & ((has_scene & ~held_out[:, None]).sum(0) == 1)  # a scene needs a training location
+    free = [i for i in order if n_clips[i] and not held_out[i] and not is_last[i].any()]
+
+    def device_error(i: int) -> float:
+        devices = counts[held_out].sum((0, 1)) + counts[i].sum(0)
+        return float(((devices - device_target) ** 2 / np.maximum(device_target, 1)).sum())
+
+    fitting = [i for i in free if taken + n_clips[i] <= target]
+    if fitting:
+        return min(fitting[:_LOOK_AHEAD], key=device_error)
+    # One that goes beyond the target: where nothing is held out yet, or where it comes nearer.
+    nearest = min(free, key=lambda i: abs(taken + n_clips[i] - target), default=None)
+    if nearest is not None and (not taken or abs(taken + n_clips[nearest] - target) < abs(taken - target)):
+        return nearest
+    return None
