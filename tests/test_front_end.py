@@ -174,7 +174,7 @@ def test_mixstyle_tosses_one_coin_for_the_batch():
 
 def test_masks_are_filled_with_0_and_stay_within_their_limits():
     torch.manual_seed(0)
-    x = torch.ones(300, 1, 256, 65)
+    x = torch.ones(100, 1, 256, 65)
     y = Masking(AugmentConfig(), 256, 65)(x)
     rows, columns = (y == 0).all(3).sum(2).flatten(), (y == 0).all(2).sum(2).flatten()
     assert set(y.unique().tolist()) == {0.0, 1.0}
@@ -189,14 +189,6 @@ def test_masks_longer_than_the_log_mel_are_cut():
     torch.manual_seed(0)
     y = Masking(AugmentConfig(freqm=400, timem=400, timem_max_fraction=1.0), 20, 10)(torch.ones(500, 1, 20, 10))
     assert (y != 0).any()
-
-
-@pytest.mark.parametrize(
-    "field, value", [("mixstyle_p", 1.5), ("roll_sec", -1.0), ("mixstyle_alpha", 0.0), ("timem", -1)]
-)
-def test_impossible_augmentation_names_the_flag(field, value):
-    with pytest.raises(UserError, match=f"--{field}"):
-        AugmentConfig(**{field: value})
 
 
 def test_resampling_is_torchaudios():
