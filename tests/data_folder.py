@@ -47,3 +47,28 @@ def write_data_folder(folder: Path) -> tuple[list[tuple[str, ...]], list[tuple[s
     for seed, (name, *_) in enumerate(train + test):
         soundfile.write(folder / name, noise(seed), SAMPLE_RATE, subtype="PCM_24")
     return train, test
+
+
+def write_fault(path: Path, fault: str) -> None:
+    """A sound file of 0.1 s with one fault."""
+    samples = noise(99)
+    if fault in ("nan", "inf"):
+        samples[3] = float(fault)
+    samples = {
+        "no samples": np.zeros(0),
+        "silent": np.zeros(4410),
+        "offset": np.full(4410, 0.25),
+        "stereo": np.stack([samples, samples], axis=1),
+        "short": samples[:-1],
+    }.get(fault, samples)
+    soundfile.write(path, samples, 32000 if fault == "rate" else SAMPLE_RATE, subtype="FLOAT")
+    if fault == "missing":
+        path.unlink()
+    elif fault == "text":
+        path.write_bytes(b"Not Found\n" * 100)
+    elif fault == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif fault == "truncated header":
+        path.write_bytes(path.read_bytes()[:30])
+    elif fault == "no bytes":
+        path.write_bytes(b"")

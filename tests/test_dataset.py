@@ -8,26 +8,20 @@ import pytest
 import soundfile
 import torch
 from conftest import refusal
-from data_folder import SAMPLE_RATE, clip_row, noise, write_data_folder, write_lists
+from data_folder import SAMPLE_RATE, clip_row, noise, write_data_folder, write_fault, write_lists
 from torch.utils.data import DataLoader
 
 from dcase.data.dataset import TAU22, Batch, Sound
 from dcase.data.sound import read_wav
 from dcase.data.tau22 import DEVICES, SCENES, load_clips
-from dcase.errors import UserError
 
 WAV = Sound(SAMPLE_RATE)
 
 
 @pytest.fixture
-def folder(tmp_path):
+def clips(tmp_path):
     write_data_folder(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def clips(folder):
-    return load_clips(folder, "split25")
+    return load_clips(tmp_path, "split25")
 
 
 @pytest.mark.parametrize(
@@ -41,11 +35,9 @@ def test_bit_depths(tmp_path, subtype, step):
 
 
 def test_stereo_is_mixed_down(tmp_path):
-    left, right = noise(0), noise(1)
-    soundfile.write(tmp_path / "a.wav", np.stack([left, right], axis=1), SAMPLE_RATE, subtype="FLOAT")
-    waveform = read_wav(tmp_path / "a.wav", SAMPLE_RATE)
-    assert waveform.shape == (1, 4410)
-    np.testing.assert_allclose(waveform[0].numpy(), (left + right) / 2, atol=1e-7)
+    both = np.stack([noise(0), noise(1)], axis=1)
+    soundfile.write(tmp_path / "a.wav", both, SAMPLE_RATE, subtype="FLOAT")
+    np.testing.assert_allclose(read_wav(tmp_path / "a.wav", SAMPLE_RATE).numpy(), both.mean(1)[None], atol=1e-7)
 
 
 @pytest.mark.parametrize("rate", [22050, 44100, 48000])
@@ -66,34 +58,12 @@ def test_rate_that_would_take_gigabytes_to_resample(tmp_path):
     assert str(tmp_path / "a.wav") in message and "44101 Hz" in message and "--sample_rate" in message
 
 
-def bad_sound(path, fault: str) -> None:
-    """A sound file with one fault."""
-    soundfile.write(path, noise(0), SAMPLE_RATE, subtype="PCM_24")
-    if fault == "missing":
-        path.unlink()
-    elif fault == "no bytes":
-        path.write_bytes(b"")
-    elif fault == "no sound file":
-        path.write_bytes(b"Hello, world! " * 100)
-    elif fault == "truncated":
-        path.write_bytes(path.read_bytes()[:9000])
-    elif fault == "truncated header":
-        path.write_bytes(path.read_bytes()[:30])
-    elif fault == "no samples":
-        soundfile.write(path, np.zeros(0), SAMPLE_RATE)
-    else:
-        samples = noise(0)
-        samples[7] = float(fault)
-        soundfile.write(path, samples, SAMPLE_RATE, subtype="FLOAT")
-
-
 @pytest.mark.parametrize(
-    "fault",
-    ["missing", "no bytes", "no sound file", "truncated", "truncated header", "no samples", "nan", "inf"],
+    "fault", ["missing", "no bytes", "text", "truncated", "truncated header", "no samples", "nan", "inf"]
 )
 def test_bad_sound_is_named(tmp_path, fault):
     path = tmp_path / "clip.wav"
-    bad_sound(path, fault)
+    write_fault(path, fault)
     message = refusal(read_wav, path, SAMPLE_RATE)
     assert str(path) in message and "python -m dcase.prepare" in message
 
@@ -112,15 +82,12 @@ def test_file_of_unknown_length_is_not_truncated(tmp_path):
 # The data set
 
 
-def test_item_is_a_clip(clips, folder):
+def test_items_and_batches_are_clips(clips):
     dataset = TAU22(clips, WAV)
     assert len(dataset) == 16 and dataset.n_samples == 4410
     clip = dataset[9]
     assert (clip.scene, clip.device, clip.index) == (SCENES.index("tram"), DEVICES.index("s1"), 9)
     np.testing.assert_allclose(clip.waveform[0].numpy(), noise(9), atol=2**-23)
-
-
-def test_batch_is_a_clip_of_tensors(clips):
     loader = DataLoader(TAU22(clips, Sound(32000)), batch_size=3, num_workers=1, collate_fn=lambda batch: batch)
     batch = next(iter(loader))
     assert isinstance(batch, Batch) and batch.waveform.shape == (3, 1, 3200) and batch.device.tolist() == [0, 3, 0]
@@ -153,12 +120,11 @@ def test_with_max_samples_any_length_will_do_and_longer_ones_are_cut(clips):
     assert (batch.waveform[1, :, 3000:] == 0).all()
 
 
-def test_like_asks_for_the_length_of_another_data_set(clips):
+def test_like_sets_the_length_of_another_data_set(clips):
     train = TAU22(clips.select([0, 1]), WAV)
     for row in (2, 3):
         soundfile.write(clips.path(row), noise(row, 3000), SAMPLE_RATE)
-    with pytest.raises(UserError, match="--target_length"):
-        TAU22(clips.select([2, 3]), WAV, like=train)[0]
+    assert "--target_length" in refusal(lambda: TAU22(clips.select([2, 3]), WAV, like=train)[0])
 
 
 def test_ten_second_clips(tmp_path):

@@ -9,12 +9,11 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 from conftest import ROOT
 from conftest import refusal as refusal_of
-from data_folder import META_COLUMNS, SAMPLE_RATE, clip_row, noise, write_data_folder, write_lists
+from data_folder import META_COLUMNS, SAMPLE_RATE, clip_row, noise, write_data_folder, write_fault, write_lists
 
 from dcase import prepare as module
 from dcase.data import tau22
@@ -59,28 +58,6 @@ FAULTS = {  # how it is made -> the reason given
     "stereo": "not mono (2 channels)",
     "short": "not the most frequent length (4409 samples, not 4410)",
 }
-
-
-def write_fault(path: Path, fault: str) -> None:
-    samples, rate = noise(99), SAMPLE_RATE
-    if fault in ("nan", "inf"):
-        samples[3] = float(fault)
-    samples = {
-        "no samples": np.zeros(0),
-        "silent": np.zeros(4410),
-        "offset": np.full(4410, 0.25),
-        "stereo": np.stack([samples, samples], axis=1),
-        "short": samples[:-1],
-    }.get(fault, samples)
-    soundfile.write(path, samples, 32000 if fault == "rate" else rate, subtype="FLOAT")
-    if fault == "missing":
-        path.unlink()
-    elif fault == "text":
-        path.write_bytes(b"Not Found\n")
-    elif fault == "truncated":
-        path.write_bytes(path.read_bytes()[:-100])
-    elif fault == "no bytes":
-        path.write_bytes(b"")
 
 
 def excluded(folder: Path) -> list[list[str]]:
