@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 from dcase.data import pack, synth
 from dcase.data.dataset import TAU22, Batch, Sound
 from dcase.data.logmel import samples_for
-from dcase.data.pack import Pack
+from dcase.data.pack import Pack, Rates
 from dcase.data.tau22 import (
     TEST_CLIPS,
     Clips,
@@ -27,7 +27,7 @@ from dcase.data.tau22 import (
     split_by_location,
     untrained_scenes,
 )
-from dcase.errors import UserError, doctor_tells_more
+from dcase.errors import doctor_tells_more
 from dcase.machine import SIGNALS, MachineConfig, main_first, n_cores, process_count, process_rank
 
 Config = TypeVar("Config")  # a dataclass with the parts ``data`` and ``logmel``
@@ -94,12 +94,7 @@ def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
         print(f"sound: WAV files of {folder} (`python -m dcase.prepare --pack` makes them one file, read much faster)")
         return _read_from("wav", config), Sound(rate, samples_for(logmel, rate))
     found = Pack(place)
-    wanted = pack.Rates(rate, logmel.sample_rate)
-    if found.rates != wanted:
-        raise UserError(
-            f"{place} was resampled from {found.rates.orig_sample_rate} to {found.rates.sample_rate} Hz, and "
-            f"--orig_sample_rate and --sample_rate are {rate} and {logmel.sample_rate}: {pack.AGAIN}"
-        )
+    found.check_rates(Rates(rate, logmel.sample_rate))
     print(f"sound: the pack {place} ({len(found)} clips at {logmel.sample_rate} Hz)")
     return _read_from("pack", config), Sound(logmel.sample_rate, samples_for(logmel, logmel.sample_rate), found)
 
@@ -119,14 +114,8 @@ def check_recordings(clips: Clips, sound: Sound) -> None:
     """Raise `UserError` where recordings are missing, or are not those that were packed."""
     if sound.pack is None:
         check_files(clips)
-        return
-    changed = sound.pack.changed_sources(clips.folder, sound.pack.rows(clips.filenames))
-    if changed:
-        shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
-        raise UserError(
-            f"{len(changed)} of these {len(clips)} recordings are missing or have changed since "
-            f"{sound.pack.folder} was made ({shown}): {pack.AGAIN}"
-        )
+    else:
+        sound.pack.check_sources(clips.folder, clips.filenames)
 
 
 class Batches(Sampler[list[int]]):

@@ -107,6 +107,24 @@ class Pack:
             return []
         return [name for name, now, before in zip(names, found, known, strict=True) if now != before]
 
+    def check_rates(self, wanted: Rates) -> None:
+        """Raise `UserError` where the pack has other rates."""
+        if self.rates != wanted:
+            raise UserError(
+                f"{self.folder} was resampled from {self.rates.orig_sample_rate} to {self.rates.sample_rate} Hz, and "
+                f"--orig_sample_rate and --sample_rate are {wanted.orig_sample_rate} and {wanted.sample_rate}: {AGAIN}"
+            )
+
+    def check_sources(self, folder: Path, filenames: np.ndarray) -> None:
+        """Raise `UserError` where the pack lacks one of the clips (n,), bytes, or a WAV file has changed since."""
+        changed = self.changed_sources(folder, self.rows(filenames))
+        if changed:
+            shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
+            raise UserError(
+                f"{len(changed)} of these {len(filenames)} recordings are missing or have changed since {self.folder} "
+                f"was made ({shown}): {AGAIN}"
+            )
+
     def damaged_blocks(self) -> int:
         """Return the number of blocks whose checksum is wrong, with a progress bar."""
         blocks = progress(self._blocks, desc="checking the pack", unit=" blocks")

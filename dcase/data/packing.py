@@ -87,12 +87,9 @@ def _is_up_to_date(target: Path, rates: Rates, clips: list[Clips]) -> bool:
     """Whether the pack can stay as it is; prints why, or why not."""
     try:
         pack = Pack(target)
-        if pack.rates != rates:
-            raise UserError(f"{target} was made from {pack.rates.orig_sample_rate} to {pack.rates.sample_rate} Hz")
+        pack.check_rates(rates)
         for part in clips:
-            changed = pack.changed_sources(part.folder, pack.rows(part.filenames))
-            if changed:
-                raise UserError(f"{len(changed)} recordings have changed since {target} was made ({changed[0]})")
+            pack.check_sources(part.folder, part.filenames)
         damaged = pack.damaged_blocks()
         if damaged:
             raise UserError(f"{damaged} blocks of {pack.path} are damaged")
@@ -147,9 +144,8 @@ def _whole_blocks(samples: Path, journal: Path, head: str, folder: Path, wanted:
                 return
             for line in progress(lines, desc="checking what is packed", unit=" blocks", leave=False):
                 block = Block(**json.loads(line))
-                if hashlib.sha256(file.read(block.n_bytes)).hexdigest() != block.sha256:
-                    return
-                if not block.is_of(folder, wanted):
+                whole = hashlib.sha256(file.read(block.n_bytes)).hexdigest() == block.sha256
+                if not (whole and block.is_of(folder, wanted)):
                     return
                 yield block
     except (OSError, ValueError, TypeError):  # no journal, or a line that was cut
@@ -162,12 +158,7 @@ def _read_block(folder: Path, rates: Rates, names: list[str]) -> tuple[Block, by
     for name in names:
         stamps.append(stamp(folder / name))
         waveforms.append(read_wav(folder / name, rates.orig_sample_rate))
-    resample = resampler(rates.orig_sample_rate, rates.sample_rate)
-    if len({waveform.shape for waveform in waveforms}) == 1:  # resampling them together takes a quarter less time
-        waveforms = list(resample(torch.stack(waveforms)))
-    else:
-        waveforms = [resample(waveform) for waveform in waveforms]
-    samples, scales = zip(*(quantise(waveform[0].numpy()) for waveform in waveforms), strict=True)
+    samples, scales = zip(*(quantise(waveform[0].numpy()) for waveform in _resampled(waveforms, rates)), strict=True)
     for name, before in zip(names, stamps, strict=True):
         if stamp(folder / name) != before:
             raise UserError(f"{folder / name} changed while it was read: run the same command again")
@@ -176,6 +167,14 @@ def _read_block(folder: Path, rates: Rates, names: list[str]) -> tuple[Block, by
     lengths = [len(clip) for clip in samples]
     digest = hashlib.sha256(content).hexdigest()
     return Block(names, lengths, list(scales), list(sizes), list(times), digest), content
+
+
+def _resampled(waveforms: list[torch.Tensor], rates: Rates) -> list[torch.Tensor]:
+    """Resample waveforms (1, samples): together where they have one length, which takes a quarter less time."""
+    resample = resampler(rates.orig_sample_rate, rates.sample_rate)
+    if len({waveform.shape for waveform in waveforms}) == 1:
+        return list(resample(torch.stack(waveforms)))
+    return [resample(waveform) for waveform in waveforms]
 
 
 def quantise(waveform: np.ndarray) -> tuple[np.ndarray, float]:
