@@ -1,7 +1,7 @@
 """Check a data folder, ``python -m dcase.prepare --dataset_dir D``, or pack it, ``... --pack``.
 
 Checking reads every file that meta.csv names. It writes, beside meta.csv, ``meta_clean.csv`` (meta.csv without the
-clips at fault, which `dcase.data.tau22.load_clips` then prefers) and ``meta_excluded.csv`` (filename, reason). Packing
+faulty clips, which `dcase.data.tau22.load_clips` then prefers) and ``meta_excluded.csv`` (filename, reason). Packing
 reads every clip of the training and the test split once and writes them, resampled, to one file (`dcase.data.pack`).
 No sound file is changed.
 """
@@ -65,7 +65,7 @@ class PrepareConfig:
     any_length: bool = False
     """Accept clips of several lengths, for training with --target_length."""
     force: bool = False
-    """Write meta_clean.csv even where more than half of the clips are at fault."""
+    """Write meta_clean.csv even where more than half of the clips are faulty."""
 
     def __post_init__(self):
         SplitConfig(subset=self.subset)  # these check their flags
@@ -137,7 +137,7 @@ def report(excluded: pd.DataFrame, splits: dict[str, set[str]], n_clips: int, ta
     """
     if excluded.empty:
         return f"All {n_clips} files are fine."
-    lines = [f"{len(excluded)} of {n_clips} clips are at fault:", f"{'clips':>8}  {'fault':<28}  first of them"]
+    lines = [f"{len(excluded)} of {n_clips} clips are faulty:", f"{'clips':>8}  {'fault':<28}  first of them"]
     kinds = _kind(excluded["reason"])
     for kind, names in excluded.groupby(kinds)["filename"]:
         examples = ", ".join(names.iloc[:2]) + (", ..." if len(names) > 2 else "")
@@ -160,7 +160,7 @@ def report(excluded: pd.DataFrame, splits: dict[str, set[str]], n_clips: int, ta
 def prepare(folder: Path, config: PrepareConfig) -> None:
     """Check a data folder and write its meta_clean.csv and meta_excluded.csv.
 
-    Raises `UserError` where its lists are wrong and, without ``force``, where most files are at fault; both files are
+    Raises `UserError` where its lists are wrong and, without ``force``, where most files are faulty; both files are
     then left as they were.
     """
     check_folder(folder)
@@ -174,7 +174,7 @@ def prepare(folder: Path, config: PrepareConfig) -> None:
     if len(excluded) > len(meta) / 2 and not config.force:
         most = _kind(excluded["reason"]).value_counts().index[0]
         raise UserError(
-            f"more than half of the clips are at fault, most of them {most!r}: {_cause(most, tau22)}; "
+            f"more than half of the clips are faulty, most of them {most!r}: {_cause(most, tau22)}; "
             "meta_clean.csv is not written (--force writes it anyway)"
         )
     # meta_clean.csv last, so that the reasons for what it leaves out are always there already.

@@ -207,9 +207,7 @@ def test_a_whole_pack_stays_and_a_changed_recording_or_a_damaged_block_makes_it_
     assert not list((folder / "pack").glob("journal-*"))
     soundfile.write(folder / first.filename[4].decode(), noise(99), SAMPLE_RATE, subtype="PCM_24")
     second = pack(folder)
-    assert (
-        second.path != first.path and "1 of these 16 recordings" in capsys.readouterr().out
-    )
+    assert second.path != first.path and "1 of these 16 recordings" in capsys.readouterr().out
     flip_a_bit(second.path)
     assert pack(folder).damaged_blocks() == 0 and "1 blocks of" in capsys.readouterr().out
 

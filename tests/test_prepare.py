@@ -80,7 +80,7 @@ def test_one_of_each_fault_and_what_training_uses_then(faulty, capsys):
     meta = (faulty / "meta.csv").read_text().splitlines()
     assert (faulty / "meta_clean.csv").read_text().splitlines() == [line for line in meta if "tram" not in line]
     said = capsys.readouterr().out
-    assert "12 of 24 clips are at fault" in said
+    assert "12 of 24 clips are faulty" in said
     for kind in ("missing", "unreadable", "empty", "NaN or infinite", "silent", "wrong rate", "not mono"):
         assert f"  {kind:<28}  audio/tram-" in said
     assert "10  of the 22 clips of split25" in said and "2  of the 2 clips of test" in said
@@ -95,7 +95,7 @@ def test_a_fault_of_no_test_clip_and_a_length_that_is_not_the_usual_one(folder, 
     (folder / other).unlink()
     prepare(folder, CONFIG)
     said = capsys.readouterr().out
-    assert "2 of 18 clips are at fault" in said and "WARNING" not in said
+    assert "2 of 18 clips are faulty" in said and "WARNING" not in said
     assert excluded(folder) == [[first, "not the most frequent length (4000 samples, not 4410)"], [other, "missing"]]
 
 
@@ -174,7 +174,7 @@ def test_sound_not_unpacked(folder, capsys):
     os.rename(folder / "audio", folder / "elsewhere")
     message = refusal(folder)
     assert "more than half" in message and "'missing'" in message and "unpacked" in message and "--force" in message
-    assert "18 of 18 clips are at fault" in capsys.readouterr().out
+    assert "18 of 18 clips are faulty" in capsys.readouterr().out
     assert not (folder / "meta_clean.csv").exists() and not (folder / "meta_excluded.csv").exists()
 
 
@@ -226,12 +226,12 @@ def test_killed_worker_is_an_error_not_a_wait(folder, monkeypatch):
 
 def test_program(faulty, call_main):
     done = call_main(module.main, "--dataset_dir", faulty, "--num_workers", 1)
-    assert done.code == 0 and "12 of 24 clips are at fault" in done.out and "meta_clean.csv: 12 clips" in done.out
+    assert done.code == 0 and "12 of 24 clips are faulty" in done.out and "meta_clean.csv: 12 clips" in done.out
     assert "files/s" in done.err  # the progress bar
     os.rename(faulty / "audio", faulty / "elsewhere")
     done = call_main(module.main, "--dataset_dir", faulty)
     done.refused("more than half of the clips")
-    assert "24 of 24 clips are at fault" in done.out and len(excluded(faulty)) == 12
+    assert "24 of 24 clips are faulty" in done.out and len(excluded(faulty)) == 12
 
 
 def test_folder_by_environment(folder, monkeypatch, call_main):

@@ -1,7 +1,7 @@
 """Augmentation of training batches, on the batch's device; nothing here runs in evaluation.
 
 Device responses (`responses.py`) and time rolling change the waveform; Freq-MixStyle, mixup and masking change the
-normalised log-mel, in this order, as MixStyle would otherwise take its statistics from the masks. Masks are filled with
+normalised log-mel, in this order: after masking, MixStyle would take its statistics from the masks. Masks are filled with
 0, the mean of the normalised log-mel.
 """
 

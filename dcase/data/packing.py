@@ -153,7 +153,7 @@ def _whole_blocks(samples: Path, journal: Path, head: str, folder: Path, wanted:
 
 
 def _read_block(folder: Path, rates: Rates, names: list[str]) -> tuple[Block, bytes]:
-    """Read and resample some clips: their block and its samples. Raises `UserError` naming a file at fault."""
+    """Read and resample some clips: their block and its samples. Raises `UserError` naming a faulty file."""
     stamps, waveforms = [], []
     for name in names:
         stamps.append(stamp(folder / name))

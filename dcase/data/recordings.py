@@ -36,7 +36,7 @@ def span_of(config: LogMelConfig, frames: int, orig_sample_rate: int) -> Span:
     clip that ends there.
     """
 
-    def first(resampled: int) -> int:  # the smallest number of samples that makes at least so many resampled ones
+    def first(resampled: int) -> int:  # samples that make at least this many resampled ones
         return (resampled - 1) * orig_sample_rate // config.sample_rate + 1
 
     of_fft = first(config.n_fft // 2 + 1)

@@ -42,7 +42,7 @@ VERSION = 1  # goes up whenever the same arguments would give other bytes
 SAMPLE_RATE = 44100  # Hz; a clip is SAMPLE_RATE samples = 1 s, so bin k of its spectrum is k Hz
 MARK = "SYNTHETIC.md"  # the file that says that the folder is synthetic, written last
 WAV_BYTES = 44 + 3 * SAMPLE_RATE  # of a clip's file, as in TAU22
-TRAIN_PIECES, TEST_PIECES = 2, 1  # clips of a segment (TAU22: 10): a small set then has many segments
+TRAIN_PIECES, TEST_PIECES = 2, 1  # clips of a segment (TAU22: 10): few, so that small sets have many segments
 TRAIN_LOCATIONS, TEST_LOCATIONS = 20, 10  # of each scene
 FIRST_TEST_LOCATION, FIRST_TEST_SEGMENT = 1000, 100_000  # beyond every training clip's
 CITIES = ("barcelona", "helsinki", "lisbon", "london", "lyon", "milan", "paris", "prague", "stockholm", "vienna")

@@ -166,7 +166,7 @@ def untrained_scenes(training: Clips, test: Clips) -> str:
         return ""
     n_clips = int(np.isin(test.scene, scenes).sum())
     named = ", ".join(SCENES[i] for i in scenes)
-    return f"no training clip of the scene(s) {named}, of which the test has {n_clips:,}: these cannot be learnt"
+    return f"no training clip of the scene(s) {named}: the model cannot learn them, and the test has {n_clips:,} clips"
 
 
 def check_files(clips: Clips) -> None:

@@ -194,9 +194,9 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
         found = dict(zip(decoded, sound.pack.length[sound.pack.rows(names)].tolist(), strict=True))
         shown = f"all {len(found):,} clips"
     else:
-        found, at_fault, shown = _lengths_of_files(folder, decoded, sound.sample_rate)
-        if at_fault:
-            what = f"in {shown}: {len(at_fault):,} unreadable, empty or cut short ({at_fault[0]}, ...)"
+        found, faulty, shown = _lengths_of_files(folder, decoded, sound.sample_rate)
+        if faulty:
+            what = f"in {shown}: {len(faulty):,} unreadable, empty or cut short ({faulty[0]}, ...)"
             findings.append(Finding("recordings", "FAIL", f"{what}: replace or exclude them", config.check(folder)))
         if not found:
             return findings
@@ -218,12 +218,12 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
 
 
 def _lengths_of_files(folder: Path, names: list[str], sample_rate: int) -> tuple[dict[str, int], list[str], str]:
-    """Read the headers of WAV files for some seconds: each length at ``sample_rate``, the files at fault, which."""
+    """Read the headers of WAV files for some seconds. Return lengths at ``sample_rate``, faulty files, and which."""
     missing = set(missing_files(folder, names))
     names = [name for name in names if name not in missing]
     random.Random(0).shuffle(names)  # so that the first ones are of all scenes, devices and splits
     until = time.monotonic() + _SECONDS
-    found, at_fault = {}, []
+    found, faulty = {}, []
     for name in progress(names, desc="lengths of the clips", unit=" files", leave=False, delay=1):
         try:
             with soundfile.SoundFile(folder / name) as file:
@@ -231,12 +231,12 @@ def _lengths_of_files(folder: Path, names: list[str], sample_rate: int) -> tuple
                     raise OSError
                 found[name] = -(-file.frames * sample_rate // file.samplerate)
         except (soundfile.SoundFileError, OSError, TypeError):  # TypeError: soundfile's, for a name in .raw
-            at_fault.append(name)
+            faulty.append(name)
         if time.monotonic() > until:
             break
-    n_read = len(found) + len(at_fault)
+    n_read = len(found) + len(faulty)
     shown = f"all {n_read:,} clips" if n_read == len(names) else f"{n_read:,} of {len(names):,} clips, drawn at random"
-    return found, at_fault, shown
+    return found, faulty, shown
 
 
 def _checked(folder: Path, config: DoctorConfig) -> Finding:
@@ -256,5 +256,5 @@ def _checked(folder: Path, config: DoctorConfig) -> Finding:
 
 
 def _quietly(what: Callable):
-    with redirect_stdout(StringIO()):  # what it prints is a finding of its own
+    with redirect_stdout(StringIO()):  # other findings say what it prints
         return what()

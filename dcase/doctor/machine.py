@@ -213,7 +213,7 @@ def wandb_login() -> Finding:
     mode = os.environ.get("WANDB_MODE")
     if mode in ("offline", "disabled"):
         return Finding("W&B", "ok", f"WANDB_MODE={mode}")
-    # In a process of its own, and silent: to greet a user by name, W&B would ask its server.
+    # In another process, and silent: to greet a user by name, W&B would ask its server.
     program = "import sys, wandb; sys.exit(0 if wandb.login(prompt=False, verify=False) else 3)"
     command, env = [sys.executable, "-c", program], {**os.environ, "WANDB_SILENT": "true"}
     try:
