@@ -242,24 +242,21 @@ def clips_of(test: TAU22, samples: int, n: int) -> Tensor:
 def compare(model: Model, module: SceneClassifier, kind: str, clips: Tensor) -> Parity:
     """Run both on clips (n, samples), in batches of `BATCHES`. Raises `Mismatch` where shapes differ."""
     of_module = reference(module, kind)
-    difference, changed, seconds = 0.0, 0, []
-    bar = progress(total=len(BATCHES) * len(clips), desc="comparing", unit="clip", leave=False)
-    for size in BATCHES:
-        for x in clips.split(size):
-            x = x if kind == WAVEFORM else log_mels(module, x)
-            expected = of_module(x)
-            began = time.perf_counter()
-            logits = model(x)
-            if size == 1:
-                seconds.append(time.perf_counter() - began)
-            if logits.shape != expected.shape:
-                raise Mismatch(f"logits have shape {tuple(logits.shape)}, PyTorch's {tuple(expected.shape)}")
-            difference = torch.tensor([difference, *(logits - expected).abs().flatten()]).max().item()  # or NaN
-            first, second = expected.topk(2).values.T
-            changed += int(((first - second > TOLERANCE) & (logits.argmax(1) != expected.argmax(1))).sum())
-            bar.update(len(x))
-    bar.close()
-    return Parity(len(clips), difference, changed, 1000 * statistics.median(seconds))
+    difference, changed, seconds = torch.zeros(()), 0, []
+    batches = [batch for size in BATCHES for batch in clips.split(size)]
+    for x in progress(batches, desc="comparing", unit="batch", leave=False):
+        x = x if kind == WAVEFORM else log_mels(module, x)
+        expected = of_module(x)
+        began = time.perf_counter()
+        logits = model(x)
+        if len(x) == 1:
+            seconds.append(time.perf_counter() - began)
+        if logits.shape != expected.shape:
+            raise Mismatch(f"logits have shape {tuple(logits.shape)}, PyTorch's {tuple(expected.shape)}")
+        difference = torch.maximum(difference, (logits - expected).abs().max())  # NaN stays
+        first, second = expected.topk(2).values.T
+        changed += int(((first - second > TOLERANCE) & (logits.argmax(1) != expected.argmax(1))).sum())
+    return Parity(len(clips), difference.item(), changed, 1000 * statistics.median(seconds))
 
 
 def input_of(module: SceneClassifier, kind: str, samples: int) -> str:

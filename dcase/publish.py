@@ -7,7 +7,6 @@ only one. `python -m dcase.predict` and test_only.py take the folder, or one of 
 `aum.AudioMamba.from_pretrained` takes each model. Nothing is uploaded: `hf upload USER/NAME FOLDER` does that.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from dcase.cli import parse
 from dcase.data.tau22 import DEVICES
 from dcase.deployment import card
 from dcase.deployment.prediction import load_module, span_of_module
-from dcase.errors import UserError, one_line, run
+from dcase.errors import UserError, run
 from dcase.runs.folder import run_of
 from dcase.runs.published import WEIGHTS, front_end_of, save_published
 from dcase.runs.stored import GENERAL
@@ -48,18 +47,7 @@ def results_of(ckpt_path: str) -> dict | None:
     path, found = Path(ckpt_path), run_of(ckpt_path)
     if found is None or "," in ckpt_path or (path.suffix == ".ckpt" and path.name != found.trained.name):
         return None  # the test was of `Run.trained`
-    file = found.folder / "results.json"
-    if not file.is_file():
-        return None
-    try:
-        results = json.loads(file.read_text())
-        if missing := {"data", "note", "macro_avg_acc", "scene_acc", "device_acc", "device_models"} - set(results):
-            raise ValueError(f"it lacks {min(missing)}")
-        return results
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{file} cannot be read ({one_line(error)}): move it away to publish without figures"
-        ) from error
+    return found.results()
 
 
 def publish(config: PublishConfig) -> list[Path]:
@@ -86,18 +74,15 @@ def publish(config: PublishConfig) -> list[Path]:
 
 def _card(module: SceneClassifier, front_end: dict, folder: Path, results: dict | None, licence: str) -> str:
     input_size = (1, 1, module.config.logmel.n_mels, module.frames)
-    measured = complexity.measure(module.model, input_size, module.config.storage.weight_bits)
     return card.text(
-        card.Published(
-            folder=folder.resolve().name,
-            name=module.config.run.experiment_name or module.config.model.model,
-            front_end=front_end,
-            seconds=span_of_module(module).window / module.logmel.orig_sample_rate,
-            complexity=measured.as_dict(),
-            training=module.origin,
-            results=results,
-            licence=licence,
-        )
+        folder=folder.resolve().name,
+        name=module.config.run.experiment_name or module.config.model.model,
+        front_end=front_end,
+        seconds=span_of_module(module).window / module.logmel.orig_sample_rate,
+        complexity=complexity.measure(module.model, input_size, module.config.storage.weight_bits).as_dict(),
+        training=module.origin,
+        results=results,
+        licence=licence,
     )
 
 

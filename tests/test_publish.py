@@ -215,6 +215,20 @@ def call(call_main):
     return partial(call_main, publish.main)
 
 
+@pytest.fixture(scope="module")
+def published(general_run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("published") / "pub"
+    publish.publish(publish.PublishConfig(str(general_run / "checkpoints" / "best.ckpt"), str(folder)))
+    return folder
+
+
+@pytest.fixture
+def pub(published, tmp_path, monkeypatch) -> Path:
+    """The published run, in the current folder, to damage."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(published, "pub"))
+
+
 @pytest.fixture
 def by_device(general_run, tmp_path) -> Path:
     """The checkpoint of a run in which devices a and s1 have models of their own, and its results.json."""
@@ -309,10 +323,9 @@ def test_the_cards_snippets_run(call, by_device, tmp_path):
     assert first.count("('") == 3 and first.endswith("0.5") and second in SCENES
 
 
-def test_test_only_repeats_the_runs_figures(call, call_main, general_run, learnable, tmp_path):
-    assert call("--ckpt_path", general_run / "checkpoints" / "best.ckpt", "--out", tmp_path / "pub").code == 0
+def test_test_only_repeats_the_runs_figures(call_main, pub, general_run, learnable, tmp_path):
     flags = "--num_workers 0 --wandb_mode disabled --accelerator cpu --project_name T --batch_size 16".split()
-    call_main(test_only.main, "--ckpt_path", tmp_path / "pub", "--dataset_dir", learnable, *flags).succeeded()
+    call_main(test_only.main, "--ckpt_path", pub, "--dataset_dir", learnable, *flags).succeeded()
     again, before = read_results(only_run(tmp_path / "T")), read_results(general_run)
     assert again.pop("loss") == pytest.approx(before.pop("loss"), rel=1e-6)
     assert again == before
@@ -336,29 +349,26 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_front_end_that_cannot_be_is_refused(name, call, general_run, tmp_path):
-    call("--ckpt_path", general_run / "checkpoints" / "best.ckpt", "--out", "pub")
+def test_a_front_end_that_cannot_be_is_refused(name, pub):
     change, part = EDITS[name]
-    edit(tmp_path / "pub" / "config.json", change)
+    edit(pub / "config.json", change)
     message = refusal(load_trained, "pub")
     assert part in message and "pub/config.json" in message
 
 
-def test_a_published_model_of_other_scenes_is_refused(call, general_run, tmp_path):
-    call("--ckpt_path", general_run / "checkpoints" / "best.ckpt", "--out", "pub")
-    edit(tmp_path / "pub" / "config.json", lambda f: f.update(scenes=["forest", "kitchen"]))
+def test_a_published_model_of_other_scenes_is_refused(pub):
+    edit(pub / "config.json", lambda f: f.update(scenes=["forest", "kitchen"]))
     message = refusal(load_trained, "pub")
-    assert message.startswith("published model pub was trained on the scenes forest, kitchen; this copy's dcase/labels")
+    assert message.startswith("published model pub was trained on the scenes forest, kitchen; this copy's dcase/data/")
     assert "not written by" not in message
 
 
-def test_damaged_and_foreign_folders(call, general_run, tmp_path):
-    call("--ckpt_path", general_run / "checkpoints" / "best.ckpt", "--out", "pub")
-    damage_weights(tmp_path / "pub")
+def test_damaged_and_foreign_folders(pub, general_run):
+    damage_weights(pub)
     assert "pub/model.safetensors is damaged" in refusal(load_trained, "pub")
-    (tmp_path / "pub" / "model.safetensors").unlink()
+    (pub / "model.safetensors").unlink()
     assert "pub/model.safetensors cannot be read" in refusal(load_trained, "pub")
-    tiny().save_pretrained(tmp_path / "bare")
+    tiny().save_pretrained("bare")
     assert 'bare/config.json was not written by dcase.publish: under "front_end"' in refusal(load_trained, "bare")
     assert "is a run's folder" in refusal(load_trained, str(general_run))  # which has a config.json too
 

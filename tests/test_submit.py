@@ -133,7 +133,7 @@ def write_evaluation_set(folder: Path, learnable: Path) -> None:
 def sub(made, tmp_path) -> Submission:
     """A copy to break."""
     shutil.copytree(made.folder, tmp_path / "Doe_Uni")
-    return replace(made.submission, folder=tmp_path / "Doe_Uni")
+    return Submission(tmp_path / "Doe_Uni", "Doe_Uni", 1)
 
 
 @pytest.fixture(scope="session")
@@ -561,26 +561,18 @@ def test_a_meta_yaml_that_cannot_be_read(sub):
     assert check_meta(sub) == [f"{sub.meta} is missing: make it with python -m dcase.submit"]
 
 
-@pytest.mark.parametrize(
-    "changes, expected",
-    [
-        ({"use_cuda: bool = True,": "gpu: bool = True,"}, ["predict fails: TypeError"]),
-        (
-            {", list(SCENES)": ", sorted(SCENES, key=len)", "use_cuda, batch_size)": "use_cuda, batch_size)[::-1]"},
-            ["predict's class order is ['bus', ", "predict gives other logits than the models of"],
-        ),
-    ],
-)
-def test_each_fault_of_the_api_is_one_line(sub, changes, expected):
+def test_each_fault_of_the_api_is_one_line(sub):
     code = sub.api.read_text()
-    for old, new in changes.items():
+    for old, new in (
+        (", list(SCENES)", ", sorted(SCENES, key=len)"),
+        ("use_cuda, batch_size)", "use_cuda, batch_size)[::-1]"),
+    ):
         assert old in code
         code = code.replace(old, new)
     sub.api.write_text(code)
-    problems = validate_submission.check_package(sub)
-    assert len(problems) == len(expected), problems
-    for problem, part in zip(problems, expected, strict=True):
-        assert problem.startswith(f"{sub.api}: {part}") and "\n" not in problem, problem
+    order, other = validate_submission.check_package(sub)
+    assert order.startswith(f"{sub.api}: predict's class order is ['bus', ") and "\n" not in order
+    assert other.startswith(f"{sub.api}: predict gives other logits than the models of") and "\n" not in other
 
 
 def test_a_package_that_cannot_be_called_is_one_line(sub, monkeypatch):
@@ -589,11 +581,22 @@ def test_a_package_that_cannot_be_called_is_one_line(sub, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     found = probe.probe(str(sub.folder), "broken", "1")
     assert found == {"failed": "import", "error": "ModuleNotFoundError: No module named 'nothing_there'"}
+    x, layer = torch.zeros(1, 1, 4, 4), torch.nn.Conv2d(1, 10, 4)
+    api = SimpleNamespace(
+        load_model=lambda: SimpleNamespace(model=layer),
+        load_inputs=lambda paths, device_ids, model: [x] * len(paths),
+        get_model_for_device=lambda model, device_id: layer,
+        predict=lambda file_paths, device_ids, model_file_path: None,  # the challenge gives use_cuda too
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(probe.importlib, "import_module", lambda name: api)
+        found = probe.probe(str(sub.folder), sub.name, "1")
+    assert found["failed"] == "predict" and "TypeError" in found["error"] and "use_cuda" in found["error"]
     crashed = SimpleNamespace(returncode=7, stderr="Fatal\nkilled\n")
     failed = SimpleNamespace(returncode=0, stdout=f"noise\n{json.dumps(found)}\n")
     for done, part in [
         (crashed, "Python ends with exit code 7 while its functions are called: killed"),
-        (failed, "import fails: ModuleNotFoundError: No module named 'nothing_there'"),
+        (failed, f"predict fails: {found['error']}"),
     ]:
         monkeypatch.setattr(validate_submission.subprocess, "run", lambda *args, done=done, **options: done)
         assert validate_submission.check_package(sub) == [f"{sub.api}: {part}"]

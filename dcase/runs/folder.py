@@ -118,6 +118,21 @@ class Run:
                 "still be tested (--ckpt_path) and fine-tuned (--ckpt_id)"
             ) from error
 
+    def results(self) -> dict | None:
+        """Return results.json; None where there is none. Raises `UserError` where it is damaged."""
+        path = self.folder / "results.json"
+        if not path.is_file():
+            return None
+        try:
+            results = json.loads(path.read_text())
+            if missing := {"data", "note", "macro_avg_acc", "scene_acc", "device_acc", "device_models"} - set(results):
+                raise ValueError(f"it lacks {min(missing)}")
+            return results
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path} cannot be read ({one_line(error)}): test the checkpoint again, or move the file away"
+            ) from error
+
     def tested(self) -> "Run | None":
         """Return the run whose model this run, a test, has tested; None where that is gone or this is no test.
 

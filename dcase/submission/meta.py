@@ -4,7 +4,6 @@ The fields are those of DCASE2025 Task 1. What only the authors know is `TODO`, 
 refuses; what no test has measured is null, as the challenge asks for.
 """
 
-import json
 from pathlib import Path
 
 import yaml
@@ -216,13 +215,8 @@ def _results(checkpoint: dict, runs: list[Run]) -> dict:
     found = {block: None for block in BLOCKS}
     note = ""
     for run in runs:
-        path = run.folder / "results.json"
-        try:
-            results = json.loads(path.read_text())
-        except OSError:
+        if (results := run.results()) is None:
             continue  # not tested, or fine-tuned for some of the devices only
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({one_line(error)}): test the checkpoint again") from error
         block = "device_specific" if results["device_models"] else "general"
         same = results["complexity"]["weight_bits"] == checkpoint["config"]["storage"]["weight_bits"]
         if found[block] is None and same and set(results["device_models"]) in (set(), set(checkpoint["device_ids"])):

@@ -17,7 +17,6 @@ disturb it.
 import ast
 import math
 import re
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,62 +35,34 @@ NEEDED = ("torch", "torchaudio", "numpy", "soundfile", "einops", "safetensors", 
 NEEDED_BY_SCRIPTS = ("torchinfo", "pandas", "scikit-learn")
 
 
-@dataclass(frozen=True)
 class Submission:
-    """A submission's folder and one of its systems."""
+    """A submission's folder and one of its systems: names and paths.
 
-    folder: Path
-    label: str  # of the team: Doe_Uni
-    index: int
+    Args:
+        label: of the team, as Doe_Uni.
+        index: number of the system.
 
-    def __post_init__(self):
-        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*_[A-Za-z0-9]+", self.label):
+    Raises `UserError` where the challenge does not allow label or index.
+    """
+
+    def __init__(self, folder: Path, label: str, index: int):
+        if not re.fullmatch(r"[A-Za-z][A-Za-z0-9]*_[A-Za-z0-9]+", label):
             raise UserError(
-                f"--label {self.label!r} is the corresponding author's last name and the institute's abbreviation in "
-                "plain letters and digits, as Doe_Uni: the challenge makes a Python package's name of it"
+                f"--label {label!r} is the corresponding author's last name and the institute's abbreviation in plain "
+                "letters and digits, as Doe_Uni: the challenge makes a Python package's name of it"
             )
-        if not 1 <= self.index <= MAX_INDEX:
-            raise UserError(f"--index {self.index} is the number of the system, 1 to {MAX_INDEX}")
-
-    @property
-    def name(self) -> str:
-        """The package's name: Doe_Uni_task1."""
-        return f"{self.label}_task1"
-
-    @property
-    def system(self) -> str:
-        """The system's label: Doe_Uni_task1_1."""
-        return f"{self.name}_{self.index}"
-
-    @property
-    def package(self) -> Path:
-        return self.folder / self.name
-
-    @property
-    def api(self) -> Path:
-        return self.package / f"{self.system}.py"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.package / "ckpts" / f"{self.system}.ckpt"
-
-    @property
-    def resources(self) -> Path:
-        return self.package / "resources"
-
-    @property
-    def output(self) -> Path:
-        """The output for the evaluation set, where the challenge's own script writes it."""
-        return self.folder / "predictions" / self.system / "output.csv"
-
-    @property
-    def trial_output(self) -> Path:
-        """The output for the development set's test split: no part of a submission."""
-        return self.output.with_name("output_development.csv")
-
-    @property
-    def meta(self) -> Path:
-        return self.folder / f"{self.system}.meta.yaml"
+        if not 1 <= index <= MAX_INDEX:
+            raise UserError(f"--index {index} is the number of the system, 1 to {MAX_INDEX}")
+        self.folder, self.label, self.index = folder, label, index
+        self.name = f"{label}_task1"  # of the package
+        self.system = f"{self.name}_{index}"  # the system's label
+        self.package = folder / self.name
+        self.api = self.package / f"{self.system}.py"
+        self.checkpoint = self.package / "ckpts" / f"{self.system}.ckpt"
+        self.resources = self.package / "resources"
+        self.meta = folder / f"{self.system}.meta.yaml"
+        self.output = folder / "predictions" / self.system / "output.csv"  # where the challenge's own script writes it
+        self.trial_output = self.output.with_name("output_development.csv")  # of the development set's test split
 
 
 def write_package(submission: Submission, checkpoint: dict, test_list: Path) -> None:
