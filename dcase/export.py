@@ -58,7 +58,7 @@ class ExportConfig:
     """Input of the exported model: waveform (b, samples) at the recordings' rate, as long as the data's clips; or
     log_mel, normalised, (b, 1, n_mels, frames)."""
     device_id: str = GENERAL
-    """Model to export: general, or a device that has a model of its own."""
+    """Model to export: general, or a device that has its own model."""
     weight_bits: Literal[32, 16, 8] | None = None
     """Bits of the weights in the file; None: as the run stores and counts them (--weight_bits of the training)."""
     out: str = ""

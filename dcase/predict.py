@@ -89,7 +89,7 @@ def find_recordings(config: PredictConfig) -> list[Recording]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Yield a file itself, whatever its name, or a folder's sound files, sorted, without hidden ones."""
+    """Yield a file itself, with any name, or a folder's sound files, sorted, without hidden ones."""
     if not path.is_dir():
         yield path  # one that does not exist is skipped like one that cannot be read
         return

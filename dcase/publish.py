@@ -29,7 +29,7 @@ class PublishConfig:
     out: str = ""
     """Folder to write."""
     device_id: str = ""
-    """Publish only one model: general, or a device that has a model of its own; "": publish all of them."""
+    """Publish only one model: general, or a device that has its own model; "": publish all of them."""
     license: str = "other"
     """Licence of the weights, as the Hugging Face Hub names it; check what the recordings' licence allows."""
 

@@ -137,7 +137,7 @@ def test_a_run_where_a_model_of_it_is_asked_for(call_main, general_run, tmp_path
     assert refused(run) == f"error: {run} is a run's folder: {take}"
     make = f"python test_only.py --ckpt_path {run}/checkpoints/best.ckpt --weight_bits 16 makes one"
     none = f"error: --ckpt_path {run}/stored: there is no folder {run}/stored"
-    assert refused(run / "stored") == f"{none}; {make}, in a run of its own"
+    assert refused(run / "stored") == f"{none}; {make}, in a new run"
     assert not (tmp_path / "x").exists() and not (tmp_path / "submissions").exists()
 
 

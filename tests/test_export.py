@@ -249,7 +249,7 @@ def test_safetensors_are_what_a_run_stores(with_device, learnable, call, tmp_pat
     save_stored(load_checkpoint(with_device), tmp_path / "stored", 16)
     assert load_model(path)[1]["model"] == "a"
     assert path.read_bytes() == (tmp_path / "stored" / "a.safetensors").read_bytes()
-    assert load_stored(path)["config"]["storage"]["weight_bits"] == 16  # whatever the run was trained with
+    assert load_stored(path)["config"]["storage"]["weight_bits"] == 16  # not those of the run's training
 
 
 def test_what_cannot_be_exported_is_refused(general_run, with_device, call, learnable):

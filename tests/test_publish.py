@@ -308,18 +308,14 @@ def test_figures_are_those_of_just_this_model_or_none(call, general_run, tmp_pat
     assert torch.equal(logits("again"), logits(last))
 
 
-def test_the_cards_snippets_run(call, by_device, tmp_path):
+def test_the_cards_snippets_run(call, by_device, tmp_path, capsys):
     assert call("--ckpt_path", by_device, "--out", "nano_a", "--device_id", "a").code == 0
     text = (tmp_path / "nano_a" / "README.md").read_text()
     soundfile.write(tmp_path / "recording.wav", tone("tram", "a", 2), RATE)
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(snippets) == 2 and all(len(code.strip().splitlines()) <= 6 for code in snippets)
-    code = "".join(snippets)
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    exec("".join(snippets), {})
+    first, second = capsys.readouterr().out.splitlines()
     assert first.count("('") == 3 and first.endswith("0.5") and second in SCENES
 
 

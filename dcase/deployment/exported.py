@@ -204,7 +204,7 @@ class Factors(nn.Module):
         return self.make(self.turns)
 
     def turns(self, steps: Tensor, whole: int) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine of ``steps``, ``whole`` of which make a full turn, exact to float32."""
+        """Return cosine and sine of ``steps`` out of ``whole`` in a full turn, exact to float32."""
         angle = (steps % whole).double() * self.turn / whole
         return angle.cos().float(), angle.sin().float()
 

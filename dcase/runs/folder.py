@@ -176,7 +176,7 @@ def resume_command(script: str, run_id: str, project_name: str) -> str:
 def run_of(ckpt_path: str) -> Run | None:
     """Return the run that <run>/checkpoints/best.ckpt, <run>/stored or <run>/stored/general.safetensors lies in.
 
-    None for a path that lies in no run's folder. Of several checkpoints with commas between them the first counts.
+    None for a path that lies in no run's folder. Of several checkpoints, separated by commas, the first counts.
     """
     path = Path(ckpt_path.split(",")[0]).absolute()
     places = (path, path.parent, path.resolve(), path.resolve().parent)

@@ -85,7 +85,7 @@ def save_published(model: nn.Module, folder: Path, front_end: dict, card: str) -
     if not isinstance(model, aum.AudioMamba):
         raise UserError(
             f"only an Audio Mamba can be published, not {front_end['run']['model']}: --weight_bits 16 or 8 stores any "
-            "model in a file of its own (<run>/stored/)"
+            "model as a file in <run>/stored/"
         )
     try:
         if folder.is_dir() and any(folder.iterdir()) and not (folder / WEIGHTS).is_file():

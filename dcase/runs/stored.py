@@ -5,7 +5,7 @@
 A file begins with 8 bytes, the length of its header. The header, JSON padded with spaces, gives each tensor's dtype,
 shape and place (`quantisation.encode` has the names), and under ``__metadata__`` what a model needs beside its weights.
 The tensors' bytes follow without gaps, so on disk they take what `quantisation.stored_bytes` counts.
-Source of the format: github.com/huggingface/safetensors. Reading a file runs no code, whatever it holds.
+Source of the format: github.com/huggingface/safetensors. Reading a file never runs code from it.
 
 ``__metadata__`` has one key, "dcase_model" (the order of several would change from run to run), with JSON of
 
@@ -137,8 +137,8 @@ def header_of(checkpoint: dict, model: str, bits: int) -> dict:
 def checkpoint_of(models: Mapping[str, tuple[dict, Mapping[str, Tensor]]], what: str) -> dict:
     """Return a checkpoint, as `load_checkpoint` does, of models, each given by name as (header, weights).
 
-    The first is the general model, whatever its header says. Raises `UserError`, beginning with ``what``, where another
-    one is not of the same run or not of the device that names it.
+    The first serves as the general model, even where its header names a device. Raises `UserError`, beginning with
+    ``what``, where another one is not of the same run or not of the device that names it.
     """
     (general, (first, _)), *_ = models.items()
     state = {name: torch.tensor(value) for name, value in first["front_end"].items()}

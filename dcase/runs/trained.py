@@ -12,7 +12,7 @@ from dcase.runs.stored import load_stored
 def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
     """Return what ``--ckpt_path`` names, as a checkpoint that `lit.SceneClassifier.from_checkpoint` takes.
 
-    ``path``: a checkpoint file of either stage, or several of stage 2 with commas between them, which are merged; a
+    ``path``: a checkpoint file of either stage, or several of stage 2, separated by commas, which are merged; a
     stored model, or the folder of those of all devices; the folder of a published model, or of those of all devices.
 
     Raises `UserError`, naming the file, where one is missing, damaged or of another program, where several do not fit,
@@ -61,7 +61,7 @@ def _refuse_run(given: str, project_name: str) -> None:
         run = Run(stored.parent)
         how = f"nor is there a checkpoint in {run.checkpoints}/ to make it of: check the run's id"
         if run.trained.is_file():
-            how = f"python test_only.py --ckpt_path {run.trained} --weight_bits 16 makes one, in a run of its own"
+            how = f"python test_only.py --ckpt_path {run.trained} --weight_bits 16 makes one, in a new run"
         raise UserError(f"--ckpt_path {given}: there is no folder {stored}; {how}")
     if not path.suffix:
         raise UserError(

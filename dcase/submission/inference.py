@@ -67,7 +67,7 @@ class Models(nn.Module):
 
     def __init__(self, weights: dict[str, Tensor], header: dict):
         super().__init__()
-        # JSON has lists in the place of tuples.
+        # JSON turns tuples into lists.
         model = {name: tuple(x) if isinstance(x, list) else x for name, x in header["model"].items()}
         self.orig_sample_rate: int = header["orig_sample_rate"]  # Hz
         # A clip of another length than those of training is cut, or padded with silence.

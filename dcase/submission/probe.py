@@ -49,7 +49,7 @@ def probe(folder: str, package: str, index: str) -> dict:
         found["logits"] = [x.tolist() for x in logits]
         with torch.no_grad():
             found["expected"] = [models[device_id](inputs[0]).flatten().tolist() for device_id in device_ids]
-    except Exception as error:  # whatever a package raises
+    except Exception as error:  # a package may raise anything
         return {"failed": step, "error": " ".join(f"{type(error).__name__}: {error}".split())}
     return found
 
