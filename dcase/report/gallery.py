@@ -1,8 +1,9 @@
-"""Mistakes to look at and listen to, and what a device does to the sound."""
+"""Mistakes to look at and listen to, and each device's effect on the sound."""
 
 import math
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,143 +11,117 @@ from dcase.data.logmel import LogMelConfig
 from dcase.data.tau22 import DEVICES, SCENES, DataConfig
 from dcase.errors import UserError, one_line
 from dcase.report import svg
-from dcase.report.html import Html, el, void
 from dcase.report.mistakes import same_sound
 from dcase.report.predictions import Predictions
-from dcase.report.sounds import AUDIO_SECONDS, Recordings, audio, picture
-from dcase.report.words import percent, title
+from dcase.report.run_files import Finished
+from dcase.report.sounds import Recordings, audio, data_folder, picture
+from dcase.runs.config import EvalConfig, from_plain
 
 SPECTRUM_SOUNDS = 20  # that every device has recorded
 KILOHERTZ = (0.2, 0.5, 1, 2, 4, 8, 16)  # ticks
-DECIBELS = 10 / math.log(10)  # of one step of the natural logarithm of power
+DECIBELS = 10 / math.log(10)  # in one step of the natural logarithm of power
+
+
+class Card(NamedTuple):
+    """A mistake, with the data URIs of its picture and sound; "" where there are none."""
+
+    true: str
+    predicted: str
+    device: str
+    location: str
+    confidence: float
+    confidence_in_true: float
+    elsewhere: list[tuple[str, list[str]]]  # ("right" or "wrong", devices): the same second on other devices
+    name: str
+    picture: str
+    sound: str
 
 
 class Gallery:
-    """Pictures and sound of chosen clips, read once; without recordings it says why and shows words alone."""
+    """Pictures and sound of chosen clips, read once. Without recordings it says why in ``why_not``."""
 
-    def __init__(
-        self,
-        predictions: Predictions,
-        rows: list[int],
-        folder: Path | None,
-        data: DataConfig,
-        logmel: LogMelConfig,
-        with_audio: bool = True,
-        with_spectra: bool = True,
-    ):
+    def __init__(self, predictions: Predictions, rows: list[int], recordings: "Source", with_audio: bool = True):
         self.predictions = predictions
         self.others = same_sound(predictions)
+        self.with_audio, self.why_not = with_audio, ""
         self._named = Counter(map(_last, predictions.filenames.tolist()))
-        self.why_not = ""  # there is neither picture nor sound
-        self.with_audio = with_audio
         self._log_mels: dict[int, np.ndarray] = {}
         self._sounds: dict[int, str] = {}
-        self.spectra: dict[int, np.ndarray] = {}  # device -> (n_mels,) dB, against the mean of the other devices
-        self.n_spectrum = 0  # sounds that they are of
+        self._spectra: dict[int, np.ndarray] = {}  # device -> (n_mels,) dB, relative to the mean of the other devices
+        self._n_spectrum = 0  # sounds that the spectra are averaged over
         try:
-            self._recordings = Recordings(folder, data, logmel)
+            self._recordings = Recordings(*recordings)
             for row in dict.fromkeys(rows):
                 waveform = self._recordings.read(predictions.filenames[row])
                 self._log_mels[row] = self._recordings.log_mel(waveform)
                 if with_audio:
                     self._sounds[row] = audio(waveform, self._recordings.rate)
-            if with_spectra:
-                self._measure_spectra()
         except UserError as error:
-            self.why_not = f"{one_line(error)}. Give --dataset_dir to python -m dcase.report."
-        shown = [x for x in self._log_mels.values() if x.size]
-        values = np.concatenate([x.ravel() for x in shown]) if shown else np.zeros(1)
-        self.low, self.high = np.percentile(values, [2, 99.8])  # one scale for all pictures
+            self._fail(error)
+        shown = [x.ravel() for x in self._log_mels.values() if x.size]
+        self.low, self.high = np.percentile(np.concatenate(shown) if shown else [0], [2, 99.8])  # of all pictures
 
-    def _measure_spectra(self) -> None:
+    def _fail(self, error: UserError) -> None:
+        self.why_not = f"{one_line(error)}. Give --dataset_dir to python -m dcase.report."
+
+    @property
+    def decibels(self) -> tuple[float, float]:
+        """The levels that are drawn black and white."""
+        return DECIBELS * self.low, DECIBELS * self.high
+
+    def card(self, row: int) -> Card:
+        p, name = self.predictions, str(self.predictions.filenames[row])
+        by: dict[str, list[str]] = {"right": [], "wrong": []}
+        for other in sorted(self.others[row], key=lambda i: p.device[i]):
+            by["right" if p.correct[other] else "wrong"].append(DEVICES[p.device[other]].upper())
+        return Card(
+            SCENES[p.scene[row]],
+            SCENES[p.predicted[row]],
+            DEVICES[p.device[row]].upper(),
+            str(p.location[row]),
+            p.confidence[row],
+            p.probabilities[row, p.scene[row]],
+            [(result, devices) for result, devices in by.items() if devices],
+            _last(name) if self._named[_last(name)] == 1 else name.removeprefix("audio/"),
+            picture(self._log_mels[row], self.low, self.high) if row in self._log_mels else "",
+            self._sounds.get(row, ""),
+        )
+
+    def measure_spectra(self) -> None:
+        """Average the log-mels of sounds that every device has recorded, where there are enough of them."""
         p = self.predictions
         there = sorted(set(p.device.tolist()))
         whole = [i for i, others in enumerate(self.others) if p.device[i] == there[0] and len(others) == len(there) - 1]
         chosen = whole[:: max(1, -(-len(whole) // SPECTRUM_SOUNDS))]
-        if len(there) < 2 or len(chosen) < 5:
+        if self.why_not or len(there) < 2 or len(chosen) < 5:
             return
         means: dict[int, list[np.ndarray]] = {device: [] for device in there}
-        for first in chosen:
-            for row in (first, *self.others[first]):
+        try:
+            for row in (row for first in chosen for row in (first, *self.others[first])):
                 log_mel = self._recordings.log_mel(self._recordings.read(p.filenames[row]))
                 means[int(p.device[row])].append(log_mel.mean(1))
+        except UserError as error:
+            return self._fail(error)
         by_device = {device: DECIBELS * np.mean(x, axis=0) for device, x in means.items()}
         for device in there:
             rest = np.mean([x for other, x in by_device.items() if other != device], axis=0)
-            self.spectra[device] = by_device[device] - rest
-        self.n_spectrum = len(chosen)
+            self._spectra[device] = by_device[device] - rest
+        self._n_spectrum = len(chosen)
 
-    def note(self) -> Html:
-        if self.why_not:
-            return el("p", f"No pictures and no sound: {self.why_not}", class_="note")
-        heard = f" Sounds are as loud as they can be, at most {AUDIO_SECONDS} s." if self.with_audio else ""
-        scale = f"{DECIBELS * self.low:.0f} to {DECIBELS * self.high:.0f} dB, black to white"
-        return el(
-            "p",
-            f"At most one of a recording location. Pictures: log-mel, time to the right, mel bins upwards, {scale}, "
-            f"the same for all.{heard}",
-            class_="hint",
-        )
-
-    def cards(self, rows: list[int]) -> Html:
-        return el("ul", *(el("li", self._card(row)) for row in rows), class_="cards")
-
-    def _card(self, row: int) -> Html:
-        p = self.predictions
-        true, predicted, device = SCENES[p.scene[row]], SCENES[p.predicted[row]], DEVICES[p.device[row]].upper()
-        chances = p.probabilities[row]
-        name = str(p.filenames[row])
-        shown: list[object] = []
-        if row in self._log_mels:
-            alt = f"Log-mel of {name}: {title(true)}, taken for {title(predicted)}"
-            image = picture(self._log_mels[row], self.low, self.high)
-            shown.append(void("img", src=image, alt=alt, loading="lazy", decoding="async"))
-        if row in self._sounds:
-            label = f"{title(true)} on device {device}, taken for {title(predicted)}"
-            shown.append(el("audio", controls=True, preload="none", src=self._sounds[row], aria_label=label))
-        return el(
-            "figure",
-            *shown,
-            el(
-                "figcaption",
-                el("b", f"{title(true)} → {title(predicted)}"),
-                el("span", f"{percent(chances.max())} % sure ({title(true)}: {percent(chances[p.scene[row]])} %)"),
-                el("span", f"device {device}, {p.location[row]}"),
-                self._elsewhere(row),
-                el("code", _last(name) if self._named[_last(name)] == 1 else name.removeprefix("audio/")),
-            ),
-        )
-
-    def _elsewhere(self, row: int) -> Html:
-        """What the model makes of the same second on other devices."""
-        p, others = self.predictions, self.others[row]
-        if not others:
-            return Html("")
-        by = {True: [], False: []}
-        for other in sorted(others, key=lambda i: p.device[i]):
-            by[bool(p.correct[other])].append(DEVICES[p.device[other]].upper())
-        words = {True: "right", False: "wrong"}
-        parts = [f"{words[right]} on {', '.join(names)}" for right, names in by.items() if names]
-        return el("span", f"same second: {'; '.join(parts)}", class_="hint")
-
-    def spectrum(self, device: int) -> Html:
-        """How loud each frequency is on a device, against the others; nothing where that is not known."""
-        if device not in self.spectra:
-            return Html("")
-        levels = self.spectra[device]
-        every = np.concatenate([*self.spectra.values(), [-1.0, 1.0]])  # one scale for all devices
+    def spectrum(self, device: int) -> svg.Chart | None:
+        """Return the level of each frequency on a device, relative to the others; None where it is not known."""
+        if device not in self._spectra:
+            return None
+        levels, name = self._spectra[device], DEVICES[device]
         x = self._frequency(len(levels))
-        y = svg.axis("level against the others (dB)", [every.min(), every.max()])
-        left, at = svg.place(x, y, x.low, 0)
-        zero = el("path", d=f"M{left:.1f} {at:.1f}H{svg.LARGE.width - svg.LARGE.right}", class_="axis")
-        name = DEVICES[device]
-        heard = f"mean over {self.n_spectrum} seconds that all devices have recorded"
-        text = f"What {name.upper()} does to the sound: {heard}"
-        series = svg.Series(name.upper(), range(len(levels)), levels.tolist())
-        return svg.lines(f"spectrum-{name}", text, x, y, [series], zero)
+        y = svg.axis("level against the others (dB)", np.concatenate([*self._spectra.values(), [-1, 1]]))
+        series = [svg.Series(name.upper(), range(len(levels)), levels.tolist())]
+        title = f"Effect of {name.upper()} on the sound: mean over {self._n_spectrum} seconds that all devices have recorded"
+        zero = ("axis", (x.low, 0), (x.high, 0))
+        return svg.Chart(f"spectrum-{name}", title, x, y, series, rule=zero)
 
     def _frequency(self, n_mels: int) -> svg.Axis:
-        """From the lowest to the highest mel bin, with ticks in kHz."""
+        """Return an axis from the lowest to the highest mel bin, with ticks in kHz."""
         config = self._recordings.front_end.config
         low, high = (_mel(hz) for hz in (config.f_min, config.f_max or config.sample_rate / 2))
         places = {(_mel(1000 * khz) - low) / (high - low) * (n_mels - 1): khz for khz in KILOHERTZ}
@@ -154,8 +129,17 @@ class Gallery:
         return svg.Axis("frequency (kHz, on the mel scale)", 0, n_mels - 1, ticks, lambda at: f"{places[at]:g}")
 
 
+Source = tuple[Path | None, DataConfig, LogMelConfig]
+
+
+def source_of(run: Finished, folder: Path | None = None) -> Source:
+    """Return what opens a run's recordings. ``folder``: of the data; None: the one in the run's configuration."""
+    config = from_plain(EvalConfig, {name: run.config[name] for name in ("data", "logmel") if name in run.config})
+    return folder or data_folder(config.data, run.results["data"]), config.data, config.logmel
+
+
 def _last(name: str) -> str:
-    """Of a path, without its folders."""
+    """Return a path without its folders."""
     return name.rpartition("/")[2]
 
 

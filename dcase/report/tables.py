@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 from dcase.report.baseline import BASELINE, BASELINE_BYTES, BASELINE_BYTES_IN_BITS, BASELINE_MACS, BASELINE_PARAMS
-from dcase.report.words import members, percent, points, title
+from dcase.report.words import group, percent, points, title
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 
@@ -53,7 +53,7 @@ def device_table(results: dict, name: str, beside_baseline: bool) -> str:
 
 
 def _group_table(results: dict, name: str, beside_baseline: bool) -> str:
-    header = ["Model", *(f"{title(group)} ({members(group)})" for group in DEVICE_GROUPS)]
+    header = ["Model", *map(group, DEVICE_GROUPS)]
     ours = [name, *(percent(results["device_group_acc"][group]) for group in DEVICE_GROUPS)]
     theirs = [[row.name, *map(points, row.group_acc)] for row in BASELINE if beside_baseline]
     return markdown(header, [*theirs, ours])

@@ -1,4 +1,4 @@
-"""How figures and names are written, in tables and charts."""
+"""How figures and names are written in tables, charts and pages."""
 
 from typing import Protocol
 
@@ -6,7 +6,7 @@ from dcase.data.tau22 import DEVICE_GROUPS
 
 
 def percent(fraction: float | None) -> str:
-    """0.81623 -> 81.62; "-" where there is nothing to tell."""
+    """0.81623 -> 81.62; "-" for None."""
     return "-" if fraction is None else points(100 * fraction)
 
 
@@ -18,9 +18,17 @@ def points(number: float) -> str:
     return f"{number:.2f}"
 
 
+def loss(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def difference(fraction: float | None) -> str:
-    """In points of percent, with its sign."""
+    """Return percentage points with their sign."""
     return "-" if fraction is None else f"{100 * fraction:+.2f}"
+
+
+def count(n: int) -> str:
+    return f"{n:,}"
 
 
 def title(name: str) -> str:
@@ -28,12 +36,18 @@ def title(name: str) -> str:
     return name.replace("_", " ").title()
 
 
-def members(group: str) -> str:
-    return ", ".join(device.upper() for device in DEVICE_GROUPS[group])
+def group(name: str, devices: str = "") -> str:
+    """real -> Real (A, B, C); ``devices``: a word behind the name, as "devices"."""
+    return f"{' '.join(filter(None, (title(name), devices)))} ({', '.join(d.upper() for d in DEVICE_GROUPS[name])})"
 
 
 def locations(n: int) -> str:
     return f"{n:,} recording {'location' if n == 1 else 'locations'}"
+
+
+def shown(value: object) -> str:
+    """Return a flag's value as on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 class Interval(Protocol):
@@ -44,23 +58,18 @@ class Interval(Protocol):
     high: float | None
 
 
-def interval(estimate: Interval | None, plain: bool = False) -> str:
-    """In percent, "78.10 to 84.90"; ``plain``: as it is, with four decimals. "-" where there is none."""
+def interval(estimate: Interval | None, write=percent) -> str:
+    """Return "78.10 to 84.90"; "-" where there is no interval."""
     if estimate is None or estimate.low is None:
         return "-"
-    return " to ".join(f"{end:.4f}" if plain else percent(end) for end in (estimate.low, estimate.high))
+    return f"{write(estimate.low)} to {write(estimate.high)}"
 
 
 def brackets(estimate: Interval) -> str:
-    """ " (95 %: 78.10 to 84.90)" behind a figure; nothing where it has no interval."""
+    """Return " (95 %: 78.10 to 84.90)", to follow a figure; "" where there is no interval."""
     return "" if estimate.low is None else f" (95 %: {interval(estimate)})"
 
 
 def aside(estimate: Interval) -> str:
-    """ "3.20 points above" what a difference is to."""
+    """Return a difference as "3.20 points above"."""
     return f"{abs(100 * estimate.value):.2f} points {'above' if estimate.value >= 0 else 'below'}"
-
-
-def shown(value: object) -> str:
-    """Return a flag's value as on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
