@@ -20,9 +20,9 @@ class CompareConfig:
     all: bool = False
     """compare every run of the project that has been tested"""
     sort: Literal["given", "name", "macro_avg_acc", "real", "seen", "unseen", "size", "macs"] = "given"
-    """order of the lines, the best first; given: as the ids are, with --all the oldest run first"""
+    """order of the lines, the best first; given: the order of the ids, or with --all the oldest run first"""
     csv: str | None = None
-    """file to write all figures to, and the flags that differ, a line per run"""
+    """file for a line per run with all figures and the flags that differ"""
 
     def __post_init__(self):
         if self.all == bool(self.run_ids):
@@ -33,7 +33,7 @@ def main() -> None:
     config = parse(CompareConfig, "Runs side by side: accuracies, sizes, and the flags that differ.")
     run_ids = config.run_ids
     if config.all:
-        # Written once, when a run begins; of two at the same time the order is to be the same every time.
+        # A run's config.json is written once, when it begins. Sorting by name first keeps ties in order.
         configs = sorted(Path(config.project_name).glob("*/config.json"))
         run_ids = [path.parent.name for path in sorted(configs, key=lambda path: path.stat().st_mtime_ns)]
         if not run_ids:

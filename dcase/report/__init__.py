@@ -1,11 +1,11 @@
 """What the user sees of a test: tables, charts, and a page per run.
 
-    report.md, confusion.png, devices.png    of `summary.write_report`: aligned Markdown, which is printed too
-    index.html                               of `page`, made of a run's files alone (``python -m dcase.report RUN_ID``)
+    report.md, confusion.png, devices.png    from `summary.write_report`: aligned Markdown, which is printed too
+    index.html                               from `page`: plain files are enough (``python -m dcase.report RUN_ID``)
 
 Everything starts from a ``results`` dict, the content of ``results.json`` (see `dcase.model.metrics`):
 ``macro_avg_acc``, ``acc``, ``loss``, ``scene_acc``, ``device_acc``, ``device_group_acc``, ``n_clips`` and ``confusion``
-(rows: true scene, columns: predicted scene, in clips). Accuracies are fractions of 1, and None where there was no clip:
+(rows: true scene, columns: predicted scene, in clips). Accuracies are fractions of 1, and None where there is no clip:
 tables and charts show that as "-", never as 0. They print percent. The page also needs ``predictions.csv``, every test
 clip's logits.
 

@@ -1,9 +1,9 @@
-"""Make the page of finished runs again, or put several side by side.
+"""Make the page of a finished run again, or a page of several runs side by side.
 
     python -m dcase.report RUN_ID                      <project_name>/RUN_ID/report/index.html
     python -m dcase.report RUN_ID RUN_ID [RUN_ID ...]  <project_name>/comparison/RUN_ID_RUN_ID.html
 
-It reads the runs' folders, and the recordings where they still are, for pictures and sound; no checkpoint.
+It reads no checkpoint: only plain files of the runs' folders and, for pictures and sound, the recordings.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ from dcase.runs.folder import RunConfig, find_run
 @dataclass(frozen=True)
 class ReportConfig:
     run_ids: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """ids of finished runs; the first of several is what the others are compared with"""
+    """ids of finished runs; of several, the others are compared with the first"""
     project_name: str = RunConfig().project_name
     """folder that the runs are in"""
     dataset_dir: str | None = None
-    """folder of the recordings, where it is not the one that the run was tested with"""
+    """folder of the recordings; None: the one that the run was tested with"""
     report_audio: Annotated[bool, tyro.conf.FlagConversionOff] = True
-    """sound of the most confident mistakes in the page; False: pictures alone"""
+    """include the sound of the most confident mistakes; False: only pictures"""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Two charts as PNG, of a ``results`` dict."""
+"""Two charts as PNG, drawn from a ``results`` dict."""
 
 import textwrap
 from pathlib import Path
@@ -21,20 +21,22 @@ DPI = 200
 
 
 def confusion_png(results: dict, path: Path, title: str, note: str | None = None) -> None:
-    """Draw the confusion matrix: of each true scene's clips, the percentage given each scene. ``note``: a subtitle."""
+    """Draw the confusion matrix, each row in percent of the true scene's clips. ``note``: a subtitle."""
     counts = np.asarray(results["confusion"], dtype=float)
     totals = counts.sum(1)
     share = 100 * counts / np.where(totals, totals, np.nan)[:, None]  # NaN where a scene has no clip
-
-    below = _below("macro-average accuracy", results["macro_avg_acc"], results, note)
-    figure, axes = _figure(8.6, 8.4, title, below)
+    merit = f"macro-average accuracy {with_unit(results['macro_avg_acc'])}"
+    figure, axes = _figure(8.6, 8.4, title, merit, results, note)
     axes.set_facecolor("#f0f0f0")  # shows where a scene has no clip
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    centred = {"ha": "center", "va": "center"}
     for (true, predicted), percent in np.ndenumerate(share):
+        colour = "white" if percent > 65 else INK if percent >= 1 else FAINT
+        style = {"fontsize": 10, "fontweight": "bold"} if true == predicted else {"fontsize": 9}
         if not np.isnan(percent):
-            _cell(axes, predicted, true, percent)
+            axes.text(predicted, true, f"{percent:.1f}", color=colour, **style, **centred)
     for true in np.flatnonzero(totals == 0):
-        axes.text(len(SCENES) / 2 - 0.5, true, "no clips", ha="center", va="center", color=FAINT, fontsize=9)
+        axes.text(len(SCENES) / 2 - 0.5, true, "no clips", color=FAINT, fontsize=9, **centred)
 
     names = [scene.replace("_", " ") for scene in SCENES]
     axes.set_xticks(range(len(SCENES)), names, rotation=45, ha="right", rotation_mode="anchor")
@@ -48,30 +50,17 @@ def confusion_png(results: dict, path: Path, title: str, note: str | None = None
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
     beside = axes.inset_axes((1.025, 0, 0.03, 1))
-    bar = figure.colorbar(image, cax=beside, ticks=range(0, 101, 20), format="%d %%")
-    bar.outline.set_visible(False)
+    figure.colorbar(image, cax=beside, ticks=range(0, 101, 20), format="%d %%").outline.set_visible(False)
     beside.tick_params(length=0, labelsize=9, labelcolor=INK)
     _save(figure, path)
-
-
-def _cell(axes: Axes, x: int, y: int, percent: float) -> None:
-    axes.text(
-        x,
-        y,
-        f"{percent:.1f}",
-        ha="center",
-        va="center",
-        fontsize=10 if x == y else 9,
-        fontweight="bold" if x == y else "normal",
-        color="white" if percent > 65 else INK if percent >= 1 else FAINT,
-    )
 
 
 def device_png(results: dict, path: Path, title: str, note: str | None = None) -> None:
     """Draw the accuracy per device, by group, with each group's own accuracy and chance. ``note``: a subtitle."""
     accuracy = results["device_acc"]
     top = min(100, max(30, 118 * max((value for value in accuracy.values() if value is not None), default=0)))
-    figure, axes = _figure(8.6, 5.4, title, _below("accuracy over all devices", results["acc"], results, note))
+    merit = f"accuracy over all devices {with_unit(results['acc'])}"
+    figure, axes = _figure(8.6, 5.4, title, merit, results, note)
     shown = [device for device in DEVICES if accuracy[device] is not None] or DEVICES
     for group, devices in DEVICE_GROUPS.items():
         if places := {shown.index(device): device for device in devices if device in shown}:
@@ -95,8 +84,7 @@ def device_png(results: dict, path: Path, title: str, note: str | None = None) -
 
 
 def _group(axes: Axes, group: str, devices: dict[int, str], results: dict) -> None:
-    """The bars of one group of devices, its name above them, and a line at the accuracy of all its clips. ``devices``:
-    place of the bar -> device."""
+    """Draw one group's bars, its name above them and a line at its accuracy. ``devices``: place -> device."""
     places, heights = list(devices), [100 * (results["device_acc"][device] or 0) for device in devices.values()]
     axes.bar(places, heights, width=0.72, color=GROUP_COLOURS[group], zorder=2)
     accuracy = results["device_group_acc"][group]
@@ -107,13 +95,14 @@ def _group(axes: Axes, group: str, devices: dict[int, str], results: dict) -> No
     axes.text(np.mean(places), 0.99, label, transform=transform, ha="center", va="top", color=INK, fontsize=10)
 
 
-def _figure(width: float, height: float, title: str, below: list[str]) -> tuple[Figure, Axes]:
-    """A figure (inches) with a title in bold and lines below it, and its one pair of axes.
+def _figure(width: float, height: float, title: str, merit: str, results: dict, note: str | None):
+    """Return a figure (inches) with a bold title and lines below it, and its axes.
 
     pyplot's global state does not know the figure, so it is freed, and can be drawn in any thread.
     """
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
+    below = [f"{merit}  ·  {results['n_clips']:,} clips", *([note] if note else [])]
     bold, plain = textwrap.wrap(title, 56), [line for text in below for line in textwrap.wrap(text, 90)]
     y, left = height - 0.18, 0.2  # inches
     for lines, style in ((bold, {"fontsize": 14, "fontweight": "bold"}), (plain, {"fontsize": 10, "color": FAINT})):
@@ -127,11 +116,6 @@ def _figure(width: float, height: float, title: str, below: list[str]) -> tuple[
     for axis in (axes.xaxis, axes.yaxis):
         axis.label.set(color=INK, fontsize=11)
     return figure, axes
-
-
-def _below(figure_of_merit: str, accuracy: float | None, results: dict, note: str | None) -> list[str]:
-    """The lines under a chart's title."""
-    return [f"{figure_of_merit} {with_unit(accuracy)}  ·  {results['n_clips']:,} clips", *([note] if note else [])]
 
 
 def _save(figure: Figure, path: Path) -> None:

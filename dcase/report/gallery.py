@@ -116,7 +116,7 @@ class Gallery:
         x = self._frequency(len(levels))
         y = svg.axis("level against the others (dB)", np.concatenate([*self._spectra.values(), [-1, 1]]))
         series = [svg.Series(name.upper(), range(len(levels)), levels.tolist())]
-        title = f"Effect of {name.upper()} on the sound: mean over {self._n_spectrum} seconds that all devices have recorded"
+        title = f"Effect of {name.upper()} on the sound: mean over {self._n_spectrum} seconds recorded by all devices"
         zero = ("axis", (x.low, 0), (x.high, 0))
         return svg.Chart(f"spectrum-{name}", title, x, y, series, rule=zero)
 

@@ -1,4 +1,4 @@
-"""``<run>/predictions.csv``: what a test has said of every clip, and what follows from it.
+"""``<run>/predictions.csv``: a test's logits for every clip, and what follows from them.
 
     filename,scene_label,device_id,location,airport,bus,...,tram
 
@@ -22,7 +22,7 @@ COLUMNS = ("filename", "scene_label", "device_id", "location", *SCENES)
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """n test clips and their logits."""
+    """The logits of n test clips."""
 
     filenames: np.ndarray  # (n,) str, relative to the data folder
     scene: np.ndarray  # (n,) int64, the true one, in SCENES
@@ -55,7 +55,7 @@ class Predictions:
 
     @cached_property
     def confidence(self) -> np.ndarray:
-        """(n,): the probability of what is predicted."""
+        """(n,): the probability of the predicted scene."""
         return self.probabilities.max(1)
 
     @cached_property
@@ -73,14 +73,15 @@ class Predictions:
 
 
 def of_clips(clips: Clips, logits: np.ndarray) -> Predictions:
-    """``logits`` (n, scenes) of clips in their order; rounded as they are written."""
-    text = (np.array([value.decode() for value in column.tolist()]) for column in (clips.filenames, clips.location))
-    filenames, location = text
+    """Return the predictions of clips from their ``logits`` (n, scenes), rounded as they are written."""
+    filenames, location = (
+        np.array([value.decode() for value in column.tolist()]) for column in (clips.filenames, clips.location)
+    )
     return Predictions(filenames, clips.scene, clips.device, location, np.round(np.asarray(logits, np.float64), 4))
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
-    """Raises `UserError` where the file cannot be written; one that was there stays."""
+    """Write the file. Raise `UserError` where that fails; the old file then stays."""
     names = {
         "filename": predictions.filenames,
         "scene_label": np.array(SCENES)[predictions.scene],
@@ -92,7 +93,7 @@ def write_predictions(predictions: Predictions, path: Path) -> None:
 
 
 def read_predictions(path: Path) -> Predictions:
-    """Raises `UserError`, naming the file, where it is missing or is not what `write_predictions` writes."""
+    """Read the file. Raise `UserError`, naming it, where it is missing or is not what `write_predictions` writes."""
     again = "test again with test_only.py"
     try:
         table = pd.read_csv(path, dtype=dict.fromkeys(COLUMNS[:4], str), keep_default_na=False)
@@ -100,7 +101,7 @@ def read_predictions(path: Path) -> Predictions:
             raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
         logits = table[list(SCENES)].to_numpy(np.float64)
         if not len(table) or not np.isfinite(logits).all():
-            raise ValueError("it has no clip" if not len(table) else "a logit is not finite")
+            raise ValueError("a logit is not finite" if len(table) else "it has no clip")
         scene, device = _indices(table["scene_label"], SCENES), _indices(table["device_id"], DEVICES)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise UserError(f"{path} cannot be read ({one_line(error)}): {again}") from error
@@ -110,5 +111,5 @@ def read_predictions(path: Path) -> Predictions:
 def _indices(column: pd.Series, names: tuple[str, ...]) -> np.ndarray:
     found = column.map({name: i for i, name in enumerate(names)})
     if found.isna().any():
-        raise ValueError(f"{column.name} {column[found.isna()].iloc[0]!r} is none of {', '.join(names)}")
+        raise ValueError(f"{column.name} {column[found.isna()].iloc[0]!r} is not one of {', '.join(names)}")
     return found.to_numpy(np.int64)

@@ -1,4 +1,4 @@
-"""Clips to look at and to listen to: log-mels as small PNG, sound as short MP3, both as data URIs."""
+"""Clips to look at and listen to: log-mels as small PNGs, sound as short MP3s, both as data URIs."""
 
 import base64
 import io
@@ -19,16 +19,16 @@ from dcase.data.tau22 import DataConfig, leaves_folder
 from dcase.errors import UserError
 
 AUDIO_RATE = 16_000  # Hz
-AUDIO_SECONDS = 4  # at most: the beginning of a longer clip
+AUDIO_SECONDS = 4  # of a longer clip, the beginning
 LEVELS = 64  # of grey in a picture: half the bytes of 256
 
 
 class Recordings:
-    """The sound of test clips, from the data folder or its pack, whichever is there."""
+    """The sound of test clips, from the data folder or, where there is one, its pack."""
 
     def __init__(self, folder: Path | None, data: DataConfig, logmel: LogMelConfig):
-        """``folder``: of the data; None: it is not known."""
-        self.folder, self.data = folder, data
+        """``folder``: of the data; None where it is not known."""
+        self.folder = folder
         self.front_end = LogMel(logmel, data.orig_sample_rate)
         self.rate = logmel.sample_rate
         self._pack: Pack | None = None
@@ -38,11 +38,11 @@ class Recordings:
                 self._pack = found
 
     def read(self, filename: str) -> torch.Tensor:
-        """(1, samples) float32 at the model's rate. Raises `UserError` where it cannot be read."""
+        """Return (1, samples) float32 at the model's rate. Raise `UserError` where that cannot be read."""
         if self.folder is None:
             raise UserError("the data folder is not known: give --dataset_dir")
         if leaves_folder(filename):
-            raise UserError(f"{filename} is no recording of the data folder")
+            raise UserError(f"{filename} is not a recording in the data folder")
         if self._pack is None:
             return read_wav(self.folder / filename, self.rate)
         row = int(self._pack.rows(np.array([filename.encode()]))[0])
@@ -51,14 +51,14 @@ class Recordings:
         return torch.from_numpy(samples * self._pack.scale[row])[None]
 
     def log_mel(self, waveform: torch.Tensor) -> np.ndarray:
-        """(n_mels, frames), not normalised: natural logarithm of power."""
+        """Return (n_mels, frames), not normalised: natural logarithm of power."""
         length = torch.tensor([waveform.shape[-1]])
         return self.front_end.raw(waveform[None], length)[0, 0].numpy()
 
 
 def data_folder(data: DataConfig, name: str) -> Path | None:
-    """Where a run's recordings are, by its configuration and by what results.json calls them; None where that does not
-    say."""
+    """Return the folder of a run's recordings, from its configuration and from the data's name in results.json; None
+    where neither says."""
     given = data.dataset_dir or os.environ.get("TAU22_DIR")
     if given:
         return Path(given).expanduser()
@@ -66,26 +66,26 @@ def data_folder(data: DataConfig, name: str) -> Path | None:
 
 
 def picture(log_mel: np.ndarray, low: float, high: float) -> str:
-    """A log-mel (n_mels, frames) as the data URI of a PNG, low mel bins at the bottom, ``low`` to ``high`` in grey."""
+    """Return a log-mel (n_mels, frames) as a PNG's data URI: low mel bins at the bottom, ``low`` to ``high`` in grey.
+
+    The palette takes 16 kB a picture where matplotlib's imsave, which writes RGBA, takes 27.
+    """
     grey = np.clip((log_mel - low) / max(high - low, 1e-6), 0, 1)
     pixels = np.round(grey * (LEVELS - 1)).astype(np.uint8)[::-1]
     height, width = pixels.shape
     palette = np.repeat(np.round(np.linspace(0, 255, LEVELS)).astype(np.uint8), 3).tobytes()
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels], axis=1)  # each begins with its filter: none
-    png = b"\x89PNG\r\n\x1a\n" + b"".join(
-        (
-            _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),  # 8 bits, palette
-            _chunk(b"PLTE", palette),
-            _chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)),
-            _chunk(b"IEND", b""),
-        )
-    )
+    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)  # 8 bits, palette
+    chunks = {b"IHDR": header, b"PLTE": palette, b"IDAT": zlib.compress(rows.tobytes(), 9), b"IEND": b""}
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in chunks.items():
+        png += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
     return _uri("image/png", png)
 
 
 def audio(waveform: torch.Tensor, rate: int) -> str:
-    """Sound (1, samples) as the data URI of an MP3 of at most `AUDIO_SECONDS`, as loud as it can be: devices differ in
-    level, and a quiet clip would not be heard on a phone."""
+    """Return sound (1, samples) as an MP3's data URI, at most `AUDIO_SECONDS` long and at full level: devices differ in
+    level, and a quiet clip would be inaudible on a phone."""
     waveform = waveform[:, : AUDIO_SECONDS * rate]
     if rate != AUDIO_RATE:
         waveform = resampler(rate, AUDIO_RATE)(waveform)
@@ -94,10 +94,6 @@ def audio(waveform: torch.Tensor, rate: int) -> str:
     file = io.BytesIO()
     soundfile.write(file, samples * (0.9 / peak if peak else 1), AUDIO_RATE, format="MP3", subtype="MPEG_LAYER_III")
     return _uri("audio/mpeg", file.getvalue())
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def _uri(kind: str, data: bytes) -> str:

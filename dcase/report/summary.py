@@ -1,4 +1,4 @@
-"""report.md, what a test prints, and the two charts beside it."""
+"""report.md, which is printed too, and the two charts beside it."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from dcase.files import replace_file
 from dcase.report.baseline import BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.charts import CONFUSION_PNG, DEVICES_PNG, confusion_png, device_png
 from dcase.report.tables import class_table, complexity_comparison, device_table, fine_tuning_rows, markdown, own_models
-from dcase.report.words import with_unit
+from dcase.report.words import loss, with_unit
 
 REPORT_MD = "report.md"
 
@@ -19,10 +19,10 @@ def write_report(
     beside_baseline: bool = False,
     complexity: dict | None = None,
 ) -> str:
-    """Write report.md, confusion.png and devices.png into ``folder`` (made if need be); return the text to print.
+    """Write report.md, confusion.png and devices.png into ``folder``; return the text to print.
 
     Args:
-        name: of the model or run: the label of its row, and in the titles.
+        name: the name of the model or run, for its row and the titles.
         note: a line under every title, e.g. that the data are synthetic.
         beside_baseline: show the DCASE baseline's published figures too; only where the data are TAU22.
         complexity: as in `complexity_comparison`; None leaves that table out.
@@ -39,12 +39,11 @@ def write_report(
 
 def _text(results: dict, name: str, note: str | None, beside_baseline: bool, complexity: dict | None) -> str:
     macro, acc = with_unit(results["macro_avg_acc"]), with_unit(results["acc"])
-    loss = "-" if results["loss"] is None else f"{results['loss']:.4f}"
     parts = [f"# Results of {name}"]
     if note:
         parts.append(f"**{note}**")
     parts += [
-        f"Macro-average accuracy **{macro}** (mean over scenes), overall accuracy {acc}, log loss {loss}, "
+        f"Macro-average accuracy **{macro}** (mean over scenes), overall accuracy {acc}, log loss {loss(results['loss'])}, "
         f"{results['n_clips']:,} clips. The tables below are in percent.",
         "## Class-wise Results",
         class_table(results, name, beside_baseline),

@@ -10,15 +10,28 @@ Table = tuple[list[str], list[list[str]]]  # header and rows
 
 
 def class_table(results: dict, name: str, beside_baseline: bool) -> str:
-    """Markdown table of the accuracy per scene and their mean, in percent; ``name`` labels the row."""
-    header = ["Model", *(title(scene) for scene in SCENES), "Macro Avg. Accuracy"]
-    ours = [name, *(percent(results["scene_acc"][scene]) for scene in SCENES), percent(results["macro_avg_acc"])]
+    """Return a Markdown table of the accuracy per scene and their mean, in percent; ``name`` labels the row."""
+    ours = [*(percent(results["scene_acc"][scene]) for scene in SCENES), percent(results["macro_avg_acc"])]
     theirs = [[row.name, *map(points, row.scene_acc), row.macro] for row in BASELINE if beside_baseline]
-    return markdown(header, [*theirs, ours])
+    return markdown(["Model", *map(title, SCENES), "Macro Avg. Accuracy"], [*theirs, [name, *ours]])
+
+
+def device_table(results: dict, name: str, beside_baseline: bool) -> str:
+    """Return two Markdown tables, in percent: the accuracy per device, and per group of devices.
+
+    "Macro Avg. Accuracy" is the mean over scenes here too, as in the class-wise table.
+    """
+    beside = BASELINE if beside_baseline else ()
+    header = ["Model", *(device.upper() for device in DEVICES), "Macro Avg. Accuracy"]
+    ours = [*(percent(results["device_acc"][device]) for device in DEVICES), percent(results["macro_avg_acc"])]
+    devices = markdown(header, [*([r.name, *map(points, r.device_acc), r.macro] for r in beside), [name, *ours]])
+    ours = [percent(results["device_group_acc"][name_of_group]) for name_of_group in DEVICE_GROUPS]
+    header = ["Model", *map(group, DEVICE_GROUPS)]
+    return f"{devices}\n\n{markdown(header, [*([r.name, *map(points, r.group_acc)] for r in beside), [name, *ours]])}"
 
 
 def fine_tuning_rows(outcomes: dict[str, dict]) -> Table:
-    """What stage 2 came to: macro-average accuracy on each device's validation clips, in percent.
+    """Return stage 2's outcome: macro-average accuracy on each device's validation clips, in percent.
 
     ``outcomes``: device_id -> {"n_train", "n_val", "general", "fine_tuned", "kept", "reason"}.
     """
@@ -27,13 +40,12 @@ def fine_tuning_rows(outcomes: dict[str, dict]) -> Table:
     for device_id, outcome in outcomes.items():
         kept = f"{'yes' if outcome['kept'] else 'no'}: {outcome['reason']}"
         clips = [f"{outcome[name]:,}" for name in ("n_train", "n_val")]
-        accuracies = [percent(outcome[name]) for name in ("general", "fine_tuned")]
-        rows.append([device_id, *clips, *accuracies, kept])
+        rows.append([device_id, *clips, percent(outcome["general"]), percent(outcome["fine_tuned"]), kept])
     return header, rows
 
 
 def own_models(outcomes: dict[str, dict]) -> str:
-    """How many devices stage 2 gave a model of their own, in a sentence; ``outcomes`` as in `fine_tuning_rows`."""
+    """Return a sentence: which devices stage 2 gave their own model; ``outcomes`` as in `fine_tuning_rows`."""
     kept = [device_id.upper() for device_id, outcome in outcomes.items() if outcome["kept"]]
     if not kept:
         return "No device has a model of its own: none was clearly better than the general one."
@@ -41,81 +53,46 @@ def own_models(outcomes: dict[str, dict]) -> str:
     return f"{len(kept)} of {len(outcomes)} fine-tuned devices {have}: {', '.join(kept)}."
 
 
-def device_table(results: dict, name: str, beside_baseline: bool) -> str:
-    """Two Markdown tables, in percent: the accuracy per device, and per group of devices.
-
-    "Macro Avg. Accuracy" is the mean over scenes here too, as in the class-wise table.
-    """
-    header = ["Model", *(device.upper() for device in DEVICES), "Macro Avg. Accuracy"]
-    ours = [name, *(percent(results["device_acc"][device]) for device in DEVICES), percent(results["macro_avg_acc"])]
-    theirs = [[row.name, *map(points, row.device_acc), row.macro] for row in BASELINE if beside_baseline]
-    return f"{markdown(header, [*theirs, ours])}\n\n{_group_table(results, name, beside_baseline)}"
-
-
-def _group_table(results: dict, name: str, beside_baseline: bool) -> str:
-    header = ["Model", *map(group, DEVICE_GROUPS)]
-    ours = [name, *(percent(results["device_group_acc"][group]) for group in DEVICE_GROUPS)]
-    theirs = [[row.name, *map(points, row.group_acc)] for row in BASELINE if beside_baseline]
-    return markdown(header, [*theirs, ours])
-
-
 def complexity_comparison(
     complexity: dict, name: str, beside_baseline: bool, macro_avg_acc: float | None = None
 ) -> str:
-    """`complexity_rows` as a Markdown table."""
+    """Return `complexity_rows` as a Markdown table."""
     return markdown(*complexity_rows(complexity, name, beside_baseline, macro_avg_acc))
 
 
 def complexity_rows(complexity: dict, name: str, beside_baseline: bool, macro_avg_acc: float | None = None) -> Table:
-    """The model's complexity against the challenge's limits.
+    """Return the model's complexity against the challenge's limits.
 
     ``complexity`` is plain: ``params``, ``total_param_bytes``, ``macs``, ``torchinfo_macs``, ``max_param_bytes`` and
-    ``max_macs``. ``beside_baseline`` adds CP-Mobile's figures, the difference to them, and ``macro_avg_acc`` (a
+    ``max_macs``. ``beside_baseline`` adds CP-Mobile's figures, the difference from them, and ``macro_avg_acc`` (a
     fraction of 1) against the baseline's.
     """
-    params, macs, checker = complexity["params"], complexity["macs"], complexity["torchinfo_macs"]
     max_bytes, max_macs = complexity["max_param_bytes"], complexity["max_macs"]
     lines = [  # metric, ours, unit, limit, the baseline's
-        ("Parameters", params, "", None, BASELINE_PARAMS),
-        ("MACs", macs, "", max_macs, BASELINE_MACS),
-        ("MACs as the challenge's checker counts", checker, "", max_macs, BASELINE_MACS),
+        ("Parameters", complexity["params"], "", None, BASELINE_PARAMS),
+        ("MACs", complexity["macs"], "", max_macs, BASELINE_MACS),
+        ("MACs as the challenge's checker counts", complexity["torchinfo_macs"], "", max_macs, BASELINE_MACS),
         ("Memory (as stored)", complexity["total_param_bytes"], " B", max_bytes, BASELINE_BYTES),
         ("Memory (16-bit)", complexity["bytes_in_16_bit"], " B", max_bytes, BASELINE_BYTES_IN_BITS[16]),
         ("Memory (8-bit)", complexity["bytes_in_8_bit"], " B", max_bytes, BASELINE_BYTES_IN_BITS[8]),
     ]
-    header = ["Metric", name, "Limit", "Of the Limit"]
-    rows = [[metric, f"{ours:,}{unit}", *_against_limit(ours, unit, limit)] for metric, ours, unit, limit, _ in lines]
+    header, rows = ["Metric", name, "Limit", "Of the Limit"], []
     if beside_baseline:
         header += ["CP-Mobile Baseline", "Difference"]
-        for row, (_, ours, unit, _, baseline) in zip(rows, lines, strict=True):
-            row += [f"{baseline:,}{unit}", f"{100 * (ours / baseline - 1):+,.1f} %"]
-        rows = [*_accuracy_rows(macro_avg_acc), *rows]
+        for row in BASELINE:
+            less = "-" if macro_avg_acc is None else f"{100 * macro_avg_acc - row.macro_avg_acc:+.2f}"
+            rows.append([f"Macro Avg. Accuracy ({row.name})", percent(macro_avg_acc), "-", "-", row.macro, less])
+    for metric, ours, unit, limit, baseline in lines:
+        of_limit = ["-", "-"]
+        if limit is not None:
+            of_limit = [f"{limit:,}{unit}", f"{ours / limit:,.3g} x, {'over' if ours > limit else 'within'}"]
+        beside = [f"{baseline:,}{unit}", f"{100 * (ours / baseline - 1):+,.1f} %"] if beside_baseline else []
+        rows.append([metric, f"{ours:,}{unit}", *of_limit, *beside])
     return header, rows
 
 
-def _against_limit(value: int, unit: str, limit: int | None) -> list[str]:
-    if limit is None:
-        return ["-", "-"]
-    return [f"{limit:,}{unit}", f"{value / limit:,.3g} x, {'over' if value > limit else 'within'}"]
-
-
-def _accuracy_rows(macro_avg_acc: float | None) -> list[list[str]]:
-    ours = percent(macro_avg_acc)
-    return [
-        [
-            f"Macro Avg. Accuracy ({row.name})",
-            ours,
-            "-",
-            "-",
-            row.macro,
-            "-" if macro_avg_acc is None else f"{100 * macro_avg_acc - row.macro_avg_acc:+.2f}",
-        ]
-        for row in BASELINE
-    ]
-
-
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up on a terminal: the first to the left, the others to the right."""
+    """Return a Markdown table whose columns also line up on a terminal: the first to the left, the others right."""
     cells = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
 

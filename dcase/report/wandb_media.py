@@ -1,4 +1,4 @@
-"""What W&B shows of a test beside its metrics: charts, tables, complexity, and the mistakes that were surest.
+"""What W&B shows of a test beside its metrics: charts, tables, complexity and the most confident mistakes.
 
 No recording is uploaded: a mistake is shown as its log-mel.
 """
@@ -27,7 +27,8 @@ def show(
     predictions: Predictions,
     recordings: Callable[[], Recordings],
 ) -> None:
-    """``folder`` holds the charts; the accuracies are in W&B already, as metrics. ``recordings`` opens the clips."""
+    """Log the charts of ``folder``, tables and mistakes; ``recordings`` opens the clips. The accuracies are metrics of W&B
+    already."""
     import wandb
 
     for chart in (report.CONFUSION_PNG, report.DEVICES_PNG):
@@ -36,8 +37,8 @@ def show(
         columns, values = zip(*results[table].items(), strict=True)
         row = [name, *values, results["macro_avg_acc"]]
         logger.log_table(key=f"test/{table}_table", columns=["model", *columns, "macro_avg_acc"], data=[row])
-    heard = [[device, accuracy] for device, accuracy in results["device_acc"].items() if accuracy is not None]
-    bars = wandb.Table(columns=["device", "accuracy"], data=heard)
+    bars = [[device, accuracy] for device, accuracy in results["device_acc"].items() if accuracy is not None]
+    bars = wandb.Table(columns=["device", "accuracy"], data=bars)
     scenes = {"y_true": predictions.scene.tolist(), "preds": predictions.predicted.tolist()}
     logger.experiment.log(
         {
@@ -50,12 +51,12 @@ def show(
     logger.experiment.summary.update({f"complexity/{figure}": measured[figure] for figure in figures})
     try:
         logger.experiment.log({"test/mistakes": mistakes(predictions, recordings())})
-    except UserError as error:  # a pack that does not fit any more: what is above is there
+    except UserError as error:  # such as a pack that no longer fits; what is above is logged
         print(f"W&B gets no example mistakes: {error}")
 
 
 def mistakes(predictions: Predictions, recordings: Recordings):
-    """W&B's table of the mistakes that the model was surest of, one of a recording location."""
+    """Return W&B's table of the most confident mistakes, at most one of a recording location."""
     import wandb
 
     table = wandb.Table(columns=["log-mel", "file", "device", "scene", "predicted", "confidence"])
@@ -68,7 +69,7 @@ def mistakes(predictions: Predictions, recordings: Recordings):
 
 
 def _picture(filename: str, recordings: Recordings):
-    """W&B's image of a clip's log-mel, low mel bins at the bottom; None where the clip cannot be read any more."""
+    """Return W&B's image of a clip's log-mel, low mel bins at the bottom; None where the clip cannot be read."""
     import wandb
 
     try:
