@@ -1,6 +1,6 @@
 # make demo      train and test both stages on synthetic data (recipes/demo.sh), about 3 minutes on 2 cores
 # make test      run the whole test suite, as CI does
-# make drill     kill runs, fill disks, damage files, and check that nothing was lost; about 5 minutes
+# make drill     inject at least 200 faults (kills, full disks, damaged files) and check that nothing is lost; 5 minutes
 # make gpu       run the tests and benchmarks that need an NVIDIA GPU
 # make lint      run ruff
 # make pictures  draw the pictures of README.md and docs/ from the demo and the notebook
@@ -32,7 +32,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 drill: $(VENV)/.run
-	$(BIN)/python -m drills
+	$(BIN)/python -m tests.faults
 
 pictures: $(VENV)/.test
 	$(BIN)/python docs/pictures.py $(DEMO)

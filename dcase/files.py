@@ -29,8 +29,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         finally:
             beside.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("PytorchStreamWriter|unexpected pos", str(error)):
-            raise  # these two are what torch.save makes of a full disk
+        if isinstance(error, RuntimeError) and not re.search("StreamWriter|unexpected pos|iostream", str(error)):
+            raise  # these are what torch.save makes of a full disk
         reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"{path} cannot be written ({reason}): check rights and space there") from error
 

@@ -6,61 +6,21 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
-from data_folder import clip_row, write_lists
+from data_folder import DEVICE_FIT, FIT, QUIET, RATE, SCENES, SMALL, tone, write_tones
 from forked import ROOT, Finished, Program, run_script, stop_server
 
 from dcase import errors
 from dcase.errors import UserError
 
-__all__ = ["ROOT", "Finished"]  # for the tests that import them from here
-RATE = 8000  # Hz
-SCENES = ("airport", "bus", "park", "tram")
-HERTZ = {"airport": 300, "bus": 700, "park": 1500, "tram": 3000}
-TRAIN_DEVICES = ("a", "b", "s1")
-
-# A front end and a model of a few thousand parameters: an epoch takes a second.
-SMALL = (
-    "--model aum_tiny --pos_embed True --head linear --embed_dim 16 --depth 1 --d_state 4 --patch_size 8,4 "
-    "--orig_sample_rate 8000 --sample_rate 8000 --window_length 256 --n_fft 256 --hop_length 128 --n_mels 32 --freqm 4 "
-    "--timem 4 --num_workers 0 --wandb_mode disabled --accelerator cpu"
-).split()
-QUIET = "--num_workers 0 --wandb_mode disabled --accelerator cpu".split()  # of SMALL, where a checkpoint has the rest
-FIT = "--n_epochs 4 --batch_size 16 --lr 0.01 --warmup_steps 5 --check_val_every_n_epoch 3 --val_fraction 0.34".split()
-DEVICE_FIT = "--n_epochs 2 --batch_size 8 --lr 0.003 --warmup_steps 2 --check_val_every_n_epoch 1".split()
-
-
-def tone(scene: str, device: str, seed: int) -> np.ndarray:
-    """Half a second of a scene's tone in noise; devices differ in level."""
-    rng = np.random.default_rng(seed)
-    time = np.arange(RATE // 2) / RATE
-    level = 0.3 if device == "a" else 0.1
-    return level * np.sin(2 * np.pi * HERTZ[scene] * time * rng.uniform(0.9, 1.1)) + rng.normal(0, 0.05, len(time))
-
-
-def write_learnable_folder(folder: Path) -> None:
-    """4 scenes, 3 training locations each, devices a, b, s1 in training and s4 too in the test: 72 + 32 clips."""
-    places = [(scene, 10 * number + place) for number, scene in enumerate(SCENES) for place in (1, 2, 3)]
-    train = [clip_row(s, "lyon", place, k, d) for s, place in places for k in (0, 1) for d in TRAIN_DEVICES]
-    test = [
-        clip_row(s, "paris", 100 + number, k, d)
-        for number, s in enumerate(SCENES)
-        for k in (0, 1)
-        for d in (*TRAIN_DEVICES, "s4")
-    ]
-    write_lists(folder, train, test)
-    (folder / "audio").mkdir()
-    for seed, (name, scene, _, device) in enumerate(train + test):
-        soundfile.write(folder / name, tone(scene, device, seed), RATE, subtype="PCM_16")
+# The tests import these from here.
+__all__ = ["DEVICE_FIT", "FIT", "QUIET", "RATE", "ROOT", "SCENES", "SMALL", "Finished", "tone"]
 
 
 @pytest.fixture(scope="session")
 def learnable(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("learnable") / "data"
-    folder.mkdir()
-    write_learnable_folder(folder)
+    write_tones(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped, damaged or split up end where an undisturbed run does. (Kills: test_scripts.py and drills.)"""
+"""Runs that are stopped, damaged or split up end where an undisturbed run does. Kills: test_scripts.py and faults."""
 
 import json
 import os

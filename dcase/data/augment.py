@@ -1,8 +1,8 @@
 """Augmentation of training batches, on the batch's device; nothing here runs in evaluation.
 
 Device responses (`responses.py`) and time rolling change the waveform; Freq-MixStyle, mixup and masking change the
-normalised log-mel, in this order: after masking, MixStyle would take its statistics from the masks. Masks are filled with
-0, the mean of the normalised log-mel.
+normalised log-mel, in this order: after masking, MixStyle would take its statistics from the masks. Masks are filled
+with 0, the mean of the normalised log-mel.
 """
 
 from dataclasses import dataclass

@@ -43,8 +43,8 @@ def _text(results: dict, name: str, note: str | None, beside_baseline: bool, com
     if note:
         parts.append(f"**{note}**")
     parts += [
-        f"Macro-average accuracy **{macro}** (mean over scenes), overall accuracy {acc}, log loss {loss(results['loss'])}, "
-        f"{results['n_clips']:,} clips. The tables below are in percent.",
+        f"Macro-average accuracy **{macro}** (mean over scenes), overall accuracy {acc}, "
+        f"log loss {loss(results['loss'])}, {results['n_clips']:,} clips. The tables below are in percent.",
         "## Class-wise Results",
         class_table(results, name, beside_baseline),
         "## Device-wise Results",

@@ -27,7 +27,7 @@ def show(
     predictions: Predictions,
     recordings: Callable[[], Recordings],
 ) -> None:
-    """Log the charts of ``folder``, tables and mistakes; ``recordings`` opens the clips. The accuracies are metrics of W&B
+    """Log the charts of ``folder``, tables and mistakes; ``recordings`` opens the clips. The accuracies are metrics
     already."""
     import wandb
 

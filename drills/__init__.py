@@ -1,1 +1,0 @@
-"""Failure drills, ``python -m drills``: disturb the real scripts in every way; nothing finished may be lost."""
