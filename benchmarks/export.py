@@ -1,33 +1,33 @@
-"""Exported models against PyTorch: the same logits, and how long a clip takes from waveform to scene.
+"""Compare exported models with PyTorch: the logits, and the time from a clip's waveform to its scene.
 
     python benchmarks/export.py
     python benchmarks/export.py --models aum_nano --repeats 200 --append      # adds the table to benchmarks/RESULTS.md
 
 Each model is made anew, with BatchNorm statistics of the clips and logits of deviation 1; --checkpoints takes trained
-ones. It is exported with `python -m dcase.export`'s own functions, and compared on test clips in batches of 1 and 8.
-Then both take one clip in turn, with one thread each.
+ones instead. It is exported with the functions of `python -m dcase.export`, and compared on test clips in batches of 1
+and 8. Then both run one clip in turn, with one thread each.
 """
 
-import argparse
-import datetime
-import platform
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.timing import CPU, WALL, median, progress, race, ratios, spread
+from benchmarks.timing import CPU, machine, milliseconds, progress, publish, race, ratio, table
+from dcase import cli
 from dcase.data.dataset import Sound
 from dcase.data.loading import find_source, with_sound
 from dcase.data.logmel import frames_of
 from dcase.data.tau22 import DataConfig
 from dcase.deployment import onnx_format
-from dcase.errors import run
+from dcase.errors import UserError, run
 from dcase.export import WAVEFORM, ExportConfig, choose, clips_of, compare, log_mels, reference, traced
 from dcase.model.named import ModelConfig
 from dcase.runs.config import StorageConfig, TrainConfig
@@ -37,113 +37,80 @@ from dcase.training.lit import SceneClassifier
 
 BITS = {"aum_nano": 16, "aum_nano_8bit": 8, "cp_mobile": 16, "aum_tiny": 32, "aum_small": 32, "aum_base": 32}
 CALIBRATION = 64  # clips
-LOGITS = 1.0  # deviation of the logits over clips and scenes
-RESULTS = Path(__file__).parent / "RESULTS.md"
+HEADER = ["model", "weights", "file", "largest difference of a logit", "other scenes", "ONNX Runtime, ms",
+          "PyTorch, ms", "ratio, wall", "ratio, CPU time"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportBenchmark:
+    models: str = ",".join(BITS)
+    """Named models, with commas between them."""
+    checkpoints: str = ""
+    """Trained models to use instead: files, with commas between them."""
+    dataset_dir: str | None = None
+    """Data folder; None: TAU22_DIR, else SynthTAU."""
+    clips: int = 1000
+    """Test clips to compare on."""
+    repeats: int = 100
+    """Repetitions of the timing."""
+    append: bool = False
+    """Append the table to benchmarks/RESULTS.md."""
 
 
 def make(name: str, clips: Tensor) -> SceneClassifier:
-    """A new model, with normalisation and BatchNorm statistics of clips (n, samples)."""
+    """Return a new model with normalisation and BatchNorm statistics of clips (n, samples)."""
     torch.manual_seed(0)
     config = TrainConfig(model=ModelConfig(model=name), storage=StorageConfig(weight_bits=BITS[name]))
     module = SceneClassifier(config, frames_of(config.logmel, clips.shape[1], config.data.orig_sample_rate)).eval()
     length = torch.full((len(clips),), clips.shape[1])
     module.logmel.fit([module.logmel.resampled(clips.unsqueeze(1), length)])
-    layers = [*module.model.modules()]
-    for layer in layers:
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.momentum = None  # the plain mean
-            layer.train()
     with torch.no_grad():
-        x = log_mels(module, clips)
-        for part in x.split(8):
-            module.model(part)
-        module.eval()
-        last = [layer for layer in layers if isinstance(getattr(layer, "weight", None), nn.Parameter)][-1]
-        last.weight.mul_(LOGITS / torch.cat([module.model(part) for part in x.split(8)]).std())
+        batches = log_mels(module, clips).split(8)
+        update_bn(batches, module.model)
+        last = [x for x in module.model.modules() if isinstance(getattr(x, "weight", None), nn.Parameter)][-1]
+        last.weight.div_(torch.cat([module.model(batch) for batch in batches]).std())
     return module
 
 
-def measured(name: str, module: SceneClassifier, clips: Tensor, folder: Path, args: argparse.Namespace) -> list[str]:
-    """A row of the table."""
-    progress(f"{name}: export")
-    config = ExportConfig(ckpt_path="-")
+def measured(name: str, module: SceneClassifier, clips: Tensor, path: Path, config: ExportBenchmark) -> list[str]:
+    """Export the model to ``path`` and return a row of the table."""
+    progress(f"{name}: export, parity on {len(clips)} clips, timing")
     bits = choose(module, GENERAL, None)
-    path = folder / f"{name}.onnx"
-    path.write_bytes(traced(module, config, bits, clips.shape[1]))
-    model, of_torch = onnx_format.runner(path), reference(module, WAVEFORM)
-    progress(f"{name}: parity on {len(clips)} clips")
-    parity = compare(model, module, WAVEFORM, clips)
-    one = clips[:1].contiguous()
-    onnx_session, name_of_input = onnx_format.session(path), WAVEFORM
-    array = one.numpy()
-    calls = {
-        "onnx": lambda: onnx_session.run(None, {name_of_input: array}),
-        "torch": lambda: of_torch(one),
-    }
+    path.write_bytes(traced(module, ExportConfig(ckpt_path="-"), bits, clips.shape[1]))
+    parity = compare(onnx_format.runner(path), module, WAVEFORM, clips)
+    one, session, torch_model = clips[:1].contiguous(), onnx_format.session(path), reference(module, WAVEFORM)
+    inputs = {WAVEFORM: one.numpy()}
     with torch.inference_mode():
-        samples = race(calls, args)
-    wall = {key: 1000 * median(values, WALL) for key, values in samples.items()}
-    of_wall, of_cpu = (spread(ratios(samples["onnx"], samples["torch"], which)) for which in (WALL, CPU))
-    size = f"{path.stat().st_size:,} B"
-    times = [f"{wall[key]:.2f}" for key in ("onnx", "torch")]
-    return [name, f"{bits} bit", size, f"{parity.difference:.1e}", str(parity.changed), *times, of_wall, of_cpu]
-
-
-def table(rows: list[list[str]], args: argparse.Namespace, clips: Tensor, source: str) -> str:
-    header = [
-        "model", "weights", "file", "largest difference of a logit", "other scenes", "ONNX Runtime, ms", "PyTorch, ms",
-        "ratio, wall", "ratio, CPU time",
-    ]  # fmt: skip
-    lines = [header, ["---", "---", "---:", "---:", "---:", "---:", "---:", "---:", "---:"], *rows]
-    now = datetime.datetime.now(datetime.UTC)
-    import onnxruntime
-
-    return "\n".join(
-        [
-            f"## Export: {now:%Y-%m-%d %H:%M} UTC, {platform.processor() or platform.machine()}",
-            "",
-            f"{len(clips)} test clips of {source}, batches of 1 and 8; one clip of {clips.shape[1]} samples, "
-            f"one thread each, medians of {args.repeats} repetitions in turn, ratios with quartiles. onnxruntime "
-            f"{onnxruntime.__version__}, torch {torch.__version__}.",
-            "",
-            *("| " + " | ".join(line) + " |" for line in lines),
-            "",
-        ]
-    )
+        calls = {"onnx": lambda: session.run(None, inputs), "torch": lambda: torch_model(one)}
+        samples = race(calls, config.repeats, limit=60)
+    onnx, ours = samples["onnx"], samples["torch"]
+    times = [milliseconds(onnx), milliseconds(ours), ratio(onnx, ours), ratio(onnx, ours, CPU)]
+    return [name, f"{bits} bit", f"{path.stat().st_size:,} B", f"{parity.difference:.1e}", str(parity.changed), *times]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(BITS), help="named sizes, with commas between them")
-    parser.add_argument("--checkpoints", help="trained models in their place: files, with commas between them")
-    parser.add_argument("--dataset_dir", help="data folder; without it TAU22_DIR, else SynthTAU")
-    parser.add_argument("--clips", type=int, default=1000, help="test clips for the comparison")
-    parser.add_argument("--repeats", type=int, default=100, help="repetitions of the timing")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds for each contender's timing")
-    parser.add_argument("--append", action="store_true", help="add the table to benchmarks/RESULTS.md")
-    args = parser.parse_args()
-    args.device, args.limit = "cpu", 30.0
-    names = args.models.split(",")
+    config = cli.parse(ExportBenchmark, __doc__)
+    names = config.models.split(",") if not config.checkpoints else []
     if unknown := [name for name in names if name not in BITS]:
-        parser.error(f"--models: there is {', '.join(BITS)}; got {', '.join(unknown)}")
+        raise UserError(f"--models: there is {', '.join(BITS)}; got {', '.join(unknown)}")
+    head = machine()  # before anything else, for its load
     torch.set_num_threads(1)
-    config = DataConfig(dataset_dir=args.dataset_dir)
-    source = find_source(replace(config, read_from="wav"))
-    test = with_sound(source.test, Sound(config.orig_sample_rate))
-    clips = clips_of(test, test.n_samples, args.clips)
+    data = DataConfig(dataset_dir=config.dataset_dir, read_from="wav")
+    source = find_source(data)
+    test = with_sound(source.test, Sound(data.orig_sample_rate))
+    clips = clips_of(test, test.n_samples, config.clips)
+    modules = ((name, make(name, clips[:: max(1, len(clips) // CALIBRATION)])) for name in names)
+    if config.checkpoints:
+        trained = (SceneClassifier.from_checkpoint(load_trained(x)).eval() for x in config.checkpoints.split(","))
+        modules = ((f"{module.config.model.model}, trained", module) for module in trained)
     with tempfile.TemporaryDirectory() as folder:
-        rows = []
-        for name in names if not args.checkpoints else ():
-            module = make(name, clips[:: max(1, len(clips) // CALIBRATION)])
-            rows.append(measured(name, module, clips, Path(folder), args))
-        for path in args.checkpoints.split(",") if args.checkpoints else ():
-            module = SceneClassifier.from_checkpoint(load_trained(path)).eval()
-            rows.append(measured(f"{module.config.model.model}, trained", module, clips, Path(folder), args))
-    shown = table(rows, args, clips, source.name)
-    print(shown)
-    if args.append:
-        with open(RESULTS, "a") as file:
-            file.write("\n" + shown)
+        rows = [measured(*named, clips, Path(folder) / "model.onnx", config) for named in modules]
+    text = (
+        f"{head}\n\n### Export\n\n{len(clips)} test clips of {source.name}, batches of 1 and 8; one clip of "
+        f"{clips.shape[1]} samples, one thread each, medians of {config.repeats} repetitions in turn, ratios with "
+        f"quartiles. onnxruntime {onnxruntime.__version__}.\n\n{table(HEADER, rows)}"
+    )
+    publish(text, config.append)
 
 
 if __name__ == "__main__":

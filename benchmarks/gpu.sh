@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# All that needs an NVIDIA GPU: the tests that are skipped or interpreted without one, then the benchmarks, whose tables
-# are appended to RESULTS.md. For mamba-ssm's rows: pip install --no-build-isolation --no-deps -r requirements-cuda.txt
+# Run what needs an NVIDIA GPU: the tests that are skipped or interpreted without one, then the benchmarks. Append their
+# tables to RESULTS.md. mamba-ssm's rows need: pip install --no-build-isolation --no-deps -r requirements-cuda.txt
 #     make gpu      or, in an environment of its own: PYTHON=python3 bash benchmarks/gpu.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,13 +1,13 @@
-"""How often the report's 95 % intervals hold the truth, by the number of recording locations.
+"""Measure how often the report's 95 % intervals contain the true figure, by the number of recording locations.
 
     python benchmarks/intervals.py [--tests 1000]
 
-Tests are made up: scenes are right in 55 to 90 % of all places, a place has its own share around its scene's
-(deviation 0.2), and 10 to 39 clips. Beside the page's interval stands the percentile interval of the same draws.
+Tests are made up. A scene's accuracy is 55 to 90 %; a location's is drawn around its scene's (deviation 0.2), and it
+has 10 to 39 clips. The table shows the percentile interval and the page's interval of the same draws.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dcase import cli
 from dcase.data.tau22 import DEVICES, SCENES
+from dcase.errors import run
 from dcase.report import markdown
 from dcase.report.bootstrap import Figures
 from dcase.report.predictions import Predictions
 
 LOCATIONS = (6, 10, 30, 200)
-DRAWS = 1000  # fewer than the page's: it is the ends' place that is asked for, not their last digit
-SPREAD = 4  # a + b of the places' beta distribution
+DRAWS = 1000  # fewer than the page's: the last digit of the ends does not matter
+SPREAD = 4  # a + b of the beta distribution of the locations' accuracies
 FIGURES = {
     "macro-average accuracy": ("macro_avg_acc",),
     "accuracy over all clips": ("acc",),
@@ -30,8 +32,14 @@ FIGURES = {
 }
 
 
+@dataclass(frozen=True)
+class IntervalsBenchmark:
+    tests: int = 1000
+    """Made-up tests for each number of locations."""
+
+
 def made_up_test(n: int, rng: np.random.Generator) -> tuple[Predictions, float]:
-    """A test of ``n`` locations, and the accuracy that it estimates: of scenes, of clips and of each device alike."""
+    """Return a test of ``n`` locations and its true accuracy, which is that of scenes, of clips and of each device."""
     scenes = min(n, len(SCENES))
     truth = np.linspace(0.55, 0.9, scenes)
     scene_of = np.arange(n) % scenes
@@ -45,7 +53,7 @@ def made_up_test(n: int, rng: np.random.Generator) -> tuple[Predictions, float]:
 
 
 def coverage(n: int, tests: int) -> dict[str, tuple[float, float]]:
-    """Of each figure, in percent: of the percentile interval, and of the page's."""
+    """Return the coverage of each figure in percent: by the percentile interval, and by the page's."""
     rng = np.random.default_rng(n)
     holds = {figure: [] for figure in FIGURES}
     for seed in tqdm(range(tests), desc=f"{n} locations", leave=False):
@@ -58,13 +66,11 @@ def coverage(n: int, tests: int) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tests", type=int, default=1000, help="made-up tests for each number of locations")
-    tests = parser.parse_args().tests
+    tests = cli.parse(IntervalsBenchmark, __doc__).tests
     measured = [coverage(n, tests) for n in LOCATIONS]
     rows = [[figure, *("{:.1f} -> {:.1f}".format(*of[figure]) for of in measured)] for figure in FIGURES]
     print(markdown(["Percentile -> Page, in percent", *(f"{n} locations" for n in LOCATIONS)], rows))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,36 +1,32 @@
-"""What a block needs of memory."""
+"""Measure the memory that one call of a contender's block needs. scan.py prints the table."""
 
-import argparse
 import concurrent.futures
 import contextlib
 import ctypes
 import multiprocessing
-from collections.abc import Callable, Sequence
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import aum
-from benchmarks.contenders import BOTH, Block, block_calls, contenders, make_mixer
+from benchmarks.contenders import BOTH, D_MODEL, Case
 
 
-def bytes_to_keep(mixer: aum.BiMamba, b: int, l: int, dtype: torch.dtype) -> int:
-    """Bytes of the activations that any implementation must keep, or recompute, for the backward.
+def bytes_to_keep(case: Case, b: int, l: int) -> int:
+    """Return the bytes of the activations that any implementation must keep, or recompute, for the backward.
 
-    The inputs of the products and of what is not linear, 5,872 values per token of AuM-Small: hidden, xz, u, x_proj's
-    output and delta of both directions, y.
+    They are the inputs of the products and of the nonlinear operations, 5,872 values per token of AuM-Small: hidden,
+    xz, u, x_proj's output and delta of both directions, y.
     """
-    d = mixer.d_inner
+    mixer, d = case.mixer, case.mixer.d_inner
     per_token = mixer.d_model + 2 * d + 2 * d + 2 * (mixer.dt_rank + 2 * mixer.d_state) + 2 * d + d
-    return b * l * per_token * dtype.itemsize
+    return b * l * per_token * case.dtype.itemsize
 
 
-def bytes_saved(
-    block: Block, hidden: Tensor, parameters: Sequence[Tensor], autocast: contextlib.AbstractContextManager
-) -> int:
-    """Bytes that autograd saves in the block's forward: each storage once and whole, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
+def bytes_saved(case: Case, name: str, b: int, l: int) -> int:
+    """Return the bytes that autograd saves in the block's forward: each storage once and whole, without parameters."""
+    own = {p.untyped_storage().data_ptr() for p in case.mixer.parameters()}
     storages = {}
 
     def pack(x: Tensor) -> Tensor:
@@ -39,14 +35,14 @@ def bytes_saved(
             storages[storage.data_ptr()] = storage  # held, so that no other tensor gets its address
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), autocast:
-        y = block(hidden)
-    del y
+    hidden = torch.randn(b, l, D_MODEL, device=case.device, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), case.autocast():
+        case.blocks[name](hidden)
     return sum(storage.nbytes() for storage in storages.values())
 
 
-def peak_on_gpu(call: Callable) -> int:
-    """Bytes that a call adds at its peak."""
+def peak_on_gpu(call) -> int:
+    """Return the bytes that a call adds at its peak. It must have run before, as its first run may compile."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -55,30 +51,34 @@ def peak_on_gpu(call: Callable) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def peak_on_cpu(*job) -> int | None:
-    """The same of a contender's block, in a process of its own: freed memory that malloc keeps would hide new needs."""
+def peak(case: Case, name: str, b: int, l: int) -> int | None:
+    """Return the bytes that forward and backward add at their peak; None where the system cannot tell.
+
+    On the CPU they run in a fresh process: freed memory that malloc keeps would hide new needs.
+    """
+    if case.device == "cuda":
+        call = case.calls(name, b, l)[BOTH]
+        call()
+        return peak_on_gpu(call)
     if not Path("/proc/self/clear_refs").exists():
         return None
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool:
-        return pool.submit(peak_in_this_process, *job).result()
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak, torch.get_num_threads(), case.dtype, case.mamba_ref, name, b, l).result()
 
 
-def peak_in_this_process(name: str, b: int, l: int, dtype: torch.dtype, args: argparse.Namespace) -> int:
-    mixer = make_mixer(args)
-    block = {x.name: x.block for x in contenders(mixer, args.device, dtype, args.mamba_ref)[0]}[name]
-    parameters = list(mixer.parameters())
-    block_calls(block, parameters, 1, 9, dtype, args)[BOTH]()  # loads and compiles the code that it needs
-    call = block_calls(block, parameters, b, l, dtype, args)[BOTH]
-    with contextlib.suppress(AttributeError):  # glibc's
+def _peak(threads: int, dtype: torch.dtype, mamba_ref: Path | None, name: str, b: int, l: int) -> int:
+    torch.set_num_threads(threads)
+    case = Case("cpu", dtype, mamba_ref)
+    case.calls(name, 1, 9)[BOTH]()  # loads and compiles the code that it needs
+    call = case.calls(name, b, l)[BOTH]
+    with contextlib.suppress(AttributeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
     call()
     return resident("VmHWM") - before
 
 
 def resident(field: str) -> int:
-    """Bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    """Return a field of /proc/self/status in bytes."""
+    return 1024 * int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])

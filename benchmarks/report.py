@@ -1,37 +1,45 @@
-"""What the report's page costs for a test of TAU22's size: seconds to make, bytes, and seconds to open.
+"""Measure the report's page for a test of TAU22's size: seconds to make it, its bytes, and seconds to open it.
 
     python benchmarks/report.py [--folder FOLDER]
 
-Predictions are made up, of 29,680 clips under names and with places and devices like TAU22's, and so are recordings of
-those clips that are shown. With Chromium on the PATH the page is opened, too.
+It makes up predictions of 29,680 clips, with names, places and devices like TAU22's, and recordings of the clips that
+the page shows. With Chromium on the PATH it opens the page, too.
 """
 
-import argparse
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from browser import LAPTOP, Browser, find_browser  # noqa: E402
-from made_up_run import made_up, write_run  # noqa: E402
+from browser import LAPTOP, Browser, find_browser
+from made_up_run import made_up, write_run
 
-from dcase.data.tau22 import TEST_CLIPS  # noqa: E402
-from dcase.report import gallery, markdown  # noqa: E402
-from dcase.report.page import write_page  # noqa: E402
-from dcase.report.run_files import read_finished  # noqa: E402
-from dcase.report.sounds import Recordings  # noqa: E402
+from dcase import cli
+from dcase.data.tau22 import TEST_CLIPS
+from dcase.errors import run
+from dcase.report import gallery, markdown
+from dcase.report.page import write_page
+from dcase.report.run_files import read_finished
+from dcase.report.sounds import Recordings
 
 RATE = 44_100  # Hz
 
 
+@dataclass(frozen=True)
+class ReportBenchmark:
+    folder: Path | None = None
+    """Folder to leave the run in; None: a temporary one."""
+
+
 class MadeUpRecordings(Recordings):
-    """Writes a recording where it is asked for, so that reading it costs what it does."""
+    """Writes each recording when it is first read, so that the timed pages read real files."""
 
     def read(self, filename: str):
         path = self.folder / filename
@@ -52,31 +60,26 @@ def opened(path: Path) -> str:
 
 
 def measure(folder: Path) -> str:
+    """Return the table."""
     predictions = made_up(n=TEST_CLIPS)
     write_run(folder / "run", predictions, folder / "data")
     gallery.Recordings = MadeUpRecordings
-    write_page(read_finished(folder / "run"))  # makes the recordings
+    write_page(read_finished(folder / "run"))
     gallery.Recordings = Recordings
     rows = []
     for with_audio in (False, True):
         start = time.perf_counter()
         path = write_page(read_finished(folder / "run"), with_audio=with_audio)
-        seconds, size = time.perf_counter() - start, path.stat().st_size
-        name = "with sound" if with_audio else "without sound"
-        rows.append([name, f"{seconds:.2f} s", f"{size / 1e6:.2f} MB", opened(path)])
+        made, size = f"{time.perf_counter() - start:.2f} s", f"{path.stat().st_size / 1e6:.2f} MB"
+        rows.append(["with sound" if with_audio else "without sound", made, size, opened(path)])
     return markdown([f"Page of {len(predictions):,} clips", "made in", "size", "opened in"], rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="where to leave the run; a temporary folder without it")
-    folder = parser.parse_args().folder
-    if folder:
-        print(measure(folder))
-    else:
-        with tempfile.TemporaryDirectory() as place:
-            print(measure(Path(place)))
+    folder = cli.parse(ReportBenchmark, __doc__).folder
+    with tempfile.TemporaryDirectory() as place:
+        print(measure(folder or Path(place)))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)
