@@ -297,17 +297,6 @@ def test_a_backend_of_another_architecture_and_one_that_does_not_exist(only_cpu,
 # W&B
 
 
-@pytest.fixture
-def no_wandb(tmp_path, monkeypatch):
-    """A home without a W&B login, whose server does not answer."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NETRC", "WANDB_CONFIG_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("WANDB_BASE_URL", "http://10.255.255.1")
-    return tmp_path
-
-
 @pytest.mark.parametrize(
     "code, key, said",
     [

@@ -201,9 +201,7 @@ def test_a_scene_that_no_training_clip_is_of(folder, capsys):
     path.write_text("".join(row for row in path.read_text().splitlines(keepends=True) if "\ttram" not in row))
     find_source(DataConfig(dataset_dir=str(folder)), 25)
     said = capsys.readouterr().out.splitlines()
-    assert said == [
-        "WARNING: no training clip of the scene(s) tram: the model cannot learn them, and the test has 1 clips"
-    ]
+    assert said == ["WARNING: no training clip of the scene(s) tram: the test has 1, which cannot be learnt"]
     find_source(DataConfig(dataset_dir=str(folder)))  # a test alone does not know what was trained on
     assert capsys.readouterr().out == ""
 

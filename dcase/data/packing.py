@@ -4,7 +4,6 @@ Clips are packed in blocks. A block that is written gets a line in the journal, 
 blocks that are whole. An older pack stays readable until the new one is finished.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -50,11 +49,10 @@ class Block:
         """Return the block's line in the journal."""
         return json.dumps(asdict(self)) + "\n"
 
-    def is_of(self, folder: Path, wanted: set[str]) -> bool:
+    def fits(self, folder: Path, wanted: set[str]) -> bool:
         """Whether all its clips are wanted and their WAV files have not changed."""
-        stamps = zip(self.source_size, self.source_mtime_ns, strict=True)
-        now = (stamp(f"{folder}/{name}") for name in self.filename)
-        return wanted.issuperset(self.filename) and list(stamps) == list(now)
+        stamps = list(zip(self.source_size, self.source_mtime_ns, strict=True))
+        return wanted.issuperset(self.filename) and stamps == [stamp(folder / name) for name in self.filename]
 
 
 def pack_clips(folder: Path, config) -> None:
@@ -145,7 +143,7 @@ def _whole_blocks(samples: Path, journal: Path, head: str, folder: Path, wanted:
             for line in progress(lines, desc="checking what is packed", unit=" blocks", leave=False):
                 block = Block(**json.loads(line))
                 whole = hashlib.sha256(file.read(block.n_bytes)).hexdigest() == block.sha256
-                if not (whole and block.is_of(folder, wanted)):
+                if not (whole and block.fits(folder, wanted)):
                     return
                 yield block
     except (OSError, ValueError, TypeError):  # no journal, or a line that was cut
@@ -250,9 +248,11 @@ def only_one(folder: Path) -> Iterator[None]:
     """Raise `UserError` where another process packs into the folder; the lock ends with this process."""
     with open(folder / ".lock", "w") as lock:
         try:
+            import fcntl
+
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(f"another process is packing into {folder}: wait for its end, or stop it") from error
-        except OSError:  # a file system without locks: two at once are not noticed there
+        except (OSError, ImportError):  # a file system without locks, or Windows: two at once are not noticed there
             pass
         yield

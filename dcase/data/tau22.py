@@ -103,7 +103,7 @@ class DataConfig:
 
     def __post_init__(self):
         if self.orig_sample_rate < 1:
-            raise UserError(f"--orig_sample_rate is at least 1 (Hz); got {self.orig_sample_rate}")
+            raise UserError(f"--orig_sample_rate is at least 1; got {self.orig_sample_rate}")
 
 
 @dataclass(frozen=True)
@@ -150,10 +150,10 @@ def load_splits(folder: Path, *splits: str) -> list[Clips]:
         loaded.append(
             Clips(
                 folder=folder,
-                filenames=_as_bytes(found["filename"]),
+                filenames=np.array([name.encode() for name in found["filename"]]),
                 scene=pd.Index(SCENES).get_indexer(found["scene_label"]).astype(np.int64),
                 device=pd.Index(DEVICES).get_indexer(found["source_label"]).astype(np.int64),
-                location=_as_bytes(found["identifier"]),
+                location=np.array([name.encode() for name in found["identifier"]]),
             )
         )
     return loaded
@@ -166,7 +166,7 @@ def untrained_scenes(training: Clips, test: Clips) -> str:
         return ""
     n_clips = int(np.isin(test.scene, scenes).sum())
     named = ", ".join(SCENES[i] for i in scenes)
-    return f"no training clip of the scene(s) {named}: the model cannot learn them, and the test has {n_clips:,} clips"
+    return f"no training clip of the scene(s) {named}: the test has {n_clips:,}, which cannot be learnt"
 
 
 def check_files(clips: Clips) -> None:
@@ -333,10 +333,6 @@ def _listing(folder: Path) -> set[str]:
         return set()
     except OSError as error:
         raise UserError(f"folder {folder} cannot be read ({error.strerror}): check its rights") from error
-
-
-def _as_bytes(column: pd.Series) -> np.ndarray:
-    return np.array([text.encode() for text in column])
 
 
 # Validation part

@@ -83,16 +83,15 @@ def data_folder(config: DoctorConfig) -> list[Finding]:
     given = config.data.dataset_dir or os.environ.get("TAU22_DIR")
     if not given:
         folder = synth.default_folder()
-        what = "neither --dataset_dir nor TAU22_DIR is given: the scripts use SynthTAU, which is synthetic"
-        whole = folder.exists() and synth.is_whole(folder)
-        if not folder.exists():
-            what += ", and make it at first use"
-        elif not whole:
-            what += f", and make it again at their next use, as {folder} is not whole"
+        if synth.is_whole(folder):
+            place = f"in {folder}"
+        elif folder.exists():
+            place = f"and make it again at their next use, as {folder} is not whole"
         else:
-            what += f", in {folder}"
+            place = "and make it at first use"
+        what = f"neither --dataset_dir nor TAU22_DIR is given: the scripts use SynthTAU, which is synthetic, {place}"
         first = Finding("data", "warn", what, "export TAU22_DIR=/data/TAU22")
-        return [first, *(_contents(folder, config) if whole else [])]
+        return [first, *(_contents(folder, config) if synth.is_whole(folder) else [])]
     folder = Path(given).expanduser()
     try:
         check_folder(folder)
