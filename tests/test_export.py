@@ -246,7 +246,7 @@ def test_safetensors_are_what_a_run_stores(with_device, learnable, call, tmp_pat
     )  # fmt: skip
     assert done.code == 0, done.err
     path = with_device.parents[1] / "export" / "a.safetensors"
-    save_stored(load_checkpoint(with_device), tmp_path / "stored", 16)
+    save_stored(SceneClassifier.from_checkpoint(load_checkpoint(with_device)).as_checkpoint(), tmp_path / "stored", 16)
     assert load_model(path)[1]["model"] == "a"
     assert path.read_bytes() == (tmp_path / "stored" / "a.safetensors").read_bytes()
     assert load_stored(path)["config"]["storage"]["weight_bits"] == 16  # not those of the run's training
