@@ -132,6 +132,16 @@ def test_stage_2_of_several_seeds_stands_together_through_its_stage_1():
     assert [group.ids for group in grouped(runs)] == [["tuned0", "tuned1"], ["tuned9"], ["orphan"]] and not said
 
 
+def test_tests_stand_together_by_seed_and_apart_by_the_file_they_tested():
+    for seed in (0, 1):
+        make_run(f"base{seed}", results_of({"all": 10}), seed=seed)
+        make_run(f"test{seed}", results_of({"all": 10}), of_test(f"P/base{seed}/checkpoints/best.ckpt"))
+    make_run("last", results_of({"all": 10}), of_test("P/base0/checkpoints/last.ckpt"))
+    runs, _ = read_all(P, ["base0", "base1", "test0", "test1", "last"])
+    assert [group.ids for group in grouped(runs)] == [["base0", "base1"], ["test0", "test1"], ["last"]]
+    assert [group.n_seeds for group in grouped(runs)] == [2, 2, 1]
+
+
 def test_names_machines_and_places_make_no_difference():
     make_run("one", results_of({"all": 10}))
     config = BaseConfig()

@@ -1,4 +1,4 @@
-"""The DCASE2025 baseline's published figures, for the rows beside ours."""
+"""The DCASE2025 baseline's published figures, for rows beside ours."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class PublishedRow(NamedTuple):
 
     @property
     def group_acc(self) -> list[float]:
-        """Its table has no groups: the mean over a group's devices, whose clips are equally many within 1 %."""
+        """The mean over each group's devices, whose numbers of clips agree within 1 %: the table has no groups."""
         accuracy = dict(zip(DEVICES, self.device_acc, strict=True))
         return [sum(accuracy[device] for device in group) / len(group) for group in DEVICE_GROUPS.values()]
 
@@ -45,9 +45,9 @@ BASELINE_NOTE = (
     "Baseline: DCASE2025 Task 1's CP-Mobile, as published (github.com/CPJKU/dcase2025_task1_baseline): "
     "mean of 4 runs on TAU22's development-test split, trained on the 25 % split."
 )
-BASELINE_PARAMS, BASELINE_MACS, BASELINE_BYTES = 61_148, 29_419_156, 122_296  # its parameters in 16 bit
-BASELINE_BYTES_IN_BITS = {16: 127_712, 8: 71_980}  # by our count, BatchNorm's statistics and scales too
+BASELINE_PARAMS, BASELINE_MACS, BASELINE_BYTES = 61_148, 29_419_156, 122_296  # parameters in 16 bit
+BASELINE_BYTES_IN_BITS = {16: 127_712, 8: 71_980}  # our count, with BatchNorm's statistics and scales
 CHECKER_NOTE = (
     "MACs count every multiplication, the scan's too. The challenge's checker (torchinfo) counts a Linear layer once "
-    "instead of once per token, and misses whatever is not a module; for CP-Mobile, all convolutions, both agree."
+    "instead of once per token, and misses operations outside modules; for CP-Mobile, all convolutions, both agree."
 )

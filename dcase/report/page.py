@@ -74,7 +74,7 @@ def write_page(run: Finished, folder: Path | None = None, with_audio: bool = Tru
         "curves": learning_curves(run),
         "best_accuracy": best_accuracy(run),
         "own_models": own_models(run.fine_tuning) if run.fine_tuning else "",
-        "fine_tuning": fine_tuning_rows(run.fine_tuning) if run.fine_tuning else None,
+        "fine_tuning": fine_tuning_rows({device.upper(): outcome for device, outcome in run.fine_tuning.items()}),
         "configured": [run, run.trained_by] if run.trained_by else [run],
         "flags": setup.flags,
         "facts": setup.facts,

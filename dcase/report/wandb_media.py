@@ -27,8 +27,7 @@ def show(
     predictions: Predictions,
     recordings: Callable[[], Recordings],
 ) -> None:
-    """Log the charts of ``folder``, tables and mistakes; ``recordings`` opens the clips. The accuracies are metrics
-    already."""
+    """Log the charts of ``folder``, tables and mistakes. ``recordings`` opens the clips."""
     import wandb
 
     for chart in (report.CONFUSION_PNG, report.DEVICES_PNG):
