@@ -26,7 +26,7 @@ P = "P"
 
 
 def results_of(right: dict[str, int], n: int = 20, **more) -> dict:
-    """results.json of n clips per scene, as many of device a as of s1 and s4: ``right`` of them, per scene."""
+    """results.json of n clips per scene on each of three devices; ``right`` of them are right, per scene."""
     confusion = torch.zeros(len(DEVICES), len(SCENES), len(SCENES), dtype=torch.int64)
     for i, scene in enumerate(SCENES):
         for device in ("a", "s1", "s4"):

@@ -207,16 +207,16 @@ def test_bars_take_their_groups_colour_and_absent_groups_have_none(results, tmp_
     assert not has_colour(ink(tmp_path / "d.png"), "#CC79A7")
 
 
-@pytest.mark.parametrize("heard", [("a", "s1"), ("s4",), ()])
-def test_devices_without_a_clip_have_no_bar(results, tmp_path, monkeypatch, heard):
+@pytest.mark.parametrize("with_clips", [("a", "s1"), ("s4",), ()])
+def test_devices_without_a_clip_have_no_bar(results, tmp_path, monkeypatch, with_clips):
     figures = []
     monkeypatch.setattr(charts, "_save", lambda figure, path: figures.append(figure))
-    for device in set(DEVICES) - set(heard):
+    for device in set(DEVICES) - set(with_clips):
         results["device_acc"][device] = None
     device_png(results, tmp_path / "d.png", "title")
     (axes,) = figures[0].axes
     labels = [label.get_text().partition("\n") for label in axes.get_xticklabels()]
-    expected = [(device.upper(), f"{100 * results['device_acc'][device]:.1f}") for device in heard]
+    expected = [(device.upper(), f"{100 * results['device_acc'][device]:.1f}") for device in with_clips]
     assert [(name, value) for name, _, value in labels] == (expected or [(d.upper(), "no clips") for d in DEVICES])
     assert len(axes.patches) == len(labels)
 

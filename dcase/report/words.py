@@ -1,8 +1,7 @@
 """How figures and names are written in tables, charts and pages."""
 
-from typing import Protocol
-
 from dcase.data.tau22 import DEVICE_GROUPS
+from dcase.report.bootstrap import Estimate
 
 
 def percent(fraction: float | None) -> str:
@@ -50,26 +49,18 @@ def shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-class Interval(Protocol):
-    """`bootstrap.Estimate`."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-def interval(estimate: Interval | None, write=percent) -> str:
+def interval(estimate: Estimate | None, write=percent) -> str:
     """Return "78.10 to 84.90"; "-" where there is no interval."""
     if estimate is None or estimate.low is None:
         return "-"
     return f"{write(estimate.low)} to {write(estimate.high)}"
 
 
-def brackets(estimate: Interval) -> str:
+def brackets(estimate: Estimate) -> str:
     """Return " (95 %: 78.10 to 84.90)", to follow a figure; "" where there is no interval."""
     return "" if estimate.low is None else f" (95 %: {interval(estimate)})"
 
 
-def aside(estimate: Interval) -> str:
+def aside(estimate: Estimate) -> str:
     """Return a difference as "3.20 points above"."""
     return f"{abs(100 * estimate.value):.2f} points {'above' if estimate.value >= 0 else 'below'}"
