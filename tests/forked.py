@@ -4,6 +4,7 @@ This is multiprocessing's fork server. What runs is the real file, as ``__main__
 output, signals and exit code.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -101,7 +102,10 @@ def _become(name: str, args: list[str], cwd: str, env: dict, files: list[str]) -
     os.chdir(cwd)
     path = str(ROOT / name)
     sys.argv = [path if name.endswith(".py") else name, *args]
-    if name.endswith(".py"):
-        runpy.run_path(path, run_name="__main__")
-    else:
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    try:
+        if name.endswith(".py"):
+            runpy.run_path(path, run_name="__main__")
+        else:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing's children leave them out
