@@ -195,3 +195,11 @@ def test_resampling_is_torchaudios():
     x = noise(1)
     expected = torchaudio.functional.resample(x, 44100, 32000)
     torch.testing.assert_close(LogMel(LogMelConfig(), 44100).resample(x), expected)
+
+
+def test_a_padded_clip_is_as_long_as_it_is_when_it_is_resampled_alone():
+    config = LogMelConfig(sample_rate=8000, window_length=256, n_fft=256, hop_length=128, n_mels=32)
+    logmel = LogMel(config, 11025)
+    lengths = [1001, 500]
+    _, found = logmel.resampled(torch.zeros(2, 1, 1001), torch.tensor(lengths))
+    assert found.tolist() == [logmel.resample(torch.zeros(1, n)).shape[-1] for n in lengths]

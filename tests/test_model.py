@@ -11,7 +11,7 @@ from torch import nn
 
 import aum
 from aum.model import LocalConv
-from aum.stem import RelaxedMeanNorm
+from aum.stem import InvertedResidual, RelaxedMeanNorm, Stem
 from dcase.complexity import macs_by_part
 from dcase.model.quantisation import stored_bytes
 
@@ -407,3 +407,15 @@ def test_aum_nano_is_its_parts_in_their_order():
 def batch_norm(x: torch.Tensor, norm: nn.BatchNorm1d) -> torch.Tensor:
     """In evaluation, channels last."""
     return (x - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+def test_an_inverted_residual_ends_with_a_relu():
+    block = InvertedResidual(4).eval()
+    x = torch.randn(2, 4, 6, 5)
+    whole = x + block.project(block.depthwise(block.expand(x)))
+    assert (whole < 0).any() and torch.equal(block(x), whole.clamp(min=0))
+
+
+def test_the_stem_starts_with_the_variance_for_its_fan_out():
+    weight = Stem((256,), 0)[0][0].weight  # (256, 1, 3, 3)
+    assert weight.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.1)

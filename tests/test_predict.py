@@ -400,3 +400,9 @@ def test_the_tones_are_told_apart(module, tmp_path):
     """The figures above are of a model that has learnt something."""
     found = [probabilities_of(module, write(tmp_path / f"{n}.wav", tone(n, "a", 1))).argmax().item() for n in SCENES]
     assert sum(ALL_SCENES[i] == name for i, name in zip(found, SCENES, strict=True)) >= 2
+
+
+@pytest.mark.parametrize("samples, starts", [(8, [0, 2, 4]), (9, [0, 2, 4, 5])])
+def test_the_last_window_is_read_once(samples, starts):
+    sound = torch.arange(float(samples))[None]
+    assert [int(window[0, 0]) for window in windows([sound], Span(4, 4, 5), 2)] == starts

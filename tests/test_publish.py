@@ -23,6 +23,7 @@ from torch import nn
 
 import aum
 import test_only
+from aum import hub
 from dcase import publish
 from dcase.data.tau22 import SCENES
 from dcase.deployment.prediction import load_module
@@ -399,3 +400,15 @@ def test_cp_mobile_is_refused(general_run, tmp_path):
     front_end["run"]["model"] = "cp_mobile"
     message = refusal(save_published, model, tmp_path / "x", front_end, "")
     assert "only an Audio Mamba can be published, not cp_mobile" in message and not (tmp_path / "x").exists()
+
+
+def test_a_kill_while_weights_are_written_leaves_no_other_models_configuration(tmp_path, monkeypatch):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    model = aum.create_model("aum_tiny", depth=1, embed_dim=16)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(hub, "_replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 import aum
 from dcase.model.quantisation import bytes_by_dtype, decode, encode, is_8_bit, rounded, stored_bytes
-from dcase.runs.stored import KEY, load_model, save_model
+from dcase.runs.stored import KEY, load_model, save_model, save_stored
 
 NANO = {"n_mels": 24, "target_length": 20, "patch_size": (8, 5), "embed_dim": 32, "depth": 2, "d_state": 3}
 HEADER = {"config": {"model": "aum_nano", "lr": 0.1, "patch_size": [8, 5], "name": "Gänge"}, "frames": 20, "none": None}
@@ -499,3 +499,13 @@ def test_nothing_in_a_file_is_run(tmp_path):
     assert not (tmp_path / "sprung").exists()
     pickle.loads(pickled)
     assert (tmp_path / "sprung").exists()  # the trap works
+
+
+def test_stored_models_of_devices_that_are_gone_are_removed(tmp_path):
+    config = {"model": {}, "logmel": {}, "split": {}, "data": {"orig_sample_rate": 8000}}
+    starts = ("model.", "device_models.a.", "device_models.b.")
+    checkpoint = {"config": config, "device_ids": ["a", "b"], "frames": 65, "clips_id": "", "clips_per_step": 1}
+    checkpoint |= {"dcase_format": 1, "state_dict": {f"{start}w": torch.ones(3) for start in starts}}
+    save_stored(checkpoint, tmp_path, 16)
+    save_stored(checkpoint | {"device_ids": ["a"]}, tmp_path, 16)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "general"]

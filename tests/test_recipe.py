@@ -12,6 +12,7 @@ from conftest import FIT, QUIET, RATE, SMALL, assert_same_run, only_run, read_re
 from forked import run_script
 from stored_files import file_sizes
 from test_scripts import copy_general, kill_and_resume
+from torch import nn
 
 from dcase.data.tau22 import SplitConfig
 from dcase.model.averaging import WeightAverage
@@ -20,6 +21,7 @@ from dcase.model.named import ModelConfig, fill
 from dcase.runs.checkpoints import final_state
 from dcase.runs.config import DeviceConfig, TrainConfig, from_plain, to_plain
 from dcase.training.lit import SceneClassifier
+from dcase.training.teachers import Teachers
 
 DEVICE_FIT = "--n_epochs 2 --batch_size 8 --warmup_steps 2 --check_val_every_n_epoch 1 --qat_epochs 1".split()
 
@@ -241,3 +243,9 @@ def test_a_larger_model_is_pruned_into_a_smaller_one_and_trained_on(teacher_run,
     assert theirs.abs().max() > 0.01
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # it started from there, and hardly moved
     run("train_base.py", *args, "--embed_dim", "32").refused("--embed_dim 32 is more than the 16")
+
+
+def test_teachers_are_in_evaluation_mode():
+    teacher = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3)).train()
+    Teachers([teacher], [])
+    assert not any(layer.training for layer in teacher.modules())

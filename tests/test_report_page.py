@@ -29,6 +29,7 @@ from dcase.report.__main__ import main
 from dcase.report.bootstrap import BINS, Figures, reliability
 from dcase.report.comparison import write_comparison
 from dcase.report.groups import Group, grouped
+from dcase.report.mistakes import Blame, blame, same_sound
 from dcase.report.page import write_page
 from dcase.report.predictions import Predictions, read_predictions, write_predictions
 from dcase.report.run_files import read_finished
@@ -867,3 +868,10 @@ def test_without_script_everything_is_there(browser, page):
             ]
     finally:
         browser.do("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_a_clip_that_half_of_the_other_devices_miss_is_the_sounds_fault():
+    names = np.array([f"audio/bus-lyon-1-0-0-{device}.wav" for device in ("a", "b", "c")])
+    logits = np.eye(10)[[1, 0, 1]]
+    predictions = Predictions(names, np.zeros(3, int), np.arange(3), np.array(["lyon-1"] * 3), logits)
+    assert blame(predictions, same_sound(predictions), 0) == Blame(device=0, sound=1, alone=0)

@@ -694,3 +694,11 @@ def test_models_over_the_limits_are_not_built(general_run, tmp_path, wanted, bit
     path = tmp_path / "x.ckpt"
     torch.save(checkpoint, path)
     assert expected.format(path) in refusal(submit.trained, str(path))
+
+
+def test_probabilities_that_sum_to_less_than_1(tmp_path):
+    rows = [HEADER, ["x.wav", "bus", "0.1", "0.2", *["0.0375"] * 8]]
+    path = tmp_path / "output.csv"
+    path.write_text("".join("\t".join(row) + "\n" for row in rows))
+    (problem,) = check_output(path, ["x.wav"])
+    assert "sum to 0.6000" in problem

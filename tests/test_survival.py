@@ -7,7 +7,9 @@ import re
 import shutil
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,10 +28,13 @@ from forked import Program, run_script
 from test_scripts import copy_general
 
 import train_base
+from dcase import files
 from dcase.errors import UserError
 from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint, newest_checkpoint
 from dcase.runs.config import DeviceConfig
+from dcase.training.fit import KeepCheckpoints
 from dcase.training.lit import SceneClassifier
+from dcase.training.stopping import StopRequest
 
 # 24 steps an epoch: a signal comes in the middle of one.
 LONG = [*SMALL, *FIT, "--n_epochs", "12", "--batch_size", "2", "--check_val_every_n_epoch", "5", "--project_name", "P"]
@@ -247,3 +252,21 @@ def test_a_pack_trains_as_the_files_do(general_run, learnable, script, tmp_path)
         assert float(value) == pytest.approx(float(expected), rel=1e-4), name
     assert read_results(run)["confusion"] == read_results(general_run)["confusion"]
     assert json.loads((run / "config.json").read_text())["config"]["data"]["read_from"] == "pack"  # what --resume reads
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    done, replace = [], os.replace
+    monkeypatch.setattr(files.os, "fsync", lambda file: done.append("fsync"))
+    monkeypatch.setattr(files.os, "replace", lambda *paths: (done.append("replace"), replace(*paths)))
+    files.replace_file(tmp_path / "x", lambda beside: beside.write_text("new"))
+    assert done == ["fsync", "replace"]
+
+
+def test_of_equal_scores_the_first_epoch_is_the_best(tmp_path):
+    trainer, module = MagicMock(loggers=[]), MagicMock(results={"macro_avg_acc": 0.5, "loss": 1.0})
+    module.averaged.side_effect = nullcontext
+    keep = KeepCheckpoints(tmp_path, 1, StopRequest())
+    for epochs in (1, 2):
+        trainer.fit_loop.epoch_progress.current.processed = epochs
+        keep._validate(trainer, module)
+    assert keep.best_epoch == 0

@@ -243,3 +243,14 @@ def test_default_that_cannot_be_made_says_what_to_do(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("AUDIO_MAMBA_CACHE", str(tmp_path / "file"))
     assert "AUDIO_MAMBA_CACHE" in refusal(synth.ensure_default)
+
+
+@pytest.mark.parametrize("ratio", [1.5, 3])
+def test_a_compressor_lets_1_db_out_for_ratio_db_in(ratio):
+    wave = 0.1 * np.sin(2 * np.pi * 1000 * np.arange(synth.SAMPLE_RATE) / synth.SAMPLE_RATE).astype(np.float32)
+
+    def level(x):
+        return 10 * np.log10(np.mean(x**2))
+
+    over = level(wave) - synth.THRESHOLD
+    assert level(synth.compress(wave, ratio)) - synth.THRESHOLD == pytest.approx(over / ratio, abs=0.1)
