@@ -62,6 +62,7 @@ class Figures:
         self._clips, self._sure, self._right = (sums(cell, shape, values) for values in (None, p.confidence, right))
         self._there = np.zeros((n, devices, scenes), dtype=bool)
         self._there[location, p.device, p.scene] = True
+        self._estimates: dict[tuple[str, ...], Estimate] = {}  # pages show the same figure in several places
 
     def n_locations(self, *name: str) -> int:
         """Return how many locations the clips of a figure come from."""
@@ -80,7 +81,9 @@ class Figures:
 
     def __call__(self, *name: str) -> Estimate:
         """Return the estimate of ``name``: figures("macro_avg_acc"), figures("scene", "bus")."""
-        return self._estimate(self._values(name), name)
+        if name not in self._estimates:
+            self._estimates[name] = self._estimate(self._values(name), name)
+        return self._estimates[name]
 
     def minus(self, other: "Figures", *name: str) -> Estimate:
         """Return the difference from the same figure of another test of the same clips: both are drawn together."""
