@@ -163,7 +163,8 @@ def read_finished(folder: Path) -> Finished:
         again = f"run test_only.py --ckpt_path {run.config['ckpt_path']} again; {folder}/ can be deleted"
         raise UserError(f"test {run.id} has no results.json: it did not finish and cannot be resumed: {again}")
     if not path.is_file():
-        raise UserError(f"run {run.id} has no results.json: it has not been tested to its end: --resume it")
+        how = "test its checkpoint with test_only.py" if run.config.get("only_devices") else "--resume it"
+        raise UserError(f"run {run.id} has no results.json: it has not been tested to its end: {how}")
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         for name in ("macro_avg_acc", "acc", "loss", "n_clips", "confusion"):
