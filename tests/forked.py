@@ -71,7 +71,7 @@ class Program:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def wait(self, seconds: float = 300) -> Finished:
+    def wait(self, seconds: float = 600) -> Finished:
         """Wait for its end; after so many seconds it is killed."""
         self._process.join(seconds)
         if self.is_running():
