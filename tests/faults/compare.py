@@ -27,8 +27,10 @@ class Unclear(Exception):
 
 def must_end(done: Finished, codes: Sequence[int], named: Sequence[str]) -> None:
     """Raise unless a command ended with one of the exit codes; with 2, one line must have one of the names in it."""
-    if done.orphans or "Traceback" in done.said:
-        raise Unclear(f"a traceback, or processes that outlived the command ({done.orphans}): {done}")
+    if done.orphans:
+        raise Unclear(f"processes that it had started outlived it: {done}")
+    if "Traceback" in done.said:
+        raise Unclear(f"exit code {done.code} and a traceback {done.said.partition('Traceback')[2][:3000]}")
     if done.code not in codes:
         lost = done.code == 0 or tuple(codes) == (0,)  # damage that nobody noticed, or a command that does not go on
         raise (Lost if lost else Unclear)(f"exit code {' or '.join(map(str, codes))} was due: {done}")

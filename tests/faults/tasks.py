@@ -220,7 +220,7 @@ class Training(Task):
         if any(self.saved[device] < step for device, step in before.items()):
             raise Lost(f"these steps were saved: {before}, and now {self.saved}")
         if "saved in epoch" in done.said:  # stopped by a signal
-            if self.saved[steps[-1][0]] != steps[-1][1] + 1:
+            if steps and self.saved[steps[-1][0]] != steps[-1][1] + 1:
                 raise Lost(f"{steps[-1]} was the last step, and {self.saved} were saved")
             if done.code <= 128 or signal.Signals(done.code - 128).name not in done.error:
                 raise Unclear(f"it does not say what ended it: {done}")
