@@ -302,8 +302,7 @@ def test_table_in_full():
         "\n"
         "As stored: float32 120,000 B + float16 20,000 B.\n"
         "The challenge's checker (torchinfo) prints 1,500,000 MACs, 10.0% of the true cost: it counts a Linear layer "
-        "once instead of once per token, and 0 for the scan and for whatever else is computed without calling a "
-        "module.\n"
+        "once instead of once per token, and 0 for the scan and for other operations outside modules.\n"
         "Memory: fail, 140,000 of 128,000 B\n"
         "MACs: pass, 15,000,000 of 30,000,000"
     )
