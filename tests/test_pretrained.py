@@ -3,18 +3,17 @@
 import argparse
 import dataclasses
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import FIT, ROOT, SMALL, only_run, refusal
+from conftest import FIT, ROOT, SMALL, assert_same_run, only_run, refusal, wait_for
+from forked import Program, run_script
 from reference_model import logits, vim_tokens
 from test_processes import PLAIN, assert_same_training
-from test_survival import LONG, same_files, start, wait_for
+from test_survival import LONG
 
 import aum
 from aum.pretrained import __main__ as pretrained
@@ -357,9 +356,8 @@ def test_vims_grid_is_square_or_given(tmp_path):
     state["pos_embed"] = torch.randn(1, 13, 16)
     path = saved({"model": state}, tmp_path)
     assert "no square grid" in refused(aum.load_pretrained, model_for(path), path)
-    assert (
-        "3 x 4 resized" in aum.load_pretrained(model_for(path), path, source_grid=(3, 4)).adapted["pos_embed.pos_embed"]
-    )
+    adapted = aum.load_pretrained(model_for(path), path, source_grid=(3, 4)).adapted
+    assert "3 x 4 resized" in adapted["pos_embed.pos_embed"]
 
 
 def test_without_need_no_grid_is_asked_for(tmp_path):
@@ -519,12 +517,8 @@ def test_files_that_are_none(tmp_path):
     whole = saved(SOUND, tmp_path).read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 16
-    for name, content in {
-        "cut.pth": whole[: len(whole) // 2],
-        "flipped.pth": flipped,
-        "empty.pth": b"",
-        "text.pt": b"x",
-    }.items():
+    contents = {"cut.pth": whole[: len(whole) // 2], "flipped.pth": flipped, "empty.pth": b"", "text.pt": b"x"}
+    for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         assert "cannot be read" in refused(read_source, tmp_path / name), name
     weights = saved(SOUND, tmp_path, "x.safetensors").read_bytes()
@@ -561,13 +555,12 @@ def test_the_command_asks_for_an_ambiguous_grid(tmp_path, capsys):
         pretrained.main([str(path), "--source_grid", "8"])
 
 
-def test_the_command_as_a_user_gives_it(tmp_path):
+def test_the_command_as_a_user_gives_it(script, tmp_path):
     path = saved({"module." + name: value for name, value in small(direction="fo_bi").items()}, tmp_path)
-    command = [sys.executable, "-m", "aum.pretrained"]
-    done = subprocess.run([*command, path], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr and "AuM: fo_bi, 2 layers of 16" in done.stdout
-    done = subprocess.run([*command, path, "--direction", "bi_bi"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "give --direction fo_bi" in done.stderr
+    done = script("aum.pretrained", path)
+    assert done.code == 0 and not done.err and "AuM: fo_bi, 2 layers of 16" in done.out
+    done = script("aum.pretrained", path, "--direction", "bi_bi")
+    assert done.code == 1 and done.err.count("\n") == 1 and "give --direction fo_bi" in done.err
 
 
 # Our own runs
@@ -611,26 +604,20 @@ def test_a_nano_run_with_device_models_and_averaged_weights(tmp_path):
 
 
 def test_flags_that_do_not_go_together():
-    def said(**kwargs) -> str:
-        with pytest.raises(UserError) as caught:
-            BaseConfig(**kwargs)
-        return str(caught.value)
-
-    assert "--init_from" in said(pretrained="x.pth", init_from="abc")
-    assert "--pretrained_grid" in said(pretrained_grid=(8, 64))
-    assert "--pretrained_grid" in said(pretrained="x.pth", pretrained_grid=(0, 64))
-    assert "cp_mobile" in said(pretrained="x.pth", model=ModelConfig("cp_mobile"))
-    assert "--layer_decay" in said(fit=FitConfig(layer_decay=0.5), model=ModelConfig("cp_mobile"))
-    for wrong in (
-        {"layer_decay": 0.0},
-        {"layer_decay": 1.1},
-        {"freeze_epochs": -1},
-        {"freeze_epochs": 3, "n_epochs": 3},
+    for config, wrong, said in (
+        (BaseConfig, {"pretrained": "x.pth", "init_from": "abc"}, "--init_from"),
+        (BaseConfig, {"pretrained_grid": (8, 64)}, "--pretrained_grid"),
+        (BaseConfig, {"pretrained": "x.pth", "pretrained_grid": (0, 64)}, "--pretrained_grid"),
+        (BaseConfig, {"pretrained": "x.pth", "model": ModelConfig("cp_mobile")}, "cp_mobile"),
+        (BaseConfig, {"fit": FitConfig(layer_decay=0.5), "model": ModelConfig("cp_mobile")}, "--layer_decay"),
+        (FitConfig, {"layer_decay": 0.0}, "--layer_decay"),
+        (FitConfig, {"layer_decay": 1.1}, "--layer_decay"),
+        (FitConfig, {"freeze_epochs": -1}, "--freeze_epochs"),
+        (FitConfig, {"freeze_epochs": 3, "n_epochs": 3}, "--freeze_epochs"),
+        (DeviceConfig, {"finetune": "lora", "fit": FitConfig(layer_decay=0.5)}, "--finetune full"),
     ):
-        with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
-            FitConfig(**wrong)
-    with pytest.raises(UserError, match="--finetune full"):
-        DeviceConfig(finetune="lora", fit=FitConfig(layer_decay=0.5))
+        with pytest.raises(UserError, match=said):
+            config(**wrong)
     assert from_plain(BaseConfig, {"pretrained": "x", "pretrained_grid": [8, 64]}).pretrained_grid == (8, 64)
 
 
@@ -647,12 +634,8 @@ def test_layer_decay_is_beits_and_its_absence_changes_nothing():
     decayed = {name_of[id(p)] for p in plain[0]["params"]}
     for name, (lr, weight_decay) in got.items():
         part = name.split(".")
-        block = {
-            "layers": lambda part=part: 0.5 ** (3 - int(part[1])),
-            "norm_f": lambda: 1.0,
-            "classifier": lambda: 1.0,
-        }
-        assert lr == block.get(part[0], lambda: 0.5**4)(), name  # patch embedding, class token, positions
+        depth = {"layers": 3 - int(part[1]) if part[0] == "layers" else 0, "norm_f": 0, "classifier": 0}
+        assert lr == 0.5 ** depth.get(part[0], 4), name  # 4: patch embedding, class token, positions
         assert weight_decay == (0.1 if name in decayed else 0.0), name
     assert groups[0]["lr"] == 1.0  # what is logged
     assert [set(group) for group in plain] == [{"params", "weight_decay"}] * 2
@@ -689,8 +672,7 @@ def load(path: Path) -> dict:
 def test_training_starts_from_a_file_and_its_first_epochs_move_the_head_alone(nano_file, learnable, script, tmp_path):
     args = [*NANO, *FIT, "--dataset_dir", learnable, "--val_fraction", 0, "--weight_decay", 0.1, "--project_name", "P"]
     args += ["--pretrained", nano_file, "--n_epochs", 2, "--freeze_epochs", 1, "--layer_decay", 0.5]
-    done = script("train_base.py", *args)
-    assert done.code == 0, done.err
+    done = script("train_base.py", *args).succeeded()
     assert "in the layout of a run: bi_bi, 1 layers of 16" in done.out and "left at its initial value: 0" in done.out
     start, run = load(nano_file)["state_dict"], only_run(tmp_path / "P")
     frozen, free = (load(run / "checkpoints" / name) for name in ("previous.ckpt", "last.ckpt"))
@@ -717,9 +699,7 @@ def frozen_at_first(nano_file, learnable) -> list:
 @pytest.fixture(scope="module")
 def undisturbed(frozen_at_first, tmp_path_factory) -> Path:
     cwd = tmp_path_factory.mktemp("undisturbed")
-    program = start(frozen_at_first, cwd)
-    said = program.communicate(timeout=300)[0]
-    assert program.returncode == 0, said
+    run_script("train_base.py", *frozen_at_first, cwd=cwd).succeeded()
     return only_run(cwd / "P")
 
 
@@ -728,29 +708,24 @@ def test_stopped_while_frozen_and_resumed_equals_undisturbed_bit_for_bit(
     when, frozen_at_first, undisturbed, script, tmp_path
 ):
     """In the middle of an epoch; and killed before the first checkpoint, where the weights are taken once more."""
-    program = start(frozen_at_first, tmp_path)
+    program = Program("train_base.py", *frozen_at_first, cwd=tmp_path)
     wait_for(f"P/*/{when}", tmp_path, program)
     run, before = only_run(tmp_path / "P"), when == "config.json"
-    program.send_signal(signal.SIGKILL if before else signal.SIGTERM)
-    assert program.wait(60) == (-signal.SIGKILL if before else 128 + signal.SIGTERM)
-    if before:
-        assert not (run / "checkpoints" / "last.ckpt").exists()
-    else:
-        assert load(run / "checkpoints" / "last.ckpt")["epoch"] < 4
-    done = script("train_base.py", "--resume", run.name, "--project_name", "P")
-    assert done.code == 0, done.err
+    program.send(signal.SIGKILL if before else signal.SIGTERM)
+    assert program.wait().code == (-signal.SIGKILL if before else 128 + signal.SIGTERM)
+    last = run / "checkpoints" / "last.ckpt"
+    assert not last.exists() if before else load(last)["epoch"] < 4
+    done = script("train_base.py", "--resume", run.name, "--project_name", "P").succeeded()
     assert ("pretrained weights of" in done.out) == before
-    same_files(run, undisturbed)
+    assert_same_run(run, undisturbed)
 
 
 def test_two_processes_freeze_as_one_does(general_run, learnable, script, tmp_path):
     args = [*SMALL, *FIT, *PLAIN, "--dataset_dir", learnable, "--n_epochs", 2, "--freeze_epochs", 1]
     args += ["--layer_decay", 0.5, "--pretrained", general_run / "checkpoints" / "best.ckpt", "--lr", 0.003]
     for project, processes, batch_size in (("A", 1, 12), ("B", 2, 6)):
-        done = script(
-            "train_base.py", *args, "--project_name", project, "--devices", processes, "--batch_size", batch_size
-        )
-        assert done.code == 0, done.err
+        sizes = ["--devices", processes, "--batch_size", batch_size]
+        done = script("train_base.py", *args, "--project_name", project, *sizes).succeeded()
         assert done.out.count("pretrained weights of") == 1
     assert_same_training(only_run(tmp_path / "A"), only_run(tmp_path / "B"))
 
