@@ -28,8 +28,8 @@ def causal_conv(x, weight, bias):
     return out
 
 
-def scan(u, dt, A, B, C, D):
-    """u, dt (l, d), A (d, n), B, C (l, n), D (d,) -> (l, d)."""
+def scan(u, dt, B, C, A, D):
+    """u, dt (l, d), B, C (l, n), A (d, n), D (d,) -> (l, d)."""
     h, y = np.zeros_like(A), np.empty_like(u)
     for t in range(len(u)):
         h = np.exp(dt[t][:, None] * A) * h + dt[t][:, None] * B[t][None] * u[t][:, None]
@@ -50,18 +50,12 @@ def mixer(p, x, config):
     rank = -(-config.embed_dim // 16)
     both = x @ p["in_proj.weight"].T
     x, z = both[:, :d], both[:, d:]
-    A = -np.exp(p["A_log"])
-    if config.direction == "fo_fo":
-        y = scan(*projections(p, x, "", rank, n)[:2], A, *projections(p, x, "", rank, n)[2:], p["D"]) * silu(z)
-    elif config.direction == "fo_bi":
-        u, dt, B, C = projections(p, x, "", rank, n)
-        back = scan(u[::-1], dt[::-1], -np.exp(p["A_b_log"]), B[::-1], C[::-1], p["D"])[::-1]
-        y = scan(u, dt, A, B, C, p["D"]) * silu(z) + back * silu(z)
-    else:
-        u, dt, B, C = projections(p, x, "", rank, n)
-        y = scan(u, dt, A, B, C, p["D"]) * silu(z)
-        u, dt, B, C = projections(p, x[::-1], "_b", rank, n)
-        back = scan(u, dt, -np.exp(p["A_b_log"]), B, C, p["D_b"]) * silu(z[::-1])
+    forward = projections(p, x, "", rank, n)
+    y = scan(*forward, -np.exp(p["A_log"]), p["D"]) * silu(z)
+    if config.direction == "fo_bi":
+        y = y + scan(*(v[::-1] for v in forward), -np.exp(p["A_b_log"]), p["D"])[::-1] * silu(z)
+    elif config.direction == "bi_bi":
+        back = scan(*projections(p, x[::-1], "_b", rank, n), -np.exp(p["A_b_log"]), p["D_b"]) * silu(z[::-1])
         y = (y + back[::-1]) / 2
     return y @ p["out_proj.weight"].T
 

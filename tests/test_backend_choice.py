@@ -1,14 +1,14 @@
 """Which scan is taken, what is said about it, and that a broken or missing tool costs speed and not the run."""
 
-import os
+import dataclasses
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from forked import Program
 
 import aum
 from aum.scan import BACKENDS, backends, choose, cuda_kernels
@@ -24,104 +24,101 @@ y.sum().backward()
 """
 
 
-def start(program, **environment):
-    environment = {k: str(v) for k, v in environment.items()}
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k not in ("AUM_SCAN_BACKEND", "CC")} | environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+CHOSEN = "INFO selective scan: backend 'cpu' for float32 on cpu"
 
 
-def run(program=MIXER, **environment):
-    """The lines that a program which must succeed leaves on stderr."""
-    process = start(program, **environment)
-    stderr = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, stderr
-    return stderr.splitlines()
+@pytest.fixture
+def start(tmp_path):
+    """Start a program with an empty cache for the compiled kernels: start(text, CC="gcc").
+
+    It is forked from a process that has imported aum and has chosen no backend.
+    """
+
+    def start(program=MIXER, **environment) -> Program:
+        path = tmp_path / "program.py"
+        path.write_text(program)
+        environment = {"AUDIO_MAMBA_CACHE": tmp_path, "AUM_SCAN_BACKEND": "", "CC": ""} | environment
+        return Program(str(path), cwd=ROOT, env={name: str(value) for name, value in environment.items()})
+
+    return start
 
 
-def test_the_choice_is_said_once(tmp_path):
-    lines = run(AUDIO_MAMBA_CACHE=tmp_path)
-    assert len(lines) == 2
+@pytest.fixture
+def run(start):
+    """Run such a program, which must succeed, and return the lines on its stderr."""
+
+    def run(*program, **environment) -> list[str]:
+        return start(*program, **environment).wait().succeeded().err.splitlines()
+
+    return run
+
+
+def test_the_kernels_are_compiled_once_and_again_where_the_file_is_damaged(run, tmp_path):
+    lines = run()
+    assert len(lines) == 2 and lines[1] == CHOSEN
     assert "compiling the CPU kernels of the selective scan, once" in lines[0] and str(tmp_path) in lines[0]
-    assert lines[1] == "INFO selective scan: backend 'cpu' for float32 on cpu"
-    assert run(AUDIO_MAMBA_CACHE=tmp_path) == lines[1:], "the second process finds them compiled"
+    assert run() == [CHOSEN], "the second process finds them compiled"
+    (library,) = (tmp_path / "audio_mamba").glob("*.so")
+    library.write_bytes(library.read_bytes()[:1000])
+    lines = run()
+    assert any("damaged" in line and str(library) in line for line in lines) and lines[-1] == CHOSEN
+    assert run() == [CHOSEN], "it is whole again"
 
 
-def test_no_compiler(tmp_path):
-    (line,) = run(AUDIO_MAMBA_CACHE=tmp_path, PATH=tmp_path)
-    assert line.startswith(
-        "WARNING selective scan: backend 'torch' for float32 on cpu; not 'cpu': no C compiler on PATH"
-    )
-    assert "apt install gcc" in line
+FAILING = '#!/bin/sh\ncase "$*" in *-dM*) exit 0;; esac\necho "kernels.c:1: error: no such luck" >&2; exit 1\n'
 
 
 @pytest.mark.parametrize(
-    "cc, said",
+    "environment, said",
     [
-        ("nothing-of-this-name", "not on PATH"),
-        ("false", "does not work"),
-        ('gcc "', "ValueError: No closing quotation"),
+        ({"PATH": "/nowhere"}, "no C compiler on PATH: install one (apt install gcc"),
+        ({"CC": "nothing-of-this-name"}, "not on PATH"),
+        ({"CC": "false"}, "does not work"),
+        ({"CC": 'gcc "'}, "ValueError: No closing quotation"),
+        ({"CC": "./cc"}, "error: no such luck"),  # it fails on the kernels
     ],
 )
-def test_a_compiler_that_does_not_work(tmp_path, cc, said):
-    (line,) = run(AUDIO_MAMBA_CACHE=tmp_path, CC=cc)
-    assert line.startswith("WARNING selective scan: backend 'torch'") and said in line
-
-
-def test_a_compiler_that_fails_on_the_kernels(tmp_path):
+def test_a_compiler_that_is_missing_or_does_not_work(run, tmp_path, environment, said):
     compiler = tmp_path / "cc"
-    compiler.write_text(
-        '#!/bin/sh\ncase "$*" in *-dM*) exit 0;; esac\necho "kernels.c:1: error: no such luck" >&2; exit 1\n'
-    )
+    compiler.write_text(FAILING)
     compiler.chmod(0o755)
-    line = run(AUDIO_MAMBA_CACHE=tmp_path / "cache", CC=compiler)[-1]
-    assert line.startswith("WARNING selective scan: backend 'torch'") and "error: no such luck" in line
+    failing = environment.get("CC") == "./cc"
+    *before, line = run(**environment | ({"CC": compiler} if failing else {}))
+    assert len(before) == failing  # "compiling ..."
+    assert line.startswith("WARNING selective scan: backend 'torch' for float32 on cpu; not 'cpu': ") and said in line
 
 
-def test_a_cache_folder_that_cannot_be_written(tmp_path):
+def test_a_cache_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").touch()
     lines = run(AUDIO_MAMBA_CACHE=tmp_path / "file")
     assert sum("for this run only" in line and "AUDIO_MAMBA_CACHE" in line for line in lines) == 1
-    assert lines[-1] == "INFO selective scan: backend 'cpu' for float32 on cpu"
-
-
-def test_a_damaged_file_in_the_cache_is_compiled_again(tmp_path):
-    run(AUDIO_MAMBA_CACHE=tmp_path)
-    (library,) = (tmp_path / "audio_mamba").glob("*.so")
-    library.write_bytes(library.read_bytes()[:1000])
-    lines = run(AUDIO_MAMBA_CACHE=tmp_path)
-    assert any("damaged" in line and str(library) in line for line in lines)
-    assert lines[-1] == "INFO selective scan: backend 'cpu' for float32 on cpu"
-    assert len(run(AUDIO_MAMBA_CACHE=tmp_path)) == 1, "it is whole again"
+    assert lines[-1] == CHOSEN
 
 
 @pytest.mark.skipif(not {"avx"} & set(Path("/proc/cpuinfo").read_text().split()), reason="not an x86-64 with AVX")
 @pytest.mark.parametrize("flags, lanes", [("-mno-avx512f", 8), ("-mno-avx", 4)])
-def test_the_code_for_older_processors(tmp_path, flags, lanes):
+def test_the_code_for_older_processors(run, flags, lanes):
     program = f"""
-    import aum, torch
-    from aum.scan import build
-    assert build.library().aum_vector_lanes() == {lanes}
-    for dtype in (torch.float32, torch.bfloat16):
-        assert aum.self_test("cpu", dtype) == "cpu"
-    """
-    run(program, AUDIO_MAMBA_CACHE=tmp_path, CC=f"cc {flags}")
+import aum, torch
+from aum.scan import build
+assert build.library().aum_vector_lanes() == {lanes}
+for dtype in (torch.float32, torch.bfloat16):
+    assert aum.self_test("cpu", dtype) == "cpu"
+"""
+    run(program, CC=f"cc {flags}")
 
 
-def test_import_is_light():
-    """The backbone needs torch, and not the second and more that torch._dynamo takes to import."""
-    run("import sys, aum\nassert 'torch._dynamo' not in sys.modules")
+def test_import_is_light_and_a_broken_causal_conv1d_does_not_stop_it(tmp_path):
+    """The backbone needs torch, but not torch._dynamo, which takes more than a second to import."""
+    (tmp_path / "causal_conv1d.py").write_text("raise OSError('libcudart.so.11 is missing')")
+    program = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport aum\n"
+    program += "assert aum.scan.cuda_kernels.causal_conv1d_fn is None and 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
-def test_two_processes_that_compile_at_once(tmp_path):
-    processes = [start(MIXER, AUDIO_MAMBA_CACHE=tmp_path) for _ in range(2)]
-    for process in processes:
-        stderr = process.communicate(timeout=120)[1]
-        assert process.returncode == 0 and "backend 'cpu'" in stderr, stderr
+def test_two_processes_that_compile_at_once(start, tmp_path):
+    for process in [start() for _ in range(2)]:
+        assert "backend 'cpu'" in process.wait().succeeded().err
     assert [path.suffix for path in (tmp_path / "audio_mamba").iterdir()] == [".so"]
 
 
@@ -130,23 +127,21 @@ def test_two_processes_that_compile_at_once(tmp_path):
     [
         ("raise ImportError('undefined symbol: _ZN3c104cuda')", "cannot be loaded: ImportError: undefined symbol"),
         ("raise RuntimeError('no CUDA')", "cannot be loaded: RuntimeError: no CUDA"),
-        (
-            "import a_module_that_is_gone",
-            "cannot be loaded: ModuleNotFoundError: No module named 'a_module_that_is_gone'",
-        ),
+        ("import gone_module", "cannot be loaded: ModuleNotFoundError: No module named 'gone_module'"),
         ("def fwd(): pass", "has no bwd"),
     ],
 )
-def test_a_broken_mamba_ssm(tmp_path, module, said):
+def test_a_broken_mamba_ssm(run, tmp_path, module, said):
     (tmp_path / "selective_scan_cuda.py").write_text(module)
-    (tmp_path / "causal_conv1d.py").write_text("raise OSError('libcudart.so.11 is missing')")
-    program = f"{MIXER}\nimport sys\nprint(aum.scan.BACKENDS['mamba_ssm'].missing(), file=sys.stderr)"
-    lines = run(program, PYTHONPATH=tmp_path)
-    assert lines[-2] == "INFO selective scan: backend 'cpu' for float32 on cpu" and said in lines[-1]
+    program = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n{MIXER}"
+    program += "\nprint(aum.scan.BACKENDS['mamba_ssm'].missing(), file=sys.stderr)"
+    lines = run(program)
+    assert lines[-2] == CHOSEN and said in lines[-1]
 
 
 def test_mamba_ssm_that_is_not_installed():
     assert "requirements-cuda.txt" in BACKENDS["mamba_ssm"].missing() and "mamba_ssm" not in aum.available_backends()
+    assert "torch" in aum.available_backends()
 
 
 def test_what_cuda_would_take(monkeypatch):
@@ -171,8 +166,6 @@ def test_what_cuda_would_take(monkeypatch):
 
 
 def _missing(name, reason="it is broken"):
-    import dataclasses
-
     return dataclasses.replace(BACKENDS[name], missing=lambda: reason)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import pytest
 import torch
@@ -19,6 +18,8 @@ from dcase.model import named as models
 from dcase.model.cp_mobile import CPMobile
 
 PRODUCTS = ("stem", "patch_embed", "local", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj", "head")
+
+INPUT = (1, 1, 64, 33)  # of the tiny model
 
 
 def macs(model: nn.Module, input_size: tuple[int, ...]) -> int:
@@ -85,18 +86,18 @@ def test_macs_of_the_other_models_are_the_reference_counts(name, overrides, fram
 )
 def test_products_and_convolutions_agree_with_flop_counter(direction, overrides):
     model = tiny(direction=direction, **overrides).eval()
-    parts = macs_by_part(model, (1, 1, 64, 33))
+    parts = macs_by_part(model, INPUT)
     with aum.use_backend("torch"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 1, 64, 33))
+        model(torch.zeros(INPUT))
     assert counter.get_total_flops() == 2 * sum(parts.get(part, 0) for part in PRODUCTS)
 
 
 @pytest.mark.parametrize("direction", ["fo_fo", "fo_bi", "bi_bi"])
 def test_the_fused_mixer_tells_flop_counter_all_it_does(direction):
     model = tiny(direction=direction, embed_dim=48, d_state=5, d_conv=3)
-    parts = macs_by_part(model, (1, 1, 64, 33))
+    parts = macs_by_part(model, INPUT)
     with aum.use_backend("cpu"), FlopCounterMode(display=False) as counter:
-        loss = model(torch.zeros(1, 1, 64, 33)).sum()
+        loss = model(torch.zeros(INPUT)).sum()
         assert counter.get_total_flops() == 2 * (sum(parts.values()) - parts["norms"])
         loss.backward()
     # Backward: twice the forward, but for the patches, whose input has no gradient.
@@ -104,7 +105,7 @@ def test_the_fused_mixer_tells_flop_counter_all_it_does(direction):
 
 
 def test_the_scan_runs_once_per_direction_and_branches_are_shared_in_fo_bi():
-    parts = {d: macs_by_part(tiny(direction=d), (1, 1, 64, 33)) for d in ("fo_fo", "fo_bi", "bi_bi")}
+    parts = {d: macs_by_part(tiny(direction=d), INPUT) for d in ("fo_fo", "fo_bi", "bi_bi")}
     for part in ("scan", "gate"):
         assert parts["bi_bi"][part] == parts["fo_bi"][part] == 2 * parts["fo_fo"][part]
     for part in ("conv1d", "x_proj", "dt_proj"):
@@ -142,11 +143,11 @@ def test_cp_mobiles_parts_add_up_by_hand():
 
 
 def test_what_stands_before_and_between_the_blocks_of_a_small_audio_mamba():
-    plain = macs_by_part(tiny(stem=(4, 12), patch_size=(4, 4), cls_position="none"), (1, 1, 64, 33))
+    plain = macs_by_part(tiny(stem=(4, 12), patch_size=(4, 4), cls_position="none"), INPUT)
     assert list(plain)[:3] == ["stem", "norms", "patch_embed"]
     assert plain["stem"] == 32 * 17 * 4 * 9 + 16 * 9 * 12 * 4 * 9
     added = {"stem_blocks": 1, "local_conv": True, "freq_norm": 0.5}
-    parts = macs_by_part(tiny(stem=(4, 12), patch_size=(4, 4), cls_position="none", **added), (1, 1, 64, 33))
+    parts = macs_by_part(tiny(stem=(4, 12), patch_size=(4, 4), cls_position="none", **added), INPUT)
     assert parts["stem"] - plain["stem"] == 16 * 9 * 24 * (12 + 9 + 12)
     assert parts["local"] == 2 * 4 * 2 * 32 * 9  # blocks x grid x channels x taps
     # A share of each mel bin's mean, and BatchNorm of the block's 24 + 24 + 12 channels.
@@ -170,15 +171,11 @@ def test_a_linear_layer_counts_at_every_token_and_not_once():
         (nn.GroupNorm(2, 8, affine=False), (1, 8, 5), 2 * 40),
         (nn.BatchNorm2d(8), (1, 8, 5, 5), 16),
         (nn.ReLU(), (1, 5), 0),
+        (nn.Sequential(*[nn.Linear(8, 8)] * 2), (1, 8), 2 * 64),  # a layer that is called twice
     ],
 )
 def test_each_rule(layer, input_size, expected):
     assert macs(layer, input_size) == expected
-
-
-def test_a_layer_called_twice_counts_twice():
-    linear = nn.Linear(8, 8)
-    assert macs(nn.Sequential(linear, linear), (1, 8)) == 2 * 64
 
 
 class Functional(nn.Module):
@@ -217,9 +214,11 @@ def test_bytes_follow_the_stored_dtype():
     assert complexity.param_bytes(model) == {"float16": 220, "bfloat16": 200, "float32": 44}
 
 
-def test_a_dtype_that_the_challenge_does_not_count_is_refused():
+def test_a_dtype_that_the_challenge_does_not_count_and_a_batch_are_refused():
     with pytest.raises(UserError, match="weight is float64.*float16"):
         measure(nn.Linear(2, 2).double(), (1, 2))
+    with pytest.raises(ValueError, match="one clip"):
+        measure(nn.Linear(2, 2), (2, 2))
 
 
 def test_limits_are_the_challenges_and_inclusive():
@@ -234,7 +233,7 @@ def test_limits_are_the_challenges_and_inclusive():
 @pytest.mark.parametrize("bits", [16, 8])
 def test_fewer_bits_count_all_that_is_stored(bits):
     model = CPMobile()
-    cost, plain = measure(model, (1, 1, 64, 33), bits), measure(model, (1, 1, 64, 33))
+    cost, plain = measure(model, INPUT, bits), measure(model, INPUT)
     assert cost.weight_bits == bits and cost.param_bytes == complexity.stored_bytes(model, bits)
     assert cost.total_param_bytes == cost.bytes_in_bits[bits] == plain.bytes_in_bits[bits]
     assert plain.weight_bits == 32 and plain.param_bytes == {"float32": 4 * 61_148}
@@ -243,19 +242,21 @@ def test_fewer_bits_count_all_that_is_stored(bits):
     assert weights < cost.total_param_bytes < weights + 4 * 4 * 1_354  # the rest: norms, or scales and shifts
 
 
-def test_only_one_clip_is_measured():
-    with pytest.raises(ValueError, match="one clip"):
-        measure(nn.Linear(2, 2), (2, 2))
-
-
 def test_measure_joins_our_count_bytes_and_the_challenges_checker():
-    model, input_size = tiny(), (1, 1, 64, 33)
-    cost = measure(model, input_size)
-    assert cost.macs_by_part == macs_by_part(model, input_size) and cost.macs == sum(cost.macs_by_part.values())
+    model = tiny()
+    cost = measure(model, INPUT)
+    assert cost.macs_by_part == macs_by_part(model, INPUT) and cost.macs == sum(cost.macs_by_part.values())
     assert cost.params == sum(p.numel() for p in model.parameters())
     assert cost.param_bytes == {"float32": 4 * cost.params} and cost.total_param_bytes == 4 * cost.params
-    checker = torchinfo.summary(model, input_size=input_size, verbose=0).total_mult_adds
-    assert 0 < cost.torchinfo_macs == checker < cost.macs  # blind
+    checker = torchinfo.summary(model, input_size=INPUT, verbose=0).total_mult_adds
+    assert 0 < cost.torchinfo_macs == checker < cost.macs  # the checker misses the scan
+    plain = cost.as_dict()
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["macs"] == sum(plain["macs_by_part"].values())
+    assert plain["total_param_bytes"] == 4 * plain["params"]
+    in_16_bit = measure(model, INPUT, weight_bits=16).as_dict()
+    assert (plain["weight_bits"], in_16_bit["weight_bits"]) == (32, 16)
+    assert in_16_bit["total_param_bytes"] == in_16_bit["bytes_in_16_bit"] == plain["bytes_in_16_bit"]
 
 
 def test_measuring_changes_nothing():
@@ -263,7 +264,7 @@ def test_measuring_changes_nothing():
     model.layers[0].eval()  # modes may be mixed
     modes = [module.training for module in model.modules()]
     state, torch_rng = {k: v.clone() for k, v in model.state_dict().items()}, torch.random.get_rng_state()
-    measure(model, (1, 1, 64, 33))
+    measure(model, INPUT)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
     assert torch.equal(torch_rng, torch.random.get_rng_state())
@@ -328,58 +329,30 @@ def test_warning_says_in_one_line_what_is_over(changes, over):
     assert line == (over and f"WARNING: toy is over the challenge's limits: {over} {shown}")
 
 
-def test_as_dict_is_plain_and_complete():
-    plain = measure(tiny(), (1, 1, 64, 33)).as_dict()
-    assert json.loads(json.dumps(plain)) == plain
-    assert plain["macs"] == sum(plain["macs_by_part"].values())
-    assert plain["total_param_bytes"] == 4 * plain["params"]
-    in_16_bit = measure(tiny(), (1, 1, 64, 33), weight_bits=16).as_dict()
-    assert (plain["weight_bits"], in_16_bit["weight_bits"]) == (32, 16)
-    assert in_16_bit["total_param_bytes"] == in_16_bit["bytes_in_16_bit"] == plain["bytes_in_16_bit"]
-
-
-def run_main(monkeypatch, *flags: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["complexity", *flags])
-    complexity.main()
-
-
-def test_command_line_prints_the_table_of_the_overridden_model(monkeypatch, capsys):
+def test_command_line_prints_the_table_of_the_overridden_model(call_main):
     flags = "--model aum_tiny --n_mels 64 --target_length 33 --embed_dim 32 --depth 2 --patch_size 8,4"
-    run_main(monkeypatch, *flags.split(), "--direction", "fo_bi", "--d_state", "8", "--pos_embed", "True")
+    more = "--direction fo_bi --d_state 8 --pos_embed True"
+    out = call_main(complexity.main, *flags.split(), *more.split()).succeeded().out
     model = tiny(patch_size=(8, 4), direction="fo_bi", d_state=8, pos_embed=True)
-    out = capsys.readouterr().out
-    assert f"{macs(model, (1, 1, 64, 33)):,}" in out
-    assert f"{sum(p.numel() for p in model.parameters()):,}" in out
-
-
-def test_command_line_measures_cp_mobile(monkeypatch, capsys):
-    run_main(monkeypatch, "--model", "cp_mobile", "--weight_bits", "16")
-    out = capsys.readouterr().out
-    in_16_bit = sum(complexity.stored_bytes(CPMobile(), 16).values())
-    assert f"Memory: pass, {in_16_bit:,} of 128,000 B\nMACs: pass, 29,419,156 of 30,000,000\n" in out
-    assert "counts the same MACs" in out
+    assert f"{macs(model, INPUT):,}" in out and f"{sum(p.numel() for p in model.parameters()):,}" in out
 
 
 @pytest.mark.parametrize(
-    ("flags", "code"),
+    ("bits", "frames", "said"),
     [
-        ("--model cp_mobile --weight_bits 16", 0),
-        ("--model cp_mobile --weight_bits 8", 0),
-        ("--model cp_mobile", 1),  # 244,592 B in 32 bit
-        ("--model cp_mobile --weight_bits 16 --target_length 129", 1),  # twice the MACs
+        (16, 65, "Memory: pass, {bytes} of 128,000 B\nMACs: pass, 29,419,156 of 30,000,000\n"),
+        (8, 65, "Memory: pass, {bytes} of 128,000 B\nMACs: pass, 29,419,156 of 30,000,000\n"),
+        (32, 65, "Memory: fail, 244,592 of 128,000 B\nMACs: pass, 29,419,156 of 30,000,000\n"),
+        (16, 129, "Memory: pass, {bytes} of 128,000 B\nMACs: fail, "),  # twice the frames
     ],
 )
-def test_enforce_ends_with_exit_code_1_after_the_table(monkeypatch, capsys, flags, code):
-    run_main(monkeypatch, *flags.split())  # without it, never
-    table_alone = capsys.readouterr().out
-    if code:
-        with pytest.raises(SystemExit) as end:
-            run_main(monkeypatch, *flags.split(), "--enforce")
-        assert end.value.code == code
-    else:
-        run_main(monkeypatch, *flags.split(), "--enforce")
-    out = capsys.readouterr().out
-    assert out == table_alone and ("fail, " in out) == bool(code)
+def test_enforce_ends_with_exit_code_1_after_the_table(call_main, bits, frames, said):
+    flags = ["--model", "cp_mobile", "--weight_bits", bits, "--target_length", frames]
+    table_alone = call_main(complexity.main, *flags).succeeded().out
+    stored = f"{sum(complexity.stored_bytes(CPMobile(), bits).values()):,}"
+    assert said.format(bytes=stored) in table_alone and "counts the same MACs" in table_alone
+    enforced = call_main(complexity.main, *flags, "--enforce")
+    assert enforced.out == table_alone and enforced.code == ("fail, " in said)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +364,7 @@ def test_enforce_ends_with_exit_code_1_after_the_table(monkeypatch, capsys, flag
         (["--patch_size", "16,66"], "--patch_size"),
     ],
 )
-def test_bad_flags_end_with_one_line(monkeypatch, flags, message):
-    with pytest.raises(UserError) as error:
-        run_main(monkeypatch, *flags)
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+def test_bad_flags_end_with_one_line(call_main, flags, message):
+    done = call_main(complexity.main, *flags)
+    done.refused()
+    assert done.error.startswith(f"error: {message}") and "\n" not in done.err.strip()

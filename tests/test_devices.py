@@ -1,3 +1,5 @@
+"""Each clip of a batch goes through the model of its device."""
+
 import torch
 from torch import nn
 
@@ -29,13 +31,10 @@ def test_each_clip_meets_its_devices_model_and_each_model_runs_once():
     assert [m.calls for m in specific.values()] == [1, 1, 0]  # a model that is not needed does not run
 
 
-def test_unknown_devices_use_the_general_model():
+def test_the_general_model_serves_unknown_devices_and_without_device_models_the_whole_batch():
     general, specific = Counting(100), {"a": Counting(1)}
     y = forward_by_device(general, specific, torch.zeros(2, 1), torch.tensor([99, 0]))
     assert y.flatten().tolist() == [100, 1]
-
-
-def test_without_device_models_the_batch_goes_through_whole():
     general = Counting(100)
     forward_by_device(general, {}, torch.zeros(4, 1), torch.tensor([0, 1, 2, 3]))
     assert (general.calls, general.clips) == (1, 4)

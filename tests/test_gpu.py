@@ -23,7 +23,7 @@ def train(learnable, script, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
-def test_it_learns_by_triton_and_the_cpu_hears_the_same(train, learnable, script, tmp_path, precision):
+def test_it_learns_by_triton_and_the_cpu_predicts_the_same(train, learnable, script, tmp_path, precision):
     run = train("P", "--precision", precision)
     on_gpu = read_results(run)
     assert on_gpu["macro_avg_acc"] > 0.4  # chance is 0.25 of these four scenes
@@ -31,8 +31,8 @@ def test_it_learns_by_triton_and_the_cpu_hears_the_same(train, learnable, script
     best = run / "checkpoints" / "best.ckpt"
     script("test_only.py", "--ckpt_path", best, "--dataset_dir", learnable, "--project_name", "Q",
            "--accelerator", "cpu", "--precision", "32", "--num_workers", 0, "--logger", "none").succeeded()  # fmt: skip
-    heard = [read_predictions(folder / PREDICTIONS_CSV).logits for folder in (run, only_run(tmp_path / "Q"))]
-    np.testing.assert_allclose(*heard, rtol=0, atol=1e-3 if precision == "32" else 0.1)
+    predicted = [read_predictions(folder / PREDICTIONS_CSV).logits for folder in (run, only_run(tmp_path / "Q"))]
+    np.testing.assert_allclose(*predicted, rtol=0, atol=1e-3 if precision == "32" else 0.1)
 
 
 def test_compiled_it_trains_and_its_checkpoint_keeps_the_names(train):

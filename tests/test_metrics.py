@@ -1,3 +1,5 @@
+"""Accuracies and loss against counting by hand."""
+
 import math
 
 import numpy as np
@@ -49,22 +51,22 @@ def test_no_clip_at_all():
     assert got["macro_avg_acc"] is None and got["loss"] is None and got["n_clips"] == 0
 
 
+def random_clips(n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logits, scene, device) of n clips"""
+    torch.manual_seed(0)
+    return torch.randn(n, len(SCENES)), torch.randint(len(SCENES), (n,)), torch.randint(len(DEVICES), (n,))
+
+
 @pytest.mark.parametrize("sizes", [1, 3, 64, 65])
 def test_any_batch_size_gives_the_same(sizes):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(65, len(SCENES), generator=generator)
-    scene = torch.randint(len(SCENES), (65,), generator=generator)
-    device = torch.randint(len(DEVICES), (65,), generator=generator)
-    got, whole = collect(logits, scene, device, sizes), collect(logits, scene, device, 65)
+    clips = random_clips(65)
+    got, whole = collect(*clips, sizes), collect(*clips, 65)
     assert got["loss"] == pytest.approx(whole["loss"], rel=1e-14)
     assert {k: v for k, v in got.items() if k != "loss"} == {k: v for k, v in whole.items() if k != "loss"}
 
 
 def test_against_counting():
-    generator = torch.Generator().manual_seed(1)
-    logits = torch.randn(300, len(SCENES), generator=generator)
-    scene = torch.randint(len(SCENES), (300,), generator=generator)
-    device = torch.randint(len(DEVICES), (300,), generator=generator)
+    logits, scene, device = random_clips(300)
     got = collect(logits, scene, device, 300)
     right = (logits.argmax(1) == scene).double()
     for i, name in enumerate(SCENES):

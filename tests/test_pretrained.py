@@ -112,6 +112,13 @@ def saved(content, folder: Path, name: str = "x.pth") -> Path:
     return path
 
 
+def load_own(content, folder: Path, name: str = "x.pth", source_grid=None, **changes) -> tuple:
+    """Save a file and load it into its own model, changed: (the model, the report)."""
+    path = saved(content, folder, name)
+    model = model_for(path, **changes)
+    return model, aum.load_pretrained(model, path, source_grid=source_grid)
+
+
 def accounted(report: Report, model: aum.AudioMamba, in_file: int) -> None:
     """Every tensor of the model is in one part of the report, and every one of the file."""
     ours = [*report.loaded, *report.adapted, *report.initial]
@@ -169,42 +176,33 @@ def compare(model: aum.AudioMamba, name: str, state: dict) -> float:
     return in_64
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_tensor_is_accounted_for_and_the_output_is_the_source_models(name, tmp_path):
+FULL_SIZE = {  # the published models; (4, 4) patches keep the reference's loops short
+    "Vim tiny": (VIM, {"d": 192}),
+    "Vim small": (VIM, {"d": 384}),
+    "AuM base, Fo-Bi": ("fo_bi", {"d": 768}),
+    "AuM small, Bi-Bi": ("bi_bi", {"d": 384}),
+    "the earlier code's small": ("earlier", {"d": 384}),
+}
+
+
+@pytest.mark.parametrize(
+    "name, size",
+    [pytest.param(name, {}, id=name) for name in LAYOUTS]
+    + [pytest.param(*of, id=name, marks=pytest.mark.slow) for name, of in FULL_SIZE.items()],
+)
+def test_every_tensor_is_accounted_for_and_the_output_is_the_source_models(name, size, tmp_path):
     make, count = LAYOUTS[name]
-    state = make()
+    state = make(**size)
     assert len(state) == count
-    content = as_published(name, state)
-    path = saved(content, tmp_path)
+    path = saved(as_published(name, state), tmp_path)
     model = model_for(path)
     assert model.config.paired_layers == (name == "earlier") and model.config.depth == DEPTH
     report = aum.load_pretrained(model, path, source_grid=GRIDS.get(name, (4, 4)))
+    path.unlink()
     accounted(report, model, count + (name == "earlier"))
     adapted = {"patch_embed.proj.weight", "pos_embed.pos_embed"} if name == VIM else set()
     assert set(report.adapted) == adapted and not report.initial
     assert list(report.left_out) == (["mel.mel_scale.fb"] if name == "earlier" else [])
-    assert compare(model, name, state) < 1e-5
-
-
-FULL_SIZE = {  # the published models; (4, 4) patches keep the reference's loops short
-    "Vim tiny": (VIM, {"d": 192}, 415),
-    "Vim small": (VIM, {"d": 384}, 415),
-    "AuM base, Fo-Bi": ("fo_bi", {"d": 768}, 271),
-    "AuM small, Bi-Bi": ("bi_bi", {"d": 384}, 415),
-    "the earlier code's small": ("earlier", {"d": 384}, 418),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("which", FULL_SIZE)
-def test_at_full_size_too(which, tmp_path):
-    name, size, count = FULL_SIZE[which]
-    state = LAYOUTS[name][0](**size)
-    path = saved(as_published(name, state), tmp_path)
-    model = model_for(path)
-    report = aum.load_pretrained(model, path, source_grid=GRIDS.get(name, (4, 4)))
-    path.unlink()
-    accounted(report, model, count + (name == "earlier"))
     assert compare(model, name, state) < 1e-5
 
 
@@ -216,43 +214,37 @@ PREFIXES = ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.
 def test_prefixes_and_file_types(prefix, ending, tmp_path):
     state = small(direction="fo_bi", n_classes=10)
     content = {f"{prefix}{name}": value for name, value in state.items()}
-    path = saved({"state_dict": content} if ending == "ckpt" else content, tmp_path, f"x.{ending}")
-    model = model_for(path)
-    accounted(aum.load_pretrained(model, path), model, len(state))
+    content = {"state_dict": content} if ending == "ckpt" else content
+    model, report = load_own(content, tmp_path, f"x.{ending}")
+    accounted(report, model, len(state))
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_the_earlier_codes_prefixes_are_stripped_once_and_not_out_of_the_middle(tmp_path):
     state = earlier(16, 2)
     for prefix in ("", "model.", "module.", "model._orig_mod."):
-        path = saved({f"{prefix}{name}": value for name, value in state.items()}, tmp_path)
-        model = model_for(path)
-        accounted(aum.load_pretrained(model, path), model, len(state))
+        model, report = load_own({f"{prefix}{name}": value for name, value in state.items()}, tmp_path)
+        accounted(report, model, len(state))
         for name, value in model.state_dict().items():
             assert torch.equal(value, state[name if name.startswith("classifier.") else f"aum_model.{name}"]), name
 
 
 def test_half_precision_is_read_too(tmp_path):
     state = small()
-    path = saved({name: value.half() for name, value in state.items()}, tmp_path, "x.safetensors")
-    model = model_for(path)
-    aum.load_pretrained(model, path)
+    model, _ = load_own({name: value.half() for name, value in state.items()}, tmp_path, "x.safetensors")
     assert model.norm_f.weight.dtype == torch.float32
     assert torch.equal(model.norm_f.weight.detach(), state["norm_f.weight"].half().float())
 
 
 def test_rotary_buffers_are_left_out_and_said(tmp_path):
     rope = {"rope.freqs_cos": torch.rand(16, 16), "rope.freqs_sin": torch.rand(16, 16)}
-    path = saved({"model": vim(16, 2) | rope}, tmp_path)
-    model = model_for(path)
-    report = aum.load_pretrained(model, path)
+    _, report = load_own({"model": vim(16, 2) | rope}, tmp_path)
     assert set(report.left_out) == set(rope) and "computes differently: rotary" in str(report)
 
 
 def test_the_report_of_415_tensors_fits_a_terminal(tmp_path):
-    path = saved(as_published(VIM, vim()), tmp_path)
-    model = model_for(path, n_mels=256, target_length=65, n_classes=10, head="mlp", pool="mean")
-    lines = str(aum.load_pretrained(model, path)).splitlines()
+    shape = {"n_mels": 256, "target_length": 65, "n_classes": 10, "head": "mlp", "pool": "mean"}
+    lines = str(load_own(as_published(VIM, vim()), tmp_path, **shape)[1]).splitlines()
     assert len(lines) < 25 and max(map(len, lines[1:])) <= 112
     text = " ".join(" ".join(lines).split())
     for part in (
@@ -301,9 +293,8 @@ def test_patch_kernels_are_resized_by_pseudo_inverse(new):
 
 def test_another_patch_size_and_grid_in_a_model(tmp_path):
     state = audio(d=16, depth=2)
-    path = saved(state, tmp_path)
-    model = model_for(path, patch_size=(8, 12), n_mels=64, target_length=60, n_classes=10)
-    report = aum.load_pretrained(model, path, source_grid=(2, 8))
+    shape = {"patch_size": (8, 12), "n_mels": 64, "target_length": 60, "n_classes": 10}
+    model, report = load_own(state, tmp_path, source_grid=(2, 8), **shape)
     assert report.adapted == {
         "patch_embed.proj.weight": "16 x 16 resized to 8 x 12 by pseudo-inverse",
         "pos_embed.pos_embed": "grid 2 x 8 resized to 8 x 5 (mel x time)",
@@ -320,9 +311,7 @@ def test_vims_class_row_is_the_middle_one(tmp_path):
     state = vim(16, 2, side=14)
     for i in range(197):
         state["pos_embed"][0, i] = i
-    path = saved({"model": state}, tmp_path)
-    model = model_for(path, n_mels=224, target_length=224)
-    aum.load_pretrained(model, path)
+    model, _ = load_own({"model": state}, tmp_path, n_mels=224, target_length=224)
     assert model.pos_embed.pos_embed[0, :, 0].tolist() == [98, *range(98), *range(99, 197)]
 
 
@@ -361,9 +350,7 @@ def test_vims_grid_is_square_or_given(tmp_path):
 
 
 def test_without_need_no_grid_is_asked_for(tmp_path):
-    path = saved(audio(d=16, depth=2, patches=512), tmp_path)
-    model = model_for(path, pos_embed=False)
-    report = aum.load_pretrained(model, path)
+    _, report = load_own(audio(d=16, depth=2, patches=512), tmp_path, pos_embed=False)
     assert report.left_out == {"pos_embed.pos_embed": "this model has no position embedding (--pos_embed True)"}
     plain = saved(small(), tmp_path, "y.pth")
     assert "no position embedding" in refused(aum.load_pretrained, model_for(plain), plain, source_grid=(4, 4))
@@ -385,8 +372,7 @@ def test_the_head_is_kept_or_left_out_by_its_classes(tmp_path):
     report = aum.load_pretrained(other, path)
     assert set(report.left_out) == set(report.initial) == {"head.weight", "head.bias"}
     assert torch.equal(other.head.weight, before)
-    mlp = model_for(path, n_classes=527, head="mlp")
-    report = aum.load_pretrained(mlp, path)
+    mlp, report = load_own(state, tmp_path, head="mlp")
     accounted(report, mlp, len(state))
     assert set(report.left_out) == {"head.weight", "head.bias"} and len(report.initial) == 6
     headless = saved({name: value for name, value in state.items() if "head" not in name}, tmp_path, "y.pth")
@@ -420,14 +406,11 @@ def test_a_model_of_another_shape_is_refused_with_the_flag_to_give(state, change
 
 def test_class_tokens(tmp_path):
     state = audio(d=16, depth=2)
-    path = saved(state, tmp_path)
-    model = model_for(path, cls_position="none", pool="mean")
-    report = aum.load_pretrained(model, path, source_grid=(4, 4))
+    model, report = load_own(state, tmp_path, source_grid=(4, 4), cls_position="none", pool="mean")
     assert report.left_out == {"cls_token": "this model has none"}
     assert report.adapted["pos_embed.pos_embed"] == "the class token's row left out"
     assert torch.equal(model.pos_embed.pos_embed.detach(), state["pos_embed.pos_embed"][:, 1:])
-    without = {name: value for name, value in small().items() if name != "cls_token"}
-    none = saved(without, tmp_path, "y.pth")
+    none = saved(without(small(), "cls_token"), tmp_path, "y.pth")
     assert "give --cls_position none" in refused(aum.load_pretrained, model_for(none, cls_position="middle"), none)
 
 

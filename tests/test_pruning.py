@@ -115,6 +115,20 @@ def kill_stem(state: State, shape: aum.AuMConfig, n: int) -> None:
         spoil(state, f"stem.{i}.1.bias", 0, dead)
 
 
+def halve_stream(state: State, shape: aum.AuMConfig, noise: float = 0.0) -> None:
+    """Kill half of the stream's channels; inner channels and the rank of delta follow embed_dim."""
+    kill_stream(state, shape, 16, noise)
+    kill_inner(state, shape, 48, noise)
+    lower_rank_of_delta(state, shape)
+
+
+def loses_nothing(state: State, large: aum.AuMConfig, small: aum.AuMConfig, atol: float) -> State:
+    """Assert that the pruned model gives the same logits, and return its state."""
+    result = shrink(state, large, small)
+    torch.testing.assert_close(logits(result, small), logits(state, large), rtol=0, atol=atol)
+    return result
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_sizes_give_the_same_state(kind):
     shape = config(**kind)
@@ -142,25 +156,19 @@ def test_any_smaller_model_loads_it_and_runs(kind, sizes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_dead_inner_channels_and_states_go_without_a_trace(kind):
     large = config(**kind)
-    small = config(large, expand=2, d_state=3)
     state = state_of(large)
     kill_inner(state, large, 32)
     kill_states(state, large, 2)
-    torch.testing.assert_close(logits(shrink(state, large, small), small), logits(state, large), rtol=0, atol=1e-9)
+    loses_nothing(state, large, config(large, expand=2, d_state=3), 1e-9)
 
 
 # The MLP head's LayerNorm has a mean over channels, the patch head's BatchNorm a bias that dead channels hand on.
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.get("head") not in ("mlp", "patch")])
 def test_dead_channels_of_the_stream_go_without_a_trace(kind):
-    """Inner channels and the rank of delta go with them: both follow embed_dim."""
     large = config(**kind)
-    small = config(large, embed_dim=16)
     state = state_of(large)
-    kill_stream(state, large, 16)
-    kill_inner(state, large, 48)
-    lower_rank_of_delta(state, large)
-    result = shrink(state, large, small)
-    torch.testing.assert_close(logits(result, small), logits(state, large), rtol=0, atol=1e-7)
+    halve_stream(state, large)
+    result = loses_nothing(state, large, config(large, embed_dim=16), 1e-7)
     assert result["layers.0.mixer.dt_proj.weight"].shape == (48, 1)
 
 
@@ -180,9 +188,7 @@ def test_the_mlp_heads_layer_norm_is_made_up_for_but_for_its_mean():
     large = config(head="mlp")
     small = config(large, embed_dim=16)
     state = state_of(large)
-    kill_stream(state, large, 16)
-    kill_inner(state, large, 48)
-    lower_rank_of_delta(state, large)
+    halve_stream(state, large)
     dead = state["patch_embed.proj.bias"] == 0
     state["classifier.0.bias"][dead] = 0
     state["classifier.2.weight"][:, dead] = 0
@@ -197,22 +203,18 @@ def test_the_mlp_heads_layer_norm_is_made_up_for_but_for_its_mean():
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "stem" in kind])
 def test_dead_channels_of_the_stem_go_without_a_trace(kind):
     large = config(**kind)
-    small = config(large, stem=(4, 6))
     state = state_of(large)
     kill_stem(state, large, 2)
-    torch.testing.assert_close(logits(shrink(state, large, small), small), logits(state, large), rtol=0, atol=1e-9)
+    loses_nothing(state, large, config(large, stem=(4, 6)), 1e-9)
 
 
 @pytest.mark.parametrize("kind", [{"direction": "fo_fo"}, {"direction": "fo_bi", "pos_embed": True}, {}])
 def test_what_is_nearly_dead_goes_first(kind):
     large = config(**kind)
-    small = config(large, embed_dim=16, d_state=3)
     state = state_of(large)
-    kill_stream(state, large, 16, noise=1e-5)
-    kill_inner(state, large, 48, noise=1e-5)
+    halve_stream(state, large, noise=1e-5)
     kill_states(state, large, 2, noise=1e-5)
-    lower_rank_of_delta(state, large)
-    torch.testing.assert_close(logits(shrink(state, large, small), small), logits(state, large), rtol=0, atol=0.01)
+    loses_nothing(state, large, config(large, embed_dim=16, d_state=3), 0.01)
 
 
 @pytest.mark.parametrize("direction", ["fo_fo", "fo_bi", "bi_bi"])
@@ -343,17 +345,9 @@ def test_channels_that_blocks_of_the_stem_hand_on_stay():
 def test_every_field_of_the_configuration_is_thought_of():
     """A new field needs a decision here: pruned, refused (the default) or free; and a place among KINDS."""
     pruned, free = {*SMALLER, "stem"}, {"dropout", "drop_path"}
-    refused = {"n_mels", "target_length", "patch_size", "strides", "d_conv", "n_classes", "direction", "paired_layers"}
-    refused |= {
-        "pool",
-        "cls_position",
-        "pos_embed",
-        "factorised_pos_embed",
-        "head",
-        "norm_eps",
-        "freq_norm",
-        "stem_blocks",
-        "row_scan",
-        "local_conv",
-    }
+    refused = {
+        "n_mels", "target_length", "patch_size", "strides", "d_conv", "n_classes", "direction", "paired_layers",
+        "pool", "cls_position", "pos_embed", "factorised_pos_embed", "head", "norm_eps", "freq_norm", "stem_blocks",
+        "row_scan", "local_conv",
+    }  # fmt: skip
     assert pruned | free | refused == {field.name for field in dataclasses.fields(aum.AuMConfig)}

@@ -1,7 +1,5 @@
 """The selective scan against a loop written apart from it, in float64, with every option and every gradient."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,20 +71,16 @@ def test_groups_and_options(groups, constant, options, delta_softplus):
     compare(make(groups=groups, constant=constant, options=options), delta_softplus=delta_softplus)
 
 
-def test_each_option_alone():
+def test_each_single_option():
     full = make()
-    for kept in itertools.chain([()], itertools.combinations(("D", "z", "delta_bias"), 1)):
-        arguments = {k: v for k, v in full.items() if k not in ("D", "z", "delta_bias") or k in kept}
+    for kept in (None, "D", "z", "delta_bias"):
+        arguments = {k: v for k, v in full.items() if k not in ("D", "z", "delta_bias") or k == kept}
         compare(arguments, delta_softplus=True)
 
 
-def test_different_groups_of_B_and_C():
-    arguments = make(groups=2)
-    arguments["C"] = make(groups=3, seed=1)["C"]
-    compare(arguments, delta_softplus=True)
-
-
-def test_three_dimensional_B_is_one_group():
+def test_shapes_of_B_and_C():
+    """They may have different groups, and with three dimensions they are one group."""
+    compare(make(groups=2) | {"C": make(groups=3, seed=1)["C"]}, delta_softplus=True)
     arguments = make()
     flat = dict(arguments, B=arguments["B"][:, 0], C=arguments["C"][:, 0])
     assert torch.equal(aum.selective_scan_fn(**flat), aum.selective_scan_fn(**arguments))
@@ -102,13 +96,6 @@ def test_gradcheck(reverse):
         )
 
     assert torch.autograd.gradcheck(scan, tuple(arguments.values()))
-
-
-def test_reverse_is_flip_scan_flip():
-    arguments = make(l=33)
-    flipped = {k: v.flip(-1) if k in ("u", "delta", "B", "C", "z") else v for k, v in arguments.items()}
-    expected = aum.selective_scan_fn(**flipped, delta_softplus=True).flip(-1)
-    torch.testing.assert_close(aum.selective_scan_fn(**arguments, delta_softplus=True, reverse=True), expected)
 
 
 def test_long_sequence_and_strong_decay():
@@ -160,16 +147,4 @@ def test_a_wrong_shape_is_named(name):
     arguments = make()
     arguments[name] = arguments[name][..., :-1]
     with pytest.raises(ValueError, match=name if name != "A" else "shape"):
-        aum.selective_scan_fn(**arguments)
-
-
-def test_backend_choice(monkeypatch):
-    arguments = make()
-    expected = aum.selective_scan_fn(**arguments)
-    assert "torch" in aum.available_backends()
-    assert torch.equal(aum.selective_scan_fn(**arguments, backend="torch"), expected)
-    with pytest.raises(ValueError, match="no scan backend 'cuda'.*torch"):
-        aum.selective_scan_fn(**arguments, backend="cuda")
-    monkeypatch.setenv("AUM_SCAN_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="AUM_SCAN_BACKEND"):
         aum.selective_scan_fn(**arguments)

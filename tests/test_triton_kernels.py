@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from test_scan import loop_scan
 
 triton = pytest.importorskip("triton")
 
@@ -101,20 +102,14 @@ def test_convolution(b, l, d, w, reverse, biased, dtype):
 
 
 def plain_scan(u, delta, A, B, C, D, z, bias, softplus, reverse, scale):
-    """The definition, one step at a time: y (b, l, d) and the last states (s, b, n, d)."""
-    (s, b, l, d), n = u.shape, A.shape[2]
-    group = torch.arange(d) // (d // B.shape[3])
+    """The definition: y (b, l, d) and the last states (s, b, n, d)."""
     total, states = 0.0, []
-    for i in range(s):
-        dl = delta[i] if bias is None else delta[i] + bias[i]
-        dl = -F.logsigmoid(-dl) if softplus else dl  # F.softplus overflows or cuts off
-        h, outputs = torch.zeros(b, d, n, dtype=u.dtype), [None] * l
-        for t in reversed(range(l)) if reverse[i] else range(l):
-            step, B_t, C_t = dl[:, t, :, None], B[i, :, t, group], C[i, :, t, group]
-            h = torch.exp(step * A[i]) * h + step * u[i, :, t, :, None] * B_t
-            outputs[t] = (C_t * h).sum(-1) + (0 if D is None else D[i] * u[i, :, t])
-        total = total + torch.stack(outputs, 1)
-        states.append(h.transpose(1, 2))
+    for i in range(len(u)):
+        shared = (None if x is None else x[i] for x in (D, None, bias))
+        B_i, C_i = (x[i].permute(0, 2, 3, 1) for x in (B, C))
+        y, h = loop_scan(u[i].mT, delta[i].mT, A[i], B_i, C_i, *shared, softplus, reverse[i])
+        total = total + y.mT
+        states.append(h.mT)
     return scale * total * (1 if z is None else F.silu(z)), torch.stack(states)
 
 
