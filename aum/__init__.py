@@ -11,9 +11,7 @@ from aum.model import (
     list_models,
     parameter_groups,
 )
-from aum.pretrained.layouts import PretrainedError
-from aum.pretrained.source import UnknownGrid
-from aum.pretrained.transfer import load_pretrained
+from aum.pretrained import PretrainedError, UnknownGrid, load_pretrained
 from aum.scan import available_backends, selective_scan_fn, use_backend
 from aum.self_test import SelfTestFailed, self_test
 

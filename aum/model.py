@@ -30,30 +30,31 @@ class AuMConfig:
     Attributes:
         n_mels: Mel bins of the log-mel.
         target_length: Frames of the log-mel.
-        freq_norm: Share of each mel bin's mean over the frames that is subtracted from the log-mel, 0 to 1.
+        freq_norm: Share of each mel bin's mean over the frames subtracted from the log-mel, 0 to 1 (aum_small: 0).
         stem: Channels of 3 x 3 convolutions before the patches, as 8,32. Each halves mel bins and frames.
-        stem_blocks: Inverted residual blocks of convolutions after those of the stem.
+        stem_blocks: Inverted residual blocks after the stem's convolutions (aum_small: 0).
         patch_size: Mel bins and frames of a patch (aum_small: 16,16); with a stem, of the stem's output.
         strides: Mel bins and frames from one patch to the next. None: those of the patch.
         embed_dim: Width of a token (aum_small: 384).
         depth: Number of blocks (aum_small: 24).
         d_state: States per channel (aum_small: 16).
-        d_conv: Taps of the causal convolution (4).
-        expand: Channels inside a block, as a multiple of embed_dim (2).
+        d_conv: Taps of the causal convolution (aum_small: 4).
+        expand: Channels inside a block, as a multiple of embed_dim (aum_small: 2).
         n_classes: Number of scenes (10).
-        direction: AuM's Bi-Bi, Fo-Bi or Fo-Fo blocks (bi_bi).
-        paired_layers: Pair forward with flipped layers, as the earlier audio-mamba-asc code does.
-        pool: Classify the mean over all tokens or the class token (mean).
-        cls_position: Position of the class token in the sequence (middle).
-        pos_embed: Add a learned position embedding.
+        direction: AuM's Bi-Bi, Fo-Bi or Fo-Fo blocks (aum_small: bi_bi).
+        paired_layers: Pair forward with flipped layers, as the earlier code does (aum_small: False).
+        pool: Classify the mean over all tokens or the class token (aum_small: mean).
+        cls_position: Position of the class token in the sequence (aum_small: middle).
+        pos_embed: Add a learned position embedding (aum_small: False).
         factorised_pos_embed: Make the position embedding the sum of one for mel and one for time, instead of a vector
-            per patch.
-        row_scan: Scan each mel row of patches separately, along time.
-        local_conv: Add a 3 x 3 depthwise convolution over the grid of patches before each block.
+            per patch (aum_small: False).
+        row_scan: Scan each mel row of patches separately, along time (aum_small: False).
+        local_conv: Add a 3 x 3 depthwise convolution over the grid of patches before each block (aum_small:
+            False).
         head: Classifier of the pooled features (an MLP of 512 units, or one linear layer), or of every patch, whose
             scores are then pooled (aum_small: mlp).
-        dropout: Dropout in the MLP head, 0 to 1 (0.1).
-        drop_path: Stochastic depth, the probability at the last block, 0 to 1.
+        dropout: Dropout in the MLP head, 0 to 1 (aum_small: 0.1).
+        drop_path: Stochastic depth, the probability at the last block, 0 to 1 (aum_small: 0).
         norm_eps: Added to the mean square in norms.
     """
 

@@ -22,6 +22,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_halves(path)
         try:
+            beside.unlink(missing_ok=True)  # from a killed process that had this one's id
             write(beside)
             with open(beside, "rb+") as file:
                 os.fsync(file.fileno())

@@ -8,7 +8,7 @@
 # scripts. PROJECT names the folder of the runs. The same command resumes what was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=${1:?the TAU22 folder}
+data=${1:?usage: bash recipes/baseline.sh /data/TAU22 [FLAGS]}
 shift
 source recipes/run.sh
 

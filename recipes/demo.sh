@@ -13,14 +13,14 @@ log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
 
 # A front end of half the size and mild augmentation, with which a model learns most in three minutes.
-python train_base.py --project_name "$project" --experiment_name demo_general --model aum_nano \
+python train_base.py --project_name "$project" --experiment_name demo_general --model aum_nano --wandb_mode disabled \
     --n_mels 128 --n_fft 2048 --window_length 2048 --mixstyle_p 0.3 --freqm 8 --timem 8 \
     --weight_bits 16 --n_epochs 12 --batch_size 16 --lr 0.005 --warmup_steps 120 --check_val_every_n_epoch 3 \
     | tee "$log/general"
 general=$(run_of "$log/general")
 
 python train_device_specific.py --project_name "$project" --experiment_name demo_device_specific \
-    --ckpt_id "$general" --mixstyle_p 0 --freqm 8 --timem 8 --n_epochs 4 --batch_size 32 --lr 0.0005 \
+    --ckpt_id "$general" --wandb_mode disabled --mixstyle_p 0 --freqm 8 --timem 8 --n_epochs 4 --batch_size 32 --lr 0.0005 \
     --warmup_steps 10 --check_val_every_n_epoch 1 | tee "$log/specific"
 specific=$(run_of "$log/specific")
 

@@ -1,4 +1,5 @@
-# Sourced by the recipes: `run SCRIPT ID FLAGS...` starts the run ID, resumes it, or leaves it where it is finished.
+# Sourced by the recipes: `run SCRIPT ID FLAGS...` starts the run ID, resumes it, or leaves it where it is finished. A
+# resumed run refuses a flag that changes its figures.
 
 project=${PROJECT:-DCASE25_Task1}
 export PYTHONUNBUFFERED=1 # lines appear when they are printed, also through a pipe
@@ -9,7 +10,7 @@ run() {
     if [ -f "$project/$id/results.json" ]; then
         echo "$script: run $id is finished"
     elif [ -f "$project/$id/config.json" ]; then
-        python "$script" --project_name "$project" --resume "$id"
+        python "$script" --project_name "$project" --resume "$id" "$@"
     else
         python "$script" --project_name "$project" --run_id "$id" "$@"
     fi

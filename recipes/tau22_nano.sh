@@ -8,7 +8,8 @@
 # was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=${1:?the TAU22 folder} responses=${2:?a folder of impulse responses}
+usage='usage: bash recipes/tau22_nano.sh /data/TAU22 /data/MicIRP [FLAGS]'
+data=${1:?$usage} responses=${2:?$usage}
 shift 2
 source recipes/run.sh
 

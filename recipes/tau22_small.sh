@@ -7,7 +7,7 @@
 # interrupted. AuM-Small is far over the challenge's limits; recipes/tau22_nano.sh is for the challenge.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-data=${1:?the TAU22 folder}
+data=${1:?usage: bash recipes/tau22_small.sh /data/TAU22 [FLAGS]}
 shift
 source recipes/run.sh
 

@@ -52,7 +52,7 @@ def test_a_recipe_starts_resumes_or_leaves_a_run(echo, tmp_path):
     assert said() == "train_base.py --project_name P --run_id one --lr 1"
     (tmp_path / "P" / "one").mkdir(parents=True)
     (tmp_path / "P" / "one" / "config.json").touch()
-    assert said() == "train_base.py --project_name P --resume one"
+    assert said() == "train_base.py --project_name P --resume one --lr 1"
     (tmp_path / "P" / "one" / "results.json").touch()
     assert said() == "train_base.py: run one is finished"
 

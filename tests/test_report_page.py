@@ -299,7 +299,9 @@ def test_a_page_that_fails_does_not_fail_the_test(project, monkeypatch, capsys):
     monkeypatch.setattr(tested, "write_page", broken)
     tested.make_page(Run(project / "one"), project.parent / "data", True)
     out = capsys.readouterr().out
-    assert out == "The report's page could not be made (no such luck): python -m dcase.report one tries again\n"
+    assert out.startswith(
+        "The report's page could not be made (no such luck): python -m dcase.report one --project_name"
+    )
 
 
 def test_runs_without_clips_of_a_scene_or_with_one_device(tmp_path):

@@ -128,6 +128,8 @@ def gpu() -> Finding:
             torch.ones(1, device=f"cuda:{i}").add(1).item()
         except RuntimeError as error:
             what = f"{found[-1]} does not run torch {torch.__version__} (CUDA {torch.version.cuda}): {one_line(error)}"
+            if "no kernel image" not in str(error):  # out of memory, or used exclusively by another process
+                return Finding("GPU", "warn", what, "nvidia-smi")
             what += "; choose a build of torch for it (pytorch.org/get-started)"
             return Finding("GPU", "FAIL", what, "python -m torch.utils.collect_env")
     return Finding("GPU", "ok", f"{', '.join(found)}; CUDA {torch.version.cuda}")

@@ -34,7 +34,9 @@ def read_all(project_name: str, run_ids: Sequence[str]) -> tuple[list[Finished],
         try:
             run = find_run(project_name, run_id, "run")
             run.read_config()  # raises UserError where it is damaged: there would be nothing to group by
-            finished.append(read_finished(run.folder))
+            found = read_finished(run.folder)
+            found.flags  # noqa: B018  raises UserError where a flag is refused
+            finished.append(found)
         except UserError as error:
             said.append(str(error))
     return finished, said

@@ -10,7 +10,7 @@ from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES, TEST_CLIPS
 from dcase.errors import UserError, one_line
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
 from dcase.runs.config import BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
-from dcase.runs.folder import kind_of, run_of
+from dcase.runs.folder import Run, kind_of
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name of a metric -> optimiser steps, values
 CONFIGS = {"general": BaseConfig, "device-specific": DeviceConfig, "test": TestConfig}  # by `kind_of`
@@ -42,7 +42,7 @@ class Finished:
 
     @property
     def seed(self) -> int | None:
-        return self.flags.get("seed")
+        return (self.training.config.get("fit") or {}).get("seed")
 
     @property
     def commit(self) -> str:
@@ -83,10 +83,8 @@ class Finished:
     @cached_property
     def trained_by(self) -> "Finished | None":
         """The run whose checkpoint this test loaded, where that run is still there."""
-        tested = run_of(self.config["ckpt_path"]) if self.config.get("ckpt_path") else None
-        if tested is None or tested.folder.resolve() == self.folder.resolve():
-            return None
-        return read_unfinished(tested.folder)
+        tested = Run(self.folder).tested() if self.config.get("ckpt_path") else None
+        return tested and read_unfinished(tested.folder)
 
     @property
     def training(self) -> "Finished":
@@ -96,11 +94,15 @@ class Finished:
     @cached_property
     def flags(self) -> dict:
         """Every flag and its value; a flag that is newer than the run has today's default. A test also has the flags
-        of the run whose model it tested."""
+        of the run whose model it tested. Raises `UserError` where today's checks refuse a flag."""
         if not self.config:
             return {}
+        try:
+            config = to_plain(from_plain(CONFIGS[self.kind], self.config))
+        except UserError as error:
+            raise UserError(f"run {self.id} has flags that this code refuses: {error}") from error
         own = {}
-        for name, value in to_plain(from_plain(CONFIGS[self.kind], self.config)).items():
+        for name, value in config.items():
             own |= value if isinstance(value, dict) else {name: value}
         if self.trained_by is None:
             return own

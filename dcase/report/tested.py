@@ -1,5 +1,6 @@
 """What a test leaves in a run's folder: predictions.csv, results.json, tables, charts and the page."""
 
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -45,4 +46,5 @@ def make_page(run: Run, folder: Path, with_audio: bool) -> None:
     try:
         print(f"Page: {write_page(read_finished(run.folder), folder, with_audio)}")
     except Exception as error:
-        print(f"The report's page could not be made ({one_line(error)}): python -m dcase.report {run.id} tries again")
+        again = shlex.join(["python", "-m", "dcase.report", run.id, "--project_name", str(run.folder.parent)])
+        print(f"The report's page could not be made ({one_line(error)}): {again} tries again")

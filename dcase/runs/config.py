@@ -80,7 +80,10 @@ class FitConfig:
         check_range(self, "lr warmup_steps weight_decay gradient_clip_val qat_epochs", least=0)
         check_range(self, "seed", least=0, below=2**32)
         check_range(self, "layer_decay", above=0, most=1)
-        check_range(self, "freeze_epochs", least=0, below=self.n_epochs)
+        if not 0 <= self.freeze_epochs < self.n_epochs:
+            raise UserError(
+                f"--freeze_epochs must be from 0 to below --n_epochs {self.n_epochs}; got {self.freeze_epochs}"
+            )
         check_range(self, "ema_decay", least=0, below=1)
 
 

@@ -202,19 +202,19 @@ def open_loggers(config: EvalConfig, run: Run) -> Iterator[list[Logger]]:
     resuming = nullcontext()
     if kind != "test":
         resuming = resumable(resume_command(SCRIPTS[kind], run.id, config.run.project_name))
-    loggers, failed = [], True
-    if is_main():
-        make = {"wandb": partial(wandb_logger, config), "tensorboard": tensorboard_logger}.get(config.run.logger)
-        loggers = [MetricsCsv(run.folder / "metrics.csv"), make and make(run)]
-        loggers = [logger for logger in loggers if logger is not None]
-    try:
-        with resuming:
+    with resuming:  # also while W&B starts and ends
+        loggers, failed = [], True
+        if is_main():
+            make = {"wandb": partial(wandb_logger, config), "tensorboard": tensorboard_logger}.get(config.run.logger)
+            loggers = [MetricsCsv(run.folder / "metrics.csv"), make and make(run)]
+            loggers = [logger for logger in loggers if logger is not None]
+        try:
             yield loggers
-        failed = False
-    finally:
-        for logger in loggers:
-            if isinstance(logger, Wandb):
-                logger.finish(failed)
+            failed = False
+        finally:
+            for logger in loggers:
+                if isinstance(logger, Wandb):
+                    logger.finish(failed)
 
 
 def drop_from(loggers: Sequence[Logger], step: int, prefix: str) -> None:

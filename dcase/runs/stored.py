@@ -145,7 +145,7 @@ def checkpoint_of(models: Mapping[str, tuple[dict, Mapping[str, Tensor]]], what:
     device_ids = [name for name in models if name != general]
     for name, (header, weights) in models.items():
         if name != general and header != first | {"model": name}:
-            raise UserError(f"{what}: {name} is of another run than {general}, or of another device")
+            raise UserError(f"{what}: {name} is of another run than {general}, or of another device than its name")
         start = MODEL if name == general else prefix_of(name)
         state |= {f"{start}{part}": value for part, value in weights.items()}
     plain = {name: first[name] for name in (*_PLAIN, _SCENES) if name in first}
