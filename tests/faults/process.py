@@ -23,8 +23,8 @@ import torch
 from dcase import errors
 from dcase.training.lit import SceneClassifier
 
-LIMIT = 120  # seconds after which a command counts as hung; undisturbed, the longest takes 5
-_PATIENCE = 3  # seconds that processes may outlive the command that started them
+LIMIT = 300  # seconds after which a command counts as hung; on an idle machine the longest takes 5
+_PATIENCE = 3  # seconds of silence after which processes have outlived the command that started them
 CALLS = {"os.replace": os, "os.fsync": os, "os.link": os, "os.unlink": os, "torch.save": torch}  # kills hurt most here
 _fork = multiprocessing.get_context("fork")
 
@@ -71,21 +71,23 @@ def run(command: Sequence, cwd: Path, fault: Fault = Fault()) -> Finished:  # no
     process = _fork.Process(target=_become, args=(command, cwd, fault, writer))
     process.start()
     os.close(writer)
-    text, signals, began, ended, deadline = b"", list(fault.signals), None, None, time.monotonic() + LIMIT
-    while (now := time.monotonic()) < deadline:
+    text, signals, began, ended, late = b"", list(fault.signals), None, False, False
+    deadline = time.monotonic() + LIMIT
+    while not late:
         due = began + signals[0][0] if signals and began else math.inf
-        if select.select([reader], [], [], min(0.01, max(0, due - now)))[0]:
+        wait = _PATIENCE if ended else min(0.01, max(0, due - time.monotonic()))
+        ready = select.select([reader], [], [], wait)[0]
+        if ready:
             piece = os.read(reader, 1 << 16)
             if not piece:  # all processes have ended
                 break
             text += piece
+        late = (ended and not ready) or time.monotonic() > deadline
         if not began and b"\0log begun\n" in text:
             began = time.monotonic()
-        if process.exitcode is None and time.monotonic() >= due:
+        ended = process.exitcode is not None
+        if not ended and time.monotonic() >= due:
             os.kill(process.pid, signals.pop(0)[1])
-        elif process.exitcode is not None and not ended:
-            ended, deadline = now, now + _PATIENCE
-    late = now >= deadline
     if late:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -96,9 +98,9 @@ def run(command: Sequence, cwd: Path, fault: Fault = Fault()) -> Finished:  # no
     return Finished(
         code=None if late and not ended else process.exitcode,
         said=re.sub(r"\0log .*\n", "", said),
-        seconds=time.monotonic() - (began or now),
-        orphans=bool(late and ended),
-        calls=Counter(line[0] for line in log if len(line) == 1),
+        seconds=time.monotonic() - (began or deadline),
+        orphans=late and ended,
+        calls=Counter(line[0] for line in log if line[0] in CALLS),
         steps=[(line[1].strip("-/"), int(line[2]), int(line[3])) for line in log if line[0] == "training_step"],
     )
 
