@@ -33,6 +33,7 @@ from dcase.report.mistakes import Blame, blame, same_sound
 from dcase.report.page import write_page
 from dcase.report.predictions import Predictions, read_predictions, write_predictions
 from dcase.report.run_files import read_finished
+from dcase.report.svg import axis
 from dcase.report.tables import own_models
 from dcase.report.words import percent, title
 from dcase.runs.config import DeviceConfig
@@ -302,6 +303,15 @@ def test_a_page_that_fails_does_not_fail_the_test(project, monkeypatch, capsys):
     assert out.startswith(
         "The report's page could not be made (no such luck): python -m dcase.report one --project_name"
     )
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [0.1 + 0.2, 0.3], [1e-20], [1, 12], [-3.0, 1e6]])
+def test_an_axis_has_room_for_its_values_and_no_two_ticks_that_read_the_same(values):
+    made = axis("loss", values)
+    assert made.low <= min(values) and max(values) <= made.high
+    assert made.low < made.high
+    words = [made.text(tick) for tick in made.ticks]
+    assert len(set(words)) == len(words)
 
 
 def test_runs_without_clips_of_a_scene_or_with_one_device(tmp_path):

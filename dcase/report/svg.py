@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import nonsingular
 
 MOST_POINTS = 200  # of a series
 STYLES = 6  # of lines, in page.css: they differ in dashes as well as in colour
@@ -54,7 +55,8 @@ class Axis(NamedTuple):
 
 def axis(label: str, values: Sequence[float], n: int = 5) -> Axis:
     """Return an axis with about ``n`` round ticks that has room for all of the values."""
-    ticks = MaxNLocator(n, steps=[1, 2, 5, 10]).tick_values(min(values), max(values)).tolist()
+    low, high = nonsingular(min(values), max(values), expander=0.1, tiny=1e-6)  # else equal values' ticks read the same
+    ticks = MaxNLocator(n, steps=[1, 2, 5, 10]).tick_values(low, high).tolist()
     return Axis(label, ticks[0], ticks[-1], ticks, _thousands)
 
 
