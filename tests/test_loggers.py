@@ -25,7 +25,7 @@ from dcase.runs import artifacts
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import TrainConfig
 from dcase.runs.folder import Run, RunConfig
-from dcase.runs.loggers import Wandb, tensorboard_logger, wandb_logger
+from dcase.runs.loggers import MetricsCsv, Wandb, drop_from, tensorboard_logger, wandb_logger
 
 OFFLINE = ["--wandb_mode", "offline", "--project_name", "P"]
 DEVICE_FIT = "--n_epochs 2 --batch_size 8 --warmup_steps 2 --check_val_every_n_epoch 1 --only_devices a".split()
@@ -303,3 +303,21 @@ def test_no_logger_leaves_metrics_csv_alone(learnable, tmp_path, monkeypatch, ca
     assert not (tmp_path / "P/one/wandb").exists() and not (tmp_path / "P/one/tensorboard").exists()
     assert "test/macro_avg_acc" in (tmp_path / "P/one/metrics.csv").read_text()
     assert torch.isfinite(torch.tensor(read_results(tmp_path / "P/one")["loss"]))
+    steps_and_names = logged(tmp_path / "P/one/metrics.csv")
+    call(monkeypatch, train_base.main, "--resume", "one")  # of a run that is over: it tests once more
+    assert sorted(logged(tmp_path / "P/one/metrics.csv")) == sorted(steps_and_names)
+
+
+def logged(path):
+    return [tuple(line.split(",")[:2]) for line in path.read_text().splitlines()[1:]]
+
+
+def test_what_a_resumed_run_repeats_is_dropped_from_metrics_csv_and_nothing_else(tmp_path):
+    metrics = MetricsCsv(tmp_path / "metrics.csv")
+    for step in range(3):
+        metrics.log_metrics({"a/train/loss": 0.5, "b/train/loss": 0.25, "epoch": step}, step)
+    with open(metrics.path, "a") as file:
+        file.write("3,b/tra")  # a kill cuts the last row
+    drop_from([metrics], 1, "b/")
+    kept = [("0", "a/train/loss"), ("0", "b/train/loss"), ("1", "a/train/loss"), ("2", "a/train/loss")]
+    assert logged(metrics.path) == kept
