@@ -1,9 +1,9 @@
 """Clips to look at and listen to: log-mels as small PNGs, sound as short MP3s, both as data URIs."""
 
 import base64
-import io
 import os
 import struct
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -91,9 +91,10 @@ def audio(waveform: torch.Tensor, rate: int) -> str:
         waveform = resampler(rate, AUDIO_RATE)(waveform)
     samples = waveform[0].numpy()
     peak = np.abs(samples).max(initial=0)
-    file = io.BytesIO()
-    soundfile.write(file, samples * (0.9 / peak if peak else 1), AUDIO_RATE, format="MP3", subtype="MPEG_LAYER_III")
-    return _uri("audio/mpeg", file.getvalue())
+    with tempfile.TemporaryDirectory() as folder:  # to a BytesIO, soundfile writes by callbacks, which swallow a Ctrl-C
+        path = Path(folder) / "clip.mp3"
+        soundfile.write(path, samples * (0.9 / peak if peak else 1), AUDIO_RATE, format="MP3", subtype="MPEG_LAYER_III")
+        return _uri("audio/mpeg", path.read_bytes())
 
 
 def _uri(kind: str, data: bytes) -> str:
