@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from aum.hub import Pretrained
 from aum.init import init_last_linear, init_patch_embed, init_token, scale_out_proj
 from aum.mamba import BiMamba, Block, Direction, wide
-from aum.stem import RelaxedMeanNorm, Stem
+from aum.scan.grid import fits
+from aum.stem import Normed, RelaxedMeanNorm, Stem, convolve, is_plain
 
 CLASSIFIER_WIDTH = 512  # hidden units of the MLP head
 
@@ -161,6 +162,8 @@ class PatchEmbed(nn.Module):
         init_patch_embed(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 1 == x.stride(1) and fits(x) and is_plain(self.proj):  # the stem's, channel-last
+            return convolve(Normed(x.permute(0, 2, 3, 1)), self.proj).x.flatten(1, 2)
         return rearrange(self.proj(x), "b d m t -> b (m t) d")
 
 
@@ -210,6 +213,8 @@ class LocalConv(nn.Conv2d):
         super().__init__(d, d, 3, padding=1, groups=d)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        if fits(x) and is_plain(self):
+            return convolve(Normed(x.unflatten(1, grid)), self).x.flatten(1, 2)
         x = super().forward(rearrange(x, "b (m t) d -> b d m t", m=grid[0]))
         return rearrange(x, "b d m t -> b (m t) d")
 
@@ -218,7 +223,7 @@ class TokenNorm(nn.BatchNorm1d):
     """BatchNorm of tokens, (b, l, d) -> (b, l, d). A ReLU follows, so no matrix can absorb its scale."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(super().forward(rearrange(x, "b l d -> b d l")), "b d l -> b l d")
+        return super().forward(x.flatten(0, 1)).view_as(x)
 
 
 class PatchHead(nn.Module):
@@ -239,7 +244,8 @@ class PatchHead(nn.Module):
         return F.relu(self.norm(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scores(self.linear(self.features(x)).transpose(1, 2)).mean(2)
+        scores = self.linear(self.features(x))
+        return self.scores(scores.flatten(0, 1)).view_as(scores).mean(1)
 
 
 class AudioMamba(nn.Module, Pretrained):

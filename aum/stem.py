@@ -3,10 +3,14 @@
 The published AuM has neither. docs/aum_nano.md tells what they gain in a small one.
 """
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aum.init import init_stem
+from aum.scan import grid
 
 EXPANSION = 2  # of an inverted residual's depthwise channels over its own
 
@@ -41,6 +45,14 @@ class Stem(nn.Sequential):
         convolutions = [_conv(*pair, 3, stride=2) for pair in zip(before, channels, strict=False)]
         super().__init__(*convolutions, *(InvertedResidual(channels[-1]) for _ in range(blocks)))
 
+    def forward(self, x: Tensor) -> Tensor:
+        if not (grid.fits(x) and all(map(is_plain, self.modules()))):
+            return super().forward(x)
+        x = Normed(x.permute(0, 2, 3, 1))
+        for layer in self:
+            x = layer.on_grid(x) if isinstance(layer, InvertedResidual) else convolve(x, *layer)
+        return x.values().permute(0, 3, 1, 2)
+
 
 class InvertedResidual(nn.Module):
     """(b, c, h, w) -> (b, c, h, w): 1 x 1 to more channels, depthwise 3 x 3, 1 x 1 back, added to the input; ReLU.
@@ -58,9 +70,59 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.project(self.depthwise(self.expand(x))))
 
+    def on_grid(self, x: "Normed") -> "Normed":
+        y = x
+        for layer in (self.expand, self.depthwise, self.project):
+            y = convolve(y, *layer)
+        return Normed(grid.relu_sum(x.x, x.affine, x.relu, y.x, y.affine))
+
 
 def _conv(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, relu: bool = True) -> nn.Sequential:
     """Return a convolution without bias, BatchNorm and, by default, ReLU."""
     conv = nn.Conv2d(c_in, c_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
     init_stem(conv)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), *([nn.ReLU()] if relu else []))
+
+
+# ---- the same on the CPU, channel-last and with norms that the next convolution applies ------------------------------
+
+
+class Normed(NamedTuple):
+    """An activation (b, h, w, c) before its norm, a scale and a shift of each channel (2, c), and its ReLU."""
+
+    x: Tensor
+    affine: Tensor | None = None
+    relu: bool = False
+
+    def values(self) -> Tensor:
+        x = self.x if self.affine is None else torch.addcmul(self.affine[1], self.x, self.affine[0])
+        return F.relu(x) if self.relu else x
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether a module's parameters can be used without calling it: nothing is hooked in, and a norm has what
+    `convolve` needs."""
+    plain = not (module._forward_hooks or module._forward_pre_hooks)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm is another kind
+        return plain and type(module) is nn.BatchNorm2d and module.track_running_stats and module.momentum is not None
+    return plain
+
+
+def convolve(x: Normed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, relu: nn.ReLU | None = None) -> Normed:
+    """Return a convolution's output with its norm and ReLU to be applied."""
+    train = norm is not None and norm.training
+    bias, (stride, padding) = conv.bias, (list(conv.stride), list(conv.padding))
+    y, sums = grid.convolution(*x, conv.weight, bias, stride, padding, train)
+    if norm is None:
+        return Normed(y)
+    mean, var = norm.running_mean, norm.running_var
+    if train:
+        n = y[..., 0].numel()
+        mean, square = sums / n
+        var = (square - mean * mean).clamp(min=0)
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean.float(), norm.momentum)
+            norm.running_var.lerp_((var * (n / (n - 1))).float(), norm.momentum)
+            norm.num_batches_tracked += 1
+    scale = norm.weight * torch.rsqrt(var + norm.eps)
+    return Normed(y, torch.stack([scale, norm.bias - mean * scale]).float(), relu is not None)

@@ -1,4 +1,4 @@
-"""Compile cpu_kernels.c once per machine, at first use, and load it."""
+"""Compile the C kernels once per machine, at first use, load them and call them."""
 
 import ctypes
 import functools
@@ -11,13 +11,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch  # noqa: F401  (brings the OpenMP runtime that the kernels then share)
+import torch.nn.functional as F  # torch brings the OpenMP runtime that the kernels then share
+from torch import Tensor
 
 from aum.cache import cache_folder
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_kernels.c")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_kernels.c", "grid_kernels.c", "short_kernels.c")]
+HEADERS = [Path(__file__).with_name(name) for name in ("vectors.h", "products.h")]
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-Wno-psabi")  # -O2 makes slower code by half
 MACHINE = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler knows
 TIMEOUT = 300  # seconds; 3 to 7 are usual
@@ -37,7 +39,7 @@ def library() -> ctypes.CDLL:
     """
     compiler = _compiler()
     machine, built_for = _instruction_set(compiler)
-    made_of = [SOURCE.read_bytes(), *map(str.encode, (*compiler, *FLAGS)), built_for]
+    made_of = [*(path.read_bytes() for path in (*SOURCES, *HEADERS)), *map(str.encode, (*compiler, *FLAGS)), built_for]
     name = f"cpu_kernels-{_digest(b' '.join(made_of))}"
     folder = cache_folder()
     try:
@@ -107,7 +109,7 @@ def _compile(compiler: list[str], machine: tuple[str, ...], folder: Path, name: 
     os.close(handle)
     try:
         for threads in (("-fopenmp",), ()):
-            command = [*compiler, *FLAGS, *machine, *threads, str(SOURCE), "-o", beside, "-lm"]
+            command = [*compiler, *FLAGS, *machine, *threads, *map(str, SOURCES), "-o", beside, "-lm"]
             done = subprocess.run(command, capture_output=True, timeout=TIMEOUT)
             if done.returncode == 0:
                 break
@@ -127,3 +129,32 @@ def _complaint(stderr: bytes) -> str:
     """The first line that says what is wrong, or the last one."""
     lines = stderr.decode(errors="replace").strip().splitlines() or ["no message"]
     return next((line for line in lines if "error" in line), lines[-1])
+
+
+# Calls
+
+
+def structure(name: str, fields: str) -> type[ctypes.Structure]:
+    """Return a C struct. ``fields``: each ``type:name``, with i (int64), p (pointer), f (float) or I (two int64)."""
+    types = {"i": ctypes.c_int64, "p": ctypes.c_void_p, "f": ctypes.c_float, "I": ctypes.c_int64 * 2}
+    return type(
+        name, (ctypes.Structure,), {"_fields_": [(n, types[t]) for t, n in (x.split(":") for x in fields.split())]}
+    )
+
+
+def fill(kind: type[ctypes.Structure], **values) -> ctypes.Structure:
+    """Return a struct of numbers, tensors for pointers, and None for null. It keeps the tensors alive."""
+    filled = kind(**{k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in values.items()})
+    filled.tensors = values
+    return filled
+
+
+def padded(x: Tensor) -> Tensor:
+    """Return x with its last axis padded with zeros to whole vectors, contiguous."""
+    return F.pad(x, (0, -x.shape[-1] % library().aum_vector_lanes())).contiguous()
+
+
+def call(function: str, arguments: ctypes.Structure, backward: bool) -> None:
+    """Call a kernel. Raises MemoryError where there is no memory for its scratch."""
+    if getattr(library(), function)(ctypes.byref(arguments), int(backward)):
+        raise MemoryError(f"no memory for the scratch of {function}")

@@ -161,12 +161,22 @@ def mixer(
     """
     kernels, (x, z) = _kernels(backend), xz.chunk(2, dim=-1)
     (b, l, d), k, r = x.shape, len(D), dt_proj.shape[2]
+    if _is_short(backend, l, d, k, len(A_log), xz.dtype):
+        parameters = map(_f32, (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D))
+        y, nothing = kernels.mixer_forward(xz, *parameters), xz.new_empty(0)
+        return y, nothing, nothing.clone(), nothing.clone(), nothing.clone()
     with torch.autocast(xz.device.type, enabled=False):
         u = kernels.conv_forward(x, _f32(conv_weight), _f32(conv_bias), (False, True)[:k])
         p = u.view(k, b * l, d) @ x_proj.to(u.dtype).transpose(1, 2)
         delta = (p[..., :r] @ dt_proj.to(u.dtype).transpose(1, 2)).view(k, b, l, d)
         y, _, states = kernels.scan_forward(*_scan_arguments(u, p, delta, z, dt_bias, A_log, D, r), keep)
     return (y, u, p, delta, states) if keep else (y, u.new_empty(0), u.new_empty(0), u.new_empty(0), states)
+
+
+def _is_short(backend: str, *sizes) -> bool:
+    """Return whether the kernels compute the whole mixer at once, and keep nothing but its input."""
+    kernels = _kernels(backend)
+    return hasattr(kernels, "is_short") and kernels.is_short(*sizes)
 
 
 def _f32(x: Tensor) -> Tensor:
@@ -185,6 +195,7 @@ def _scan_arguments(u: Tensor, p: Tensor, delta: Tensor, z: Tensor, dt_bias, A_l
 @mixer.register_fake
 def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, keep, backend):
     (b, l, _), (s, d, n), k = xz.shape, A_log.shape, D.shape[0]
+    keep = keep and not _is_short(backend, l, d, k, s, xz.dtype)
     kept = ((k, b, l, d), (k, b * l, x_proj.shape[1]), (k, b, l, d)) if keep else ((0,), (0,), (0,))
     states = xz.new_empty(_kept(backend, keep, s, b, l, d, 1, n), dtype=torch.float32)
     return xz.new_empty(b, l, d), *(xz.new_empty(shape) for shape in kept), states
@@ -209,7 +220,10 @@ def mixer_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log and D."""
     kernels, (x, z) = _kernels(backend), xz.chunk(2, dim=-1)
-    (k, b, l, d), (s, _, n), r = u.shape, A_log.shape, dt_proj.shape[2]
+    (b, l, d), k, (s, _, n), r = x.shape, len(D), A_log.shape, dt_proj.shape[2]
+    if _is_short(backend, l, d, k, s, xz.dtype):
+        parameters = map(_f32, (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D))
+        return kernels.mixer_backward(dy, xz, *parameters)
     dxz = torch.empty_like(xz)
     dx, dz = dxz.chunk(2, dim=-1)
     du, ddelta, dp = (u.new_empty(s, b * l, width) for width in (d, d, r + 2 * n))
