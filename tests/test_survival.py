@@ -34,6 +34,7 @@ from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint, newest_ch
 from dcase.runs.config import DeviceConfig
 from dcase.training.fit import KeepCheckpoints
 from dcase.training.lit import SceneClassifier
+from dcase.training.pace import Plan
 from dcase.training.stopping import StopRequest
 
 # 24 steps an epoch: a signal comes in the middle of one.
@@ -265,7 +266,7 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
 def test_of_equal_scores_the_first_epoch_is_the_best(tmp_path):
     trainer, module = MagicMock(loggers=[]), MagicMock(results={"macro_avg_acc": 0.5, "loss": 1.0})
     module.averaged.side_effect = nullcontext
-    keep = KeepCheckpoints(tmp_path, 1, StopRequest())
+    keep = KeepCheckpoints(tmp_path, Plan(epochs=2, batches=1), StopRequest())
     for epochs in (1, 2):
         trainer.fit_loop.epoch_progress.current.processed = epochs
         keep._validate(trainer, module)

@@ -22,8 +22,9 @@ from dcase.model.metrics import mean_and_error
 from dcase.runs.checkpoints import FORMAT, final_state, load_checkpoint, save_checkpoint
 from dcase.runs.config import DeviceConfig
 from dcase.runs.folder import Run, trained_checkpoint
-from dcase.training.fit import MONITOR, make_trainer, no_silent_exit, train
+from dcase.training.fit import MONITOR, make_trainer, no_silent_exit, plan, train
 from dcase.training.lit import SceneClassifier
+from dcase.training.pace import Plan
 from dcase.training.teachers import Teachers
 
 TUNED = "tuned.ckpt"  # a device's own model, ready for use
@@ -126,7 +127,7 @@ class FineTuning:
         seed = mixed_seed(self.config.fit.seed, DEVICES.index(device_id)) % 2**32
         print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
         tried = []
-        for lr in self.config.learning_rates:
+        for i, lr in enumerate(self.config.learning_rates, 1):
             config = dataclasses.replace(self.config, fit=dataclasses.replace(self.config.fit, seed=seed, lr=lr))
             pl.seed_everything(seed, workers=True, verbose=False)
             module = self._copy(config)
@@ -135,7 +136,8 @@ class FineTuning:
             module.clips_id = self.general.clips_id
             part = f"lr_{lr:g}/" if len(config.learning_rates) > 1 else ""
             module.log_prefix = f"{device_id}/{part}"
-            best = train(module, train_set, val_set, config, folder / part, list(self.loggers), self.teachers)
+            later = self._plans(device_id)[i:] + self._after(device_id)
+            best = train(module, train_set, val_set, config, folder / part, list(self.loggers), self.teachers, later)
             tried.append((lr, best, module))
         lr, best, module = max(tried, key=lambda one: (one[1].best_score or 0, -(one[1].best_loss or 0)))
         with main_first():  # the others read it
@@ -143,6 +145,18 @@ class FineTuning:
                 module.load_state_dict(final_state(load_checkpoint(trained_checkpoint(best.folder))))
                 save_checkpoint({"dcase_format": FORMAT, "state_dict": module.merged()}, folder / TUNED)
         return lr, best.best_epoch
+
+    def _plans(self, device_id: str) -> list[Plan]:
+        """Return the trainings of a device, one per learning rate; none where it lacks clips."""
+        n_train, n_val = (len(part.of_device(device_id)) if part is not None else None for part in self.clips)
+        if not n_train or n_val == 0:
+            return []
+        return [plan(n_train, n_val or 0, self.config)] * len(self.config.learning_rates)
+
+    def _after(self, device_id: str) -> list[Plan]:
+        """Return the trainings of the devices after this one."""
+        devices = self.config.devices_to_tune
+        return [each for one in devices[devices.index(device_id) + 1 :] for each in self._plans(one)]
 
     def _copy(self, config: DeviceConfig) -> SceneClassifier:
         """Return a module with the general model's weights."""

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from dcase.runs.config import TrainConfig
 from dcase.runs.loggers import Wandb, drop_from
 from dcase.training.bars import Bars
 from dcase.training.lit import SceneClassifier
+from dcase.training.pace import Plan, TimeLeft
 from dcase.training.stopping import StopRequest
 from dcase.training.teachers import Teachers
 
@@ -58,9 +59,8 @@ class KeepCheckpoints(Checkpoint):
     and not by Lightning, so that last.ckpt holds an epoch's training before its validation begins.
     """
 
-    def __init__(self, folder: Path, every_n_epochs: int | None, stop: StopRequest):
-        """``every_n_epochs``: when to validate, beside the last epoch; None: never."""
-        self.folder, self.every_n_epochs, self.stop = folder, every_n_epochs, stop
+    def __init__(self, folder: Path, planned: Plan, stop: StopRequest):
+        self.folder, self.planned, self.stop = folder, planned, stop
         self.best_score: float | None = None
         self.best_loss: float | None = None  # on the same clips
         self.best_epoch: int | None = None
@@ -109,9 +109,7 @@ class KeepCheckpoints(Checkpoint):
         loss = module.epoch_loss()
         module.log_now({"train/loss": loss, "lr": lr}, trainer.global_step - 1)
         trainer.progress_bar_callback.tell(trainer, loss)
-        epoch = epochs_done(trainer)
-        if self.every_n_epochs:
-            self.validation_due = epoch % self.every_n_epochs == 0 or epoch == trainer.max_epochs
+        self.validation_due = self.planned.validates(epochs_done(trainer))
         self._save(trainer)
         self._stop_if_asked(trainer)
         if self.validation_due:
@@ -319,6 +317,13 @@ def _prepare_model(module: SceneClassifier, trainer: pl.Trainer, config: TrainCo
         module.model.compile(mode="reduce-overhead" if device.type == "cuda" else "default")
 
 
+def plan(n_train: int, n_val: int, config: TrainConfig) -> Plan:
+    """Return the epochs and batches of training on so many clips."""
+    together = config.machine.batch_size * process_count()
+    every = config.fit.check_val_every_n_epoch if n_val else None
+    return Plan(config.fit.n_epochs, math.ceil(n_train / together), every, math.ceil(n_val / together))
+
+
 def train(
     module: SceneClassifier,
     train_clips: TAU22,
@@ -327,8 +332,12 @@ def train(
     folder: Path,
     loggers: list[Logger],
     teachers: Teachers | None = None,
+    later: Sequence[Plan] = (),
 ) -> KeepCheckpoints:
-    """Train into ``folder``/{last,best}.ckpt, from last.ckpt where it exists. Returns what knows the best epoch."""
+    """Train into ``folder``/{last,best}.ckpt, from last.ckpt where it exists. Returns what knows the best epoch.
+
+    ``later`` is what the run trains after this, for the time that is left.
+    """
     fit = config.fit
     if teachers is not None:
         if config.distill.teacher_input == "cached":
@@ -336,7 +345,8 @@ def train(
         module.teacher = teachers
     module.start_averaging()
     stop = StopRequest()
-    checkpoints = KeepCheckpoints(folder, fit.check_val_every_n_epoch if val_clips else None, stop)
+    planned = plan(len(train_clips), len(val_clips) if val_clips else 0, config)
+    checkpoints = KeepCheckpoints(folder, planned, stop)
     trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
     _prepare_model(module, trainer, config)
     batches = Batches(
@@ -349,6 +359,7 @@ def train(
         processes=process_count(),
     )
     module.total_steps = math.ceil(len(batches) / fit.accumulate_grad_batches) * fit.n_epochs
+    trainer.progress_bar_callback.time_left = TimeLeft(planned, later)
     module.clips_per_step = batches.together * fit.accumulate_grad_batches
     validation = loader(val_clips, config.machine, evaluation_batches(val_clips, config.machine)) if val_clips else None
     with stop:

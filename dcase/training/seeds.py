@@ -19,6 +19,7 @@ from dcase.machine import SIGNALS
 from dcase.report import compare
 from dcase.runs.config import BaseConfig, from_plain, parse_base, same_place, split_flags
 from dcase.runs.folder import Run, RunConfig, new_id, resume_command
+from dcase.training.pace import FURTHER_RUNS
 
 SCRIPT = Path(__file__).resolve().parents[2] / "train_base.py"
 
@@ -37,6 +38,9 @@ class Series:
     def run(self, seed: int) -> Run:
         return Run(self.path.parent / self.runs[seed])
 
+    def is_finished(self, seed: int) -> bool:
+        return (self.run(seed).folder / "results.json").is_file()
+
 
 def train_each(description: str) -> bool:
     """Train every seed where --seeds asks for several or --resume for a series, and return whether one of them did.
@@ -51,13 +55,15 @@ def train_each(description: str) -> bool:
     project_name = str(series.path.parent)
     for i, (seed, run_id) in enumerate(series.runs.items(), 1):
         run = series.run(seed)
-        if (run.folder / "results.json").is_file():
+        if series.is_finished(seed):
             print(f"seed {seed}: run {run_id} is finished")
             continue
         print(f"\nseed {seed}, {i} of {len(series.runs)}: run {run_id}", flush=True)
         begin = [*series.args, "--seed", str(seed), "--run_id", run_id]
         resume = ["--resume", run_id, "--project_name", project_name]
-        code = _run([*(resume if run.has_config() else begin), *further], series.path.stem)
+        further_runs = sum(not series.is_finished(one) for one in series.runs) - 1
+        environment = {"WANDB_RUN_GROUP": series.path.stem, **os.environ, FURTHER_RUNS: str(further_runs)}
+        code = _run([*(resume if run.has_config() else begin), *further], environment)
         if code:
             how = resume_command(SCRIPT.name, series.path.stem, project_name)
             print(f"\nseed {seed} (run {run_id}) ended with exit code {code}; go on with: {how}", file=sys.stderr)
@@ -109,10 +115,9 @@ def _to_resume(args: list[str]) -> tuple[Series | None, list[str]]:
         raise UserError(f"{path} cannot be read ({one_line(error)}): --resume its runs, one at a time") from error
 
 
-def _run(args: list[str], series_id: str) -> int:
+def _run(args: list[str], environment: dict[str, str]) -> int:
     """Run train_base.py, pass this process's signals on to it, and return its exit code."""
     # In its own process group: a terminal's Ctrl-C would reach it twice, which ends it without saving.
-    environment = {"WANDB_RUN_GROUP": series_id, **os.environ}
     child = subprocess.Popen([sys.executable, str(SCRIPT), *args], env=environment, process_group=0)
 
     def pass_on(number: int, frame) -> None:
