@@ -194,13 +194,17 @@ def shown_by(args: list, cwd: Path, into_files: tuple[str, ...]) -> tuple[str, s
 
 @pytest.mark.parametrize("into_file", [("out",), ("out", "err"), ("err",)], ids=["stdout", "both", "stderr"])
 def test_a_log_file_has_a_line_per_epoch_and_a_terminal_has_bars(learnable, tmp_path, into_file):
-    args = [*SMALL, *FIT, "--n_epochs", "2", "--report_audio", "False", "--dataset_dir", learnable, "--logger", "none"]
-    shown, log = shown_by(args, tmp_path, into_file)
+    args = [*SMALL, *FIT, "--n_epochs", "3", "--batch_size", "2", "--report_audio", "False", "--logger", "none"]
+    shown, log = shown_by([*args, "--dataset_dir", learnable], tmp_path, into_file)
+    left = r"about \d\S* (?:s|min) left \(until (?:\w+ )?\d\d:\d\d\)"
+    assert len(re.findall(rf"an epoch takes about \d\S* (?:s|min), {left}", shown + log)) == 1
     if "out" not in into_file:  # Lightning draws to stdout
-        assert "epoch 2 of 2: 100%" in shown and "train/loss_step" in shown and "training loss" not in shown
+        assert "epoch 3 of 3: 100%" in shown and "train/loss_step" in shown and "training loss" not in shown
+        assert re.search(r"epoch 2 of 3: .*, left=\d\S* (s|min)\]", shown)
         return
-    lines = re.findall(r"^epoch (\d) of 2: training loss (\d\.\d{4}), \d+ s$", log, re.MULTILINE)
-    assert [epoch for epoch, _ in lines] == ["1", "2"], log
+    lines = re.findall(rf"^epoch (\d) of 3: training loss (\d\.\d{{4}}), \d+ s(?:, {left})?$", log, re.MULTILINE)
+    assert [epoch for epoch, _ in lines] == ["1", "2", "3"], log
+    assert re.search(rf"^epoch 1 of 3: .* s, {left}$", log, re.MULTILINE)
     logged = (only_run(tmp_path / "DCASE25_Task1") / "metrics.csv").read_text()
     losses = [float(loss) for loss in re.findall(r",train/loss,(\S+)", logged)]
     assert [float(loss) for _, loss in lines] == pytest.approx(losses, abs=5e-5)

@@ -1,7 +1,6 @@
 """The time that is left: against runs on a made-up clock, in words, and as the scripts show it."""
 
 import itertools
-import re
 from datetime import datetime, timedelta
 
 import pytest
@@ -120,18 +119,6 @@ def test_a_time_of_day(hours, said, monkeypatch):
 
     monkeypatch.setattr(pace, "datetime", Monday)
     assert clock(timedelta(hours=hours).total_seconds()) == said
-
-
-# The scripts
-
-LEFT = r"about \d\S* (?:s|min) left \(until (?:\w+ )?\d\d:\d\d\)"
-EVERY_CLIP = ["--batch_size", "2", "--n_epochs", "3", "--report_audio", "False"]  # 24 steps an epoch
-
-
-def test_stage_1_says_it_once_and_with_every_epoch(learnable, script):
-    done = script("train_base.py", *SMALL, *FIT, *EVERY_CLIP, "--dataset_dir", learnable).succeeded()
-    assert len(re.findall(rf"^an epoch takes about \d\S* (?:s|min), {LEFT}$", done.out, re.MULTILINE)) == 1
-    assert re.search(rf"^epoch 1 of 3: training loss \S+, \d+ s, {LEFT}$", done.out, re.MULTILINE)
 
 
 def test_stage_2_counts_the_devices_that_follow(learnable):
