@@ -12,8 +12,6 @@ The run goes to <project_name>/<run_id>/; its id is what train_device_specific.p
 
 import dataclasses
 
-import pytorch_lightning as pl
-
 from dcase import errors
 from dcase.data.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.data.logmel import frames_of
@@ -41,7 +39,7 @@ def main() -> None:
 
     frames = frames_of(config.logmel, train.n_samples, sound.sample_rate)
     config = dataclasses.replace(config, model=models.fill(config.model, config.logmel.n_mels, frames))
-    pl.seed_everything(config.fit.seed, workers=True, verbose=False)
+    fit.seed_everything(config.fit.seed)
     module = SceneClassifier(config, frames)
     module.clips_id = clips_id(train_clips, val_clips)
     module.augment.load_responses()

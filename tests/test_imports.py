@@ -1,6 +1,8 @@
 """Imports run one way: scripts -> dcase -> aum -> torch, and inside dcase from a later room to an earlier one."""
 
 import ast
+import os
+import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -67,6 +69,36 @@ def test_imports_run_one_way(path):
 def test_no_cycle_in_a_room(room):
     files = {".".join(("dcase", *parts_of(path))): path for path in (ROOT / "dcase" / room).glob("**/*.py")}
     TopologicalSorter({name: imported(path) & set(files) - {name} for name, path in files.items()}).prepare()
+
+
+def run_with(program: str, **environment: str) -> subprocess.CompletedProcess:
+    unset = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=ROOT, env={**unset, **environment}, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    "asked, found", [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")]
+)
+def test_threads_sleep_soon_unless_the_user_says_otherwise(asked, found):
+    done = run_with("import os, dcase; print(os.environ.get('GOMP_SPINCOUNT'))", **asked)
+    assert done.stdout.strip() == found
+
+
+def test_torchs_threads_learn_that_they_sleep_soon():
+    """Its OpenMP library reads it when it is loaded, and shows what it has read."""
+    said = run_with("import dcase.machine", OMP_DISPLAY_ENV="VERBOSE").stderr
+    if "GOMP_SPINCOUNT" not in said:
+        pytest.skip("torch's OpenMP library is not GNU's")
+    assert "GOMP_SPINCOUNT = '5000'" in said
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_a_script_imports_dcase_before_any_library(script):
+    """What `dcase` sets must be there when torch is loaded; `python -m dcase.x` imports `dcase` first in any case."""
+    lines = [node for node in ast.parse(script.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    roots = [(line.module if isinstance(line, ast.ImportFrom) else line.names[0].name).split(".")[0] for line in lines]
+    assert next(root for root in roots if root not in sys.stdlib_module_names) == "dcase"
 
 
 def test_the_order_names_only_what_is_there():

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.loggers.logger import Logger
@@ -22,7 +21,7 @@ from dcase.model.metrics import mean_and_error
 from dcase.runs.checkpoints import FORMAT, final_state, load_checkpoint, save_checkpoint
 from dcase.runs.config import DeviceConfig
 from dcase.runs.folder import Run, trained_checkpoint
-from dcase.training.fit import MONITOR, make_trainer, no_silent_exit, plan, train
+from dcase.training.fit import MONITOR, make_trainer, no_silent_exit, plan, seed_everything, train
 from dcase.training.lit import SceneClassifier
 from dcase.training.pace import Plan
 from dcase.training.teachers import Teachers
@@ -129,7 +128,7 @@ class FineTuning:
         tried = []
         for i, lr in enumerate(self.config.learning_rates, 1):
             config = dataclasses.replace(self.config, fit=dataclasses.replace(self.config.fit, seed=seed, lr=lr))
-            pl.seed_everything(seed, workers=True, verbose=False)
+            seed_everything(seed)
             module = self._copy(config)
             module.choose_trained(config.finetune, config.lora_rank)
             module.augment.responses = self.general.augment.responses

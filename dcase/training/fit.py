@@ -290,6 +290,11 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def seed_everything(seed: int) -> None:
+    """Seed every source of random numbers, in the processes that read clips too."""
+    pl.seed_everything(seed, workers=True, verbose=False)
+
+
 def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineConfig) -> None:
     """Set the log-mel's mean and deviation from the training clips, at most about 5,000 evenly spaced ones."""
     clips = range(0, len(train), -(-len(train) // NORMALISATION_CLIPS))
