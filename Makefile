@@ -1,7 +1,7 @@
 # make demo      train and test both stages on synthetic data (recipes/demo.sh), about 3 minutes on 2 cores
 # make test      run the whole test suite, as CI does
 # make drill     inject at least 200 faults (kills, full disks, damaged files) and check that nothing is lost; 5 minutes
-# make gpu       run the tests and benchmarks that need an NVIDIA GPU
+# make gpu       run the tests and benchmarks that need an NVIDIA GPU, into gpu_out/; QUICK=1: in 6 minutes
 # make lint      run ruff
 # make pictures  draw the pictures of README.md and docs/ from the demo and the notebook
 # make browser   install headless Chromium by apt, as root, where none is; without one the tests of the page are skipped
@@ -44,7 +44,7 @@ browser:
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium-headless-shell
 
 gpu: $(VENV)/.test
-	bash benchmarks/gpu.sh
+	$(BIN)/python benchmarks/gpu.py $(if $(QUICK),--quick)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ from benchmarks import timing
 from benchmarks.contenders import BOTH, FLOOR, FORWARD, Case, backends, published_kernels
 from benchmarks.memory import bytes_saved, bytes_to_keep, peak, peak_on_gpu
 from benchmarks.timing import CPU, WALL, median, milliseconds, ratio, table
+from dcase.model.cp_mobile import CPMobile
 
 LIMIT = 30  # seconds: a slower call is left out, and a contender repeats less where its figure would take longer
 NONE = "-"
@@ -120,15 +121,15 @@ def measure_step(case: Case, args: argparse.Namespace) -> str:
     """Return a table of the time of a whole training step of AuM-Small."""
     clips = 2 if args.quick else {"cpu": 8, "cuda": 64}[args.device]
     names = backends(args.device, case.dtype)
-    steps = {f"aum, backend {name}": make_step(case, name, clips) for name in names}
+    steps = {f"aum, backend {name}": make_step(case, args, name, clips) for name in names}
     base, absent = "aum, backend torch", ""
     try:
-        steps["the published construction"] = make_step(case, "mamba_ssm", clips, as_published=True)
+        steps["the published construction"] = make_step(case, args, "mamba_ssm", clips, as_published=True)
         base = "the published construction"
     except ImportError as error:
         absent = f"\n\nNot installed: the published construction ({error})."
     if args.compile:  # only one: torch.compile would reuse one backend's code for another
-        steps[f"aum, backend {names[0]}, model.compile()"] = make_step(case, names[0], clips, compiled=True)
+        steps[f"aum, backend {names[0]}, compiled"] = make_step(case, args, names[0], clips, compiled=True)
     samples = race(steps, args, always=lambda key: False)
     rows = []
     for name, step in steps.items():
@@ -144,14 +145,38 @@ def measure_step(case: Case, args: argparse.Namespace) -> str:
     return f"{title}\n\nForward, cross-entropy, backward and AdamW.\n\n{text}{absent}"
 
 
-def make_step(case: Case, backend: str, clips: int, as_published=False, compiled=False) -> Callable[[], None]:
+def measure_models(case: Case, args: argparse.Namespace) -> str:
+    """Return a table of the named models' training steps beside CP-Mobile's, compiled with --compile too."""
+    clips = 2 if args.quick else 64
+    backend, names = backends(args.device, case.dtype)[0], ("cp_mobile", "aum_nano", "aum_small")
+    how = ("", "compiled") if args.compile else ("",)
+    steps = {
+        (name, x): make_step(case, args, backend, clips, compiled=bool(x), name=name) for x in how for name in names
+    }
+    samples = race(steps, args, always=lambda key: False)
+    rows = []
+    for (name, x), step in steps.items():
+        taken = samples[name, x]
+        seconds = median(taken)
+        last = mib(peak_on_gpu(step)) if args.device == "cuda" and not math.isnan(seconds) else NONE
+        over = (ratio(samples[names[0], x], taken), ratio(samples[name, ""], taken))
+        rows.append([name, x, milliseconds(taken), f"{clips / seconds:.1f}", *over, last])
+    header = ["model", "", "ms per step", "clips/s", "x cp_mobile's clips/s", "x not compiled", "peak, MiB"]
+    title = f"### Training steps, {clips} clips of 256 x 65, {case.where}, scan by {backend}"
+    return f"{title}\n\nForward, cross-entropy, backward and AdamW.\n\n{table(header, rows)}"
+
+
+def make_step(
+    case: Case, args: argparse.Namespace, backend: str, clips: int, as_published=False, compiled=False, name="aum_small"
+) -> Callable[[], None]:
     torch.manual_seed(0)
-    model = aum.create_model("aum_small").to(case.device)
+    shape = {"depth": 1} if args.quick else {}
+    model = (CPMobile(10) if name == "cp_mobile" else aum.create_model(name, **shape)).to(case.device)
     if as_published:
         for layer in model.layers:
             layer.mixer.forward = published_kernels(case, layer.mixer)
-    if compiled:
-        model.compile()
+    if compiled:  # as fit.py does
+        model.compile(mode="reduce-overhead" if case.device == "cuda" else "default")
     optimizer = torch.optim.AdamW(aum.parameter_groups(model, 0.05), lr=1e-4)
     log_mel = torch.randn(clips, 1, 256, 65, device=case.device)
     scenes = torch.randint(10, (clips,), device=case.device)
@@ -163,7 +188,7 @@ def make_step(case: Case, backend: str, clips: int, as_published=False, compiled
         optimizer.step()
         optimizer.zero_grad()
 
-    if compiled:
+    for _ in range(3 if compiled else 0):  # compile, record the graph, replay it
         step()
     return step
 
@@ -197,7 +222,13 @@ def measure_growth(case: Case, args: argparse.Namespace) -> str:
     )
 
 
-MEASURES = {"block": measure_block, "memory": measure_memory, "step": measure_step, "growth": measure_growth}
+MEASURES = {
+    "block": measure_block,
+    "memory": measure_memory,
+    "step": measure_step,
+    "models": measure_models,
+    "growth": measure_growth,
+}
 
 
 def mib(n: int) -> str:
@@ -231,6 +262,7 @@ def parse() -> argparse.Namespace:  # by argparse: a machine with a GPU may have
         parser.error("--quick makes no figures worth appending")
     if args.device == "cuda" and not gpu:
         parser.error("--device cuda: torch sees no GPU here")
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32, in every contender
     args.dtype = args.dtype or (["float32", "bfloat16"] if args.device == "cuda" else ["float32"])
     args.shapes = args.shapes or ([(2, 65), (1, 129)] if args.quick else [(16, 65), (64, 65), (4, 1025)])
     args.repeats = 3 if args.quick else args.repeats
