@@ -20,6 +20,7 @@ from dcase.data.labels import SCENES
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.stored import save_stored
 from dcase.runs.trained import load_trained
+from dcase.training import lit
 from dcase.training.lit import SceneClassifier
 
 MAINS = {script.__name__: script.main for script in (train_base, train_device_specific, test_only)}
@@ -407,6 +408,32 @@ def test_loss_that_turns_nan_names_the_batch_and_keeps_the_last_good_checkpoint(
     monkeypatch.setattr(SceneClassifier, "training_step", poisoned)
     done = call("train_base", "--dataset_dir", learnable, *TRAIN)
     done.refused("loss is not finite", "--lr", "audio/")
+    keeps_good_checkpoint(tmp_path, epoch=1)
+
+
+def test_where_the_host_runs_ahead_the_same_clips_are_named_later(call, learnable, tmp_path, monkeypatch):
+    """As on a GPU: nobody looks at the loss in the step, and everybody before a checkpoint is saved."""
+    step, looked, poisoned = SceneClassifier.training_step, [], []
+
+    def poisoning(self, batch, batch_idx):
+        if self.current_epoch == 2 and batch_idx == 1:
+            poisoned.extend(self.trainer.train_dataloader.names(batch.index))
+            with torch.no_grad():
+                self.model.norm_f.weight.fill_(float("nan"))
+        return step(self, batch, batch_idx)
+
+    def look(self):
+        looked.append(len(self._unchecked))
+        refuse(self)
+
+    refuse = SceneClassifier.refuse_non_finite
+    monkeypatch.setattr(lit, "HOST_RUNS_AHEAD", ("cpu",))
+    monkeypatch.setattr(SceneClassifier, "training_step", poisoning)
+    monkeypatch.setattr(SceneClassifier, "refuse_non_finite", look)
+    done = call("train_base", "--dataset_dir", learnable, *TRAIN)
+    done.refused("loss is not finite in epoch 3, step", f"clips: {', '.join(poisoned)}")
+    assert done.error.endswith(poisoned[-1])
+    assert max(looked) > 1  # batches at a time
     keeps_good_checkpoint(tmp_path, epoch=1)
 
 

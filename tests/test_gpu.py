@@ -10,21 +10,15 @@ import pytest
 import torch
 from conftest import FIT, SMALL, only_run, read_results
 
+import train_base
 from dcase.report.predictions import PREDICTIONS_CSV, read_predictions
+from dcase.training.lit import SceneClassifier
 
 STAND_IN = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(not (STAND_IN or torch.cuda.is_available()), reason="no GPU here")
 ACCELERATOR, DEVICE, BACKEND = ("cpu", "cpu", "cpu") if STAND_IN else ("gpu", "cuda", "triton")
-NO_WANDB = "--logger", "none"
-ON_GPU = [
-    *SMALL[: SMALL.index("--wandb_mode")],
-    *NO_WANDB,
-    "--accelerator",
-    ACCELERATOR,
-    *FIT,
-    "--report_audio",
-    "False",
-]
+MACHINE = ("--logger", "none", "--accelerator", ACCELERATOR)
+ON_GPU = [*SMALL[: SMALL.index("--wandb_mode")], *MACHINE, *FIT, "--report_audio", "False"]
 
 
 @pytest.fixture
@@ -38,7 +32,7 @@ def train(learnable, script, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"] if STAND_IN else ["32", "bf16-mixed", "16-mixed"])
 def test_it_learns_by_triton_and_the_cpu_predicts_the_same(train, learnable, script, tmp_path, precision):
     run = train("P", "--precision", precision)
     on_gpu = read_results(run)
@@ -66,9 +60,25 @@ def test_deterministic_means_the_same_bits_twice(train):
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
 
 
+@pytest.mark.skipif(STAND_IN, reason="only CUDA knows what waits")
+def test_the_host_does_not_wait_within_a_step(call_main, learnable, monkeypatch):
+    step = SceneClassifier.training_step
+
+    def strict(self, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("error" if self.global_step else "default")  # at first, kernels are compiled
+        try:
+            return step(self, batch, batch_idx)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(SceneClassifier, "training_step", strict)
+    done = call_main(train_base.main, *ON_GPU, "--dataset_dir", learnable, "--project_name", "P")
+    done.succeeded()
+
+
 def test_stage_2_and_what_it_stores(train, learnable, script, tmp_path):
     run = train("P")
-    machine = ["--num_workers", 0, *NO_WANDB, "--accelerator", ACCELERATOR]
+    machine = ["--num_workers", 0, *MACHINE]
     fit = ["--n_epochs", 2, "--batch_size", 8, "--warmup_steps", 2, *machine]
     more = ["--only_devices", "a,b", "--dataset_dir", learnable, "--project_name", "P"]
     script("train_device_specific.py", "--ckpt_id", run.name, *more, *fit).succeeded()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcase.data.tau22 import DEVICES, SCENES
 from dcase.model.metrics import SceneMetrics, mean_and_error, results
@@ -87,3 +88,14 @@ def test_error_of_a_mean_over_locations():
     assert mean_and_error(values, range(6))[1] == pytest.approx(np.std(values, ddof=1) / 6**0.5)  # the usual one
     assert mean_and_error(values * 4, places * 4)[1] == pytest.approx(error)  # the same clips again tell nothing new
     assert mean_and_error(values, ["x"] * 6) == (pytest.approx(0.3), math.inf)
+
+
+def test_counting_asks_for_no_value_that_a_host_would_have_to_wait_for():
+    class NoWait(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.bincount.default)
+            return function(*args, **(kwargs or {}))
+
+    scene, logits = torch.tensor([0, 3]), one_hot_logits([0, 4])
+    with NoWait():
+        SceneMetrics().update(logits, scene, scene, torch.ones(2))

@@ -86,7 +86,7 @@ def freq_mixstyle(x: Tensor, p: float, alpha: float) -> Tensor:
     centred = x - mean
     # Tensor.var takes ten times as long on a CPU.
     std = (centred.square().sum((1, 3), keepdim=True) / (x.shape[1] * x.shape[3] - 1) + 1e-6).sqrt()
-    weight = torch.distributions.Beta(alpha, alpha).sample((len(x), 1, 1, 1)).to(x.device)
+    weight = torch.distributions.Beta(alpha, alpha).sample((len(x), 1, 1, 1)).to(x.device, non_blocking=True)
     other = torch.randperm(len(x), device=x.device)
     mixed_mean = weight * mean + (1 - weight) * mean[other]
     mixed_std = weight * std + (1 - weight) * std[other]
@@ -108,7 +108,7 @@ class Mix(NamedTuple):
         """Draw a weight from Beta(alpha, alpha) for each of ``b`` clips and an order of them; 0: nothing is drawn."""
         if alpha == 0:
             return cls()
-        weight = torch.distributions.Beta(alpha, alpha).sample((b,)).to(device)
+        weight = torch.distributions.Beta(alpha, alpha).sample((b,)).to(device, non_blocking=True)
         return cls(torch.maximum(weight, 1 - weight), torch.randperm(b, device=device))
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from dcase.data import pack, synth
@@ -206,9 +207,9 @@ class BatchLoader(DataLoader):
         """As `Batches.weight`."""
         return self.batch_sampler.weight(batch)
 
-    def names(self, batch: Batch) -> list[str]:
-        """Return the file names of a batch's clips."""
-        return [self.dataset.clips.name(i) for i in batch.index.tolist()]
+    def names(self, index: Tensor) -> list[str]:
+        """Return the file names of clips, given by a `Batch`'s ``index``."""
+        return [self.dataset.clips.name(i) for i in index.tolist()]
 
 
 def loader(dataset: TAU22, machine: MachineConfig, batches: Batches) -> BatchLoader:

@@ -29,7 +29,8 @@ class SceneMetrics(Metric):
     def update(self, logits: Tensor, scene: Tensor, device: Tensor, loss: Tensor) -> None:
         """logits (b, scenes), scene (b,), device (b,): indices into SCENES and DEVICES; loss (b,): each clip's own."""
         cell = (device * len(SCENES) + scene) * len(SCENES) + logits.argmax(1)
-        self.confusion += torch.bincount(cell, minlength=self.confusion.numel()).view_as(self.confusion)
+        # Not bincount, for whose result a GPU's host waits to know the size.
+        self.confusion.view(-1).index_add_(0, cell, torch.ones_like(cell))
         self.loss_sum += loss.double().sum()
 
     def compute(self) -> dict:

@@ -26,6 +26,11 @@ class Bars(TQDMProgressBar):
         self.time_left: TimeLeft | None = None  # of training; `fit.train` sets it
         self.said_how_long = False
 
+    def setup(self, trainer: pl.Trainer, *args, **kwargs) -> None:
+        super().setup(trainer, *args, **kwargs)
+        if self.on_terminal and trainer.strategy.root_device.type == "cuda":
+            self._refresh_rate = trainer.log_every_n_steps  # to show the loss, the host waits for the GPU
+
     def print(self, *args, **kwargs) -> None:
         self.said = time.monotonic()
         if self.on_terminal:

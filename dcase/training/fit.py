@@ -99,6 +99,7 @@ class KeepCheckpoints(Checkpoint):
         self._stop(trainer)  # not sooner: Lightning still had to log the last batch
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: SceneClassifier) -> None:
+        module.refuse_non_finite()  # it names the clips
         for name, parameter in module.named_parameters():
             if not parameter.isfinite().all():
                 raise UserError(

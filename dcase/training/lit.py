@@ -22,6 +22,7 @@ from dcase.model.quantisation import rounded
 from dcase.runs.config import EvalConfig, TrainConfig
 from dcase.training.classifier import Classifier
 
+HOST_RUNS_AHEAD = ("cuda",)  # types of device that compute while the host goes on
 WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach the learning rate asked for
 
 
@@ -39,7 +40,8 @@ class SceneClassifier(Classifier):
         super().__init__(config, frames, device_ids)
         self.metrics = SceneMetrics()
         self.results: dict = {}  # of the last validation or test
-        self.logits = torch.zeros(0)  # of its clips, in the data set's order: (n, n_classes), float32, on the CPU
+        self.logits = torch.zeros(0)  # of its clips, in the data set's order: (n, n_classes), float32; then on the CPU
+        self._unchecked: list[tuple] = []  # of batches: whether the loss is finite, clips, loader, epoch, step
         self.log_prefix = ""  # "a/" while the model of device a is trained
         self.train_loss = torch.zeros(2, dtype=torch.float64)  # sum over the epoch's clips so far, and their number
         self.total_steps = 0  # optimiser steps of the run, for the schedule
@@ -68,7 +70,8 @@ class SceneClassifier(Classifier):
         self._refuse_non_finite(loss, batch, loader)
         self.log(f"{self.log_prefix}train/loss_step", loss, prog_bar=True, batch_size=len(batch.scene))
         counted = loader.counted(batch_idx)
-        self.train_loss += torch.stack([loss.detach().double() * counted, loss.new_tensor(counted).double()])
+        seen = loss.detach().double()
+        self.train_loss += torch.stack([seen * counted, torch.full_like(seen, counted)])
         return loss * loader.weight(batch_idx)
 
     def forward_model(self, x: Tensor, rounding: bool = True) -> Tensor:
@@ -166,12 +169,13 @@ class SceneClassifier(Classifier):
         n = loader.counted(batch_idx)
         self.metrics.update(logits[:n], batch.scene[:n], batch.device[:n], loss[:n])
         if not len(self.logits):
-            self.logits = torch.zeros(len(loader.dataset), logits.shape[1])
-        self.logits[batch.index[:n].cpu()] = logits[:n].cpu()
+            self.logits = logits.new_zeros(len(loader.dataset), logits.shape[1])
+        self.logits[batch.index[:n]] = logits[:n]
 
     def _finish(self, stage: str, step: int) -> None:
+        self.refuse_non_finite()
         self.results = self.metrics.compute()
-        self.logits = sum_over_all(self.logits)  # one process evaluated each clip
+        self.logits = sum_over_all(self.logits).cpu()  # one process evaluated each clip
         self.metrics.reset()
         shown = {name: self.results[name] for name in ("macro_avg_acc", "acc", "loss")}
         for table in ("scene_acc", "device_acc", "device_group_acc"):
@@ -202,17 +206,27 @@ class SceneClassifier(Classifier):
             logger.log_metrics({f"{self.log_prefix}{name}": value for name, value in metrics.items()}, step=step)
 
     def _refuse_non_finite(self, loss: Tensor, batch: Batch, loader: BatchLoader) -> None:
-        if not loss.isfinite().all():
-            names = loader.names(batch)
-            raise UserError(
-                f"the loss is not finite in epoch {self.current_epoch + 1}, step {self.global_step}; the checkpoints "
-                "were saved before that. Lower --lr, use --precision 32, or look at the batch's clips: "
-                f"{', '.join(names)}"
-            )
+        """Raise `UserError` where a loss is not finite: at once on a CPU. On a GPU, where a look makes the host wait,
+        at the next logging step, or before anything is saved."""
+        self._unchecked.append((loss.isfinite().all(), batch.index, loader, self.current_epoch + 1, self.global_step))
+        if loss.device.type not in HOST_RUNS_AHEAD or len(self._unchecked) >= self.trainer.log_every_n_steps:
+            self.refuse_non_finite()
+
+    def refuse_non_finite(self) -> None:
+        """Raise `UserError` where the loss of a batch was not finite, and nobody has looked yet."""
+        batches, self._unchecked = self._unchecked, []
+        finite = torch.stack([finite for finite, *_ in batches]).tolist() if batches else []
+        for is_finite, (_, index, loader, epoch, step) in zip(finite, batches, strict=True):
+            if not is_finite:
+                raise UserError(
+                    f"the loss is not finite in epoch {epoch}, step {step}; the checkpoints were saved before that. "
+                    f"Lower --lr, use --precision 32, or look at the batch's clips: {', '.join(loader.names(index))}"
+                )
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        self.refuse_non_finite()
         super().on_save_checkpoint(checkpoint)
         if self.average is not None and not self.average.in_place:
             checkpoint["average"] = self.average.state_dict()

@@ -37,7 +37,8 @@ class Teachers:
         """Return mean logits (b, n_classes) of a training batch: those kept, or those of this ``waveform``."""
         if self.kept is None:
             return self.live(waveform, length, batch.device)
-        return self.kept[batch.index.cpu()].to(waveform.device)
+        self.kept = self.kept.to(waveform.device)
+        return self.kept[batch.index]
 
     def keep(self, clips: TAU22, machine: MachineConfig) -> None:
         """Keep the logits of every training clip without augmentation, read from an earlier run's file or computed."""
