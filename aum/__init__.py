@@ -13,7 +13,7 @@ from aum.model import (
 )
 from aum.pretrained import PretrainedError, UnknownGrid, load_pretrained
 from aum.scan import available_backends, selective_scan_fn, use_backend
-from aum.self_test import SelfTestFailed, self_test
+from aum.self_test import SelfTestFailed, self_test, tested_backend
 
 __all__ = [
     "AuMConfig",
@@ -30,5 +30,6 @@ __all__ = [
     "parameter_groups",
     "selective_scan_fn",
     "self_test",
+    "tested_backend",
     "use_backend",
 ]

@@ -5,21 +5,43 @@ import copy
 import torch
 
 from aum.mamba import BiMamba
-from aum.scan import choose, use_backend
+from aum.model import AuMConfig
+from aum.scan import choose, is_forced, pass_over, use_backend
 
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}  # far above rounding, far below a mistake
+CLIPS = 16  # Triton compiles another kernel for multiples of 16, which batches usually are
+COMPARED = 2  # of them: only these reach the gradients
+LONGEST = 65  # tokens, where no kernel is compiled for a length: the reference takes seconds for long ones
 
 
 class SelfTestFailed(Exception):
     """The chosen backend fails or calculates wrongly; the message names it."""
 
 
-def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32) -> str:
-    """Compare a small mixer, forward and every gradient, with the plain PyTorch scan in float64 on the CPU.
+def tested_backend(device: torch.device | str, dtype: torch.dtype, config: AuMConfig) -> str:
+    """Return the fastest backend that passes `self_test` at a model's sizes. From then on `aum.scan.choose` passes over
+    those that failed for this type of device and dtype, and says so once.
+
+    Raises `SelfTestFailed` for a backend that was asked for by name, and where no other is left; ValueError as
+    `self_test`.
+    """
+    while True:
+        try:
+            return self_test(device, dtype, config)
+        except SelfTestFailed as error:
+            failed = choose(torch.device(device).type, dtype)
+            if is_forced() or failed == "torch":
+                raise
+            pass_over(failed, torch.device(device).type, dtype, str(error))
+
+
+def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32, config: AuMConfig | None = None) -> str:
+    """Compare a mixer, forward and every gradient, with the plain PyTorch scan in float64 on the CPU.
 
     Use the backend that a model on ``device`` would use, with autocast to ``dtype`` where that is a 16-bit type, and
-    return its name. This takes about 20 ms, plus compilation at first use, and draws no random number from the global
-    generators.
+    return its name. ``config``: take the sizes of this model's mixers and sequences, for which kernels may be compiled
+    specially; None: small ones, which take about 20 ms. What is compiled at first use takes longer. No random number
+    is drawn from the global generators.
 
     Raises:
         ValueError: as `aum.scan.choose`.
@@ -29,9 +51,17 @@ def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32) ->
     backend = choose(device.type, dtype)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        # These sizes run every part of the kernels: several chunks of steps, and all kinds of remainders.
-        mixer = BiMamba(24, d_state=9)
-        hidden, dy = torch.randn(2, 2, 43, 24)
+        if config is None:
+            # These sizes run every part of the kernels: several chunks of steps, and all kinds of remainders.
+            mixer, l, clips = BiMamba(24, d_state=9), 43, COMPARED
+        else:
+            mixer = BiMamba(config.embed_dim, config.d_state, config.d_conv, config.expand, config.direction)
+            mel, time = config.grid
+            l, clips = time if config.row_scan else mel * time + (config.cls_position != "none"), CLIPS
+            if backend != "triton":
+                l, clips = min(l, LONGEST), COMPARED
+        hidden, dy = torch.randn(2, clips, l, mixer.d_model)
+        dy[COMPARED:] = 0
     try:
         got = _run(copy.deepcopy(mixer).to(device), hidden.to(device), dy.to(device), dtype)
     except Exception as error:  # what a compiler or a driver raises
@@ -40,7 +70,7 @@ def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32) ->
             f"the scan backend {backend!r} fails on this machine: {type(error).__name__}: {message}"
         ) from error
     with use_backend("torch"):
-        expected = _run(mixer.double(), hidden.double(), dy.double(), torch.float64)
+        expected = _run(mixer.double(), hidden[:COMPARED].double(), dy[:COMPARED].double(), torch.float64)
     for name, reference in expected.items():
         error = ((got[name].cpu().double() - reference).norm() / reference.norm()).item()
         if not error <= TOLERANCE[dtype]:
@@ -52,12 +82,13 @@ def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32) ->
 
 
 def _run(mixer: BiMamba, hidden: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """Return the output and all gradients by name."""
+    """Return the output and all gradients by name, of the clips that are compared."""
     hidden = hidden.requires_grad_()
     low = dtype in (torch.bfloat16, torch.float16)
     with torch.enable_grad(), torch.autocast(hidden.device.type, dtype if low else torch.bfloat16, enabled=low):
         y = mixer(hidden)
     inputs = {"the input": hidden, **dict(mixer.named_parameters())}
-    gradients = torch.autograd.grad(y.to(dy.dtype), list(inputs.values()), dy)
+    dhidden, *gradients = torch.autograd.grad(y.to(dy.dtype), list(inputs.values()), dy)
+    gradients = dhidden[:COMPARED], *gradients
     named = {f"the gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}
-    return {"the output": y.detach()} | named
+    return {"the output": y.detach()[:COMPARED]} | named

@@ -24,7 +24,7 @@ only_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CLIPS = 2 if STAND_IN else 64
 LENGTHS = (3, 7) if STAND_IN else (65, 1025)
-ABSOLUTE = 1e-4  # relative L2 error that is always allowed
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}  # relative L2 error that is never too much
 _TINY = {"embed_dim": 8, "depth": 1, "d_state": 2, "n_mels": 16, "target_length": 9, "patch_size": (8, 4)}
 MODELS = {  # AuM-Nano has a stem and scans 17 tokens of each row; the others have 65 and 1,025 tokens
     "aum_nano": _TINY | {"stem": (2, 4), "patch_size": (2, 1)} if STAND_IN else {},
@@ -56,7 +56,7 @@ def compare(run, dtype) -> None:
     """Compare ``run(backend, dtype)``, tensors by name, as the file's first lines say."""
     expected = run("torch", torch.float64)
     ours, plain = (errors(run(backend, dtype), expected) for backend in ("triton", "torch"))
-    worse = {name: (ours[name], plain[name]) for name in ours if ours[name] > 3 * plain[name] + ABSOLUTE}
+    worse = {name: (ours[name], plain[name]) for name in ours if ours[name] > 3 * plain[name] + ALLOWED[dtype]}
     assert not worse, f"relative errors of triton and torch: {worse}"
 
 
@@ -124,7 +124,7 @@ def test_scan(dtype, l):
         more = {"delta_softplus": True, "return_last_state": True, "reverse": reverse, "backend": backend}
         y, last = aum.selective_scan_fn(u, delta, A, B, C, D, z, bias, **more)
         gradients = torch.autograd.grad([y, last], leaves, [dy.to(y.dtype), dlast.to(last.dtype)])
-        return {"y": y.detach(), "last": last.detach()} | dict(zip(names, gradients, strict=True))
+        return {"output": y.detach(), "last": last.detach()} | dict(zip(names, gradients, strict=True))
 
     compare(run, dtype)
     compare(lambda *how: run(*how, reverse=True), dtype)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aum
-from aum.scan import fused
+from aum.scan import backends, fused
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # relative L2
 NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
@@ -310,6 +310,48 @@ def test_the_self_test_finds_a_mistake(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "scan_backward", lambda *args: 1 / 0)
     with pytest.raises(aum.SelfTestFailed, match="'cpu' fails on this machine: ZeroDivisionError"):
         aum.self_test("cpu")
+
+
+@pytest.fixture
+def trust_again():
+    """What `choose` passes over is forgotten after the test."""
+    yield
+    backends._passed_over.clear()
+    backends._choose.cache_clear()
+
+
+def test_the_self_test_runs_the_models_own_sizes(monkeypatch):
+    from aum.scan import cpu_kernels
+
+    seen, right = [], cpu_kernels.scan_forward
+    monkeypatch.setattr(cpu_kernels, "scan_forward", lambda u, *args: seen.append(tuple(u.shape)) or right(u, *args))
+    for name, (l, d) in {"aum_small": (65, 768), "aum_nano": (17, 96)}.items():
+        assert aum.self_test("cpu", config=aum.create_config(name)) == "cpu"
+        assert seen.pop() == (2, 2, l, d)
+    monkeypatch.setattr(cpu_kernels, "scan_forward", lambda u, *args: right(u, *args) if u.shape[3] < 96 else 1 / 0)
+    assert aum.self_test("cpu") == "cpu"
+    with pytest.raises(aum.SelfTestFailed, match="'cpu' fails on this machine"):
+        aum.self_test("cpu", config=aum.create_config("aum_nano"))
+
+
+def test_where_a_backend_fails_the_next_one_is_taken_unless_it_was_named(monkeypatch, caplog, trust_again):
+    from aum.scan import cpu_kernels
+
+    config = aum.create_config("aum_nano")
+    monkeypatch.delenv("AUM_SCAN_BACKEND", raising=False)
+    monkeypatch.setattr(cpu_kernels, "scan_backward", lambda *args: 1 / 0)
+    with aum.use_backend("cpu"), pytest.raises(aum.SelfTestFailed):
+        aum.tested_backend("cpu", torch.float32, config)
+    monkeypatch.setenv("AUM_SCAN_BACKEND", "cpu")
+    with pytest.raises(aum.SelfTestFailed):
+        aum.tested_backend("cpu", torch.float32, config)
+    monkeypatch.delenv("AUM_SCAN_BACKEND")
+    caplog.set_level("INFO")
+    assert aum.tested_backend("cpu", torch.float32, config) == "torch" == backends.choose("cpu", torch.float32)
+    assert backends.choose("cpu", torch.bfloat16) == "cpu"  # which nobody has tested
+    (line,) = [x.getMessage() for x in caplog.records if "'torch'" in x.getMessage()]
+    assert "not 'cpu': the scan backend 'cpu' fails on this machine: ZeroDivisionError" in line
+    aum.AudioMamba(config)(torch.randn(1, 1, 256, 65)).sum().backward()
 
 
 def test_fused_is_what_the_mixer_runs(monkeypatch):

@@ -100,6 +100,7 @@ BACKENDS = {
 _ORDER = {"cpu": ("cpu", "torch"), "cuda": ("triton", "mamba_ssm", "torch")}  # the fastest first
 
 _forced: ContextVar[str | None] = ContextVar("use_backend", default=None)
+_passed_over: dict[tuple[str, str, torch.dtype], str] = {}  # (backend, type of device, dtype) -> why
 
 
 @contextlib.contextmanager
@@ -113,6 +114,17 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def is_forced() -> bool:
+    """Return whether `use_backend` or AUM_SCAN_BACKEND names a backend."""
+    return bool(_forced.get() or os.environ.get("AUM_SCAN_BACKEND"))
+
+
+def pass_over(name: str, device: str, dtype: torch.dtype, why: str) -> None:
+    """Let `choose`, where nothing is asked for by name, take another backend for this type of device and dtype."""
+    _passed_over[name, device, dtype] = why
+    _choose.cache_clear()
 
 
 def available_backends() -> tuple[str, ...]:
@@ -157,12 +169,13 @@ def _choose(device: str, dtype: torch.dtype, name: str | None, who: str, determi
         return name
     passed = {}
     for name in _ORDER.get(device, ("torch",)):
-        reason = BACKENDS[name].why_not(device, dtype, deterministic)
+        reason = _passed_over.get((name, device, dtype)) or BACKENDS[name].why_not(device, dtype, deterministic)
         if reason is None:
             break
         passed[name] = reason
     reasons = "".join(f"; not {other!r}: {reason}" for other, reason in passed.items())
-    slower = name == "torch" and any(BACKENDS[other].missing() for other in passed)
+    failed = any((other, device, dtype) in _passed_over for other in passed)
+    slower = failed or name == "torch" and any(BACKENDS[other].missing() for other in passed)
     level = logging.WARNING if slower else logging.INFO
     log.log(level, "selective scan: backend %r for %s on %s%s", name, _short(dtype), device, reasons)
     return name

@@ -310,10 +310,11 @@ def fit_normalisation(module: SceneClassifier, train: TAU22, machine: MachineCon
 
 @doctor_tells_more
 def _prepare_model(module: SceneClassifier, trainer: pl.Trainer, config: TrainConfig) -> None:
-    """Test the scan on the training device, and compile the model with --compile."""
+    """Test the scan at the model's sizes on the training device, and compile the model with --compile."""
     device = trainer.strategy.root_device
     try:
-        aum.self_test(device, DTYPES[config.machine.precision])
+        if isinstance(module.model, aum.AudioMamba):
+            aum.tested_backend(device, DTYPES[config.machine.precision], module.model.config)
     except aum.SelfTestFailed as error:
         raise UserError(f"{error}. Train with --scan_backend torch, and please report this") from error
     if config.fit.compile:
