@@ -32,6 +32,9 @@ class MachineConfig:
     """Clips per batch in each process."""
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
     """Precision of matrix products; the scan's state and the residual stream are always 32-bit."""
+    float32_matmul: Literal["highest", "high", "medium"] = "highest"
+    """On a GPU, how float32 matrix products and convolutions are rounded: highest: in float32; high: TF32 (10 bits of
+    mantissa, faster on tensor cores); medium: bfloat16 products where there are any. A CPU always takes float32."""
     num_workers: int = 8
     """Processes that read WAV files, at most one per core; 0: the training process reads. A pack needs at most one."""
     accelerator: str = "auto"

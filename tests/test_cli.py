@@ -3,8 +3,10 @@
 import dataclasses
 import re
 import shlex
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, refusal
 
 from dcase import cli, predict
@@ -13,11 +15,13 @@ from dcase.complexity import ComplexityConfig
 from dcase.data.synth import SynthConfig
 from dcase.doctor.data import DoctorConfig
 from dcase.export import ExportConfig
+from dcase.machine import MachineConfig
 from dcase.predict import PredictConfig
 from dcase.prepare import PrepareConfig
 from dcase.publish import PublishConfig
 from dcase.runs import config
 from dcase.submit import SubmitConfig
+from dcase.training import fit
 from dcase.validate_submission import ValidateConfig
 
 CONFIGS = {
@@ -39,7 +43,7 @@ CONFIGS = {
 # The flags that other people's scripts may rely on. A name may be added here, with a reason; none may go.
 MODEL = "model embed_dim depth freq_norm stem stem_blocks patch_size strides n_classes d_state d_conv expand direction paired_layers pool cls_position pos_embed factorised_pos_embed row_scan local_conv head dropout drop_path"  # noqa: E501
 LOGMEL = "sample_rate window_length hop_length n_fft n_mels f_min f_max target_length"
-EVALUATION = f"project_name experiment_name run_id wandb_mode logger log_checkpoints report_audio dataset_dir orig_sample_rate read_from pack_dir {MODEL} {LOGMEL} weight_bits batch_size precision num_workers accelerator devices num_nodes strategy scan_backend deterministic"  # noqa: E501
+EVALUATION = f"project_name experiment_name run_id wandb_mode logger log_checkpoints report_audio dataset_dir orig_sample_rate read_from pack_dir {MODEL} {LOGMEL} weight_bits batch_size precision float32_matmul num_workers accelerator devices num_nodes strategy scan_backend deterministic"  # noqa: E501
 TRAINING = f"{EVALUATION} resume subset val_fraction val_split roll_sec mixstyle_p mixstyle_alpha freqm timem timem_max_fraction dir_path dir_p mixup_alpha teacher teacher_input teacher_weight temperature n_epochs lr warmup_steps weight_decay accumulate_grad_batches gradient_clip_val check_val_every_n_epoch layer_decay freeze_epochs ema_decay qat_epochs compile seed"  # noqa: E501
 FLAGS = {
     "train_base.py": f"{TRAINING} seeds init_from pretrained pretrained_grid",
@@ -217,3 +221,20 @@ def test_the_usage_of_a_module_is_how_it_is_run(name, script):
 
 def test_help_of_a_script_that_needs_a_checkpoint(script):
     assert "--ckpt_id" in script("train_device_specific.py", "--help").succeeded().out
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("how", ["highest", "high", "medium"])
+def test_how_float32_is_rounded_is_a_gpus_alone(device, how, monkeypatch):
+    """Without a GPU: what torch is told where Lightning chose one."""
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    monkeypatch.setattr(fit, "make_trainer", lambda *_: SimpleNamespace(world_size=1, strategy=strategy))
+    monkeypatch.setattr(fit, "choose", lambda *_: "triton")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        fit.check_machine(MachineConfig(float32_matmul=how))
+        after = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        assert after == (before if device == "cpu" else (how, how != "highest"))
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -209,7 +209,7 @@ Config = TypeVar("Config", bound=EvalConfig)
 # What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
 FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
-    "scan_backend", "deterministic", "compile", "read_from", "pack_dir", "report_audio",
+    "scan_backend", "deterministic", "float32_matmul", "compile", "read_from", "pack_dir", "report_audio",
     "logger", "log_checkpoints",
 }  # fmt: skip
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew

@@ -231,6 +231,15 @@ def check_machine(machine: MachineConfig) -> None:
         raise UserError(f"--scan_backend (or AUM_SCAN_BACKEND): {error}") from error
     if device == "cpu":
         keep_freed_memory()
+    elif device == "cuda":
+        round_float32(machine.float32_matmul)
+
+
+def round_float32(how: str) -> None:
+    """Set how a GPU rounds float32 matrix products (--float32_matmul), and convolutions with them, for which torch's
+    default is TF32."""
+    torch.set_float32_matmul_precision(how)
+    torch.backends.cudnn.allow_tf32 = how != "highest"
 
 
 def make_trainer(
