@@ -5,8 +5,12 @@ other test modules, so it is set only while a copy of the module, private to the
 takes another copy, without it: that one compiles the kernels for a GPU that need not be there.
 """
 
+import functools
 import importlib.util
+import math
 import os
+import re
+import subprocess
 from pathlib import Path
 from unittest import mock
 
@@ -313,10 +317,12 @@ class Compiled:
         self.result = triton.compile(source, target=self.target, options={"num_warps": num_warps})
 
 
+not_interpreted = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET", "0") != "0", reason="triton is interpreted")
+
+
+@not_interpreted
 def test_the_kernels_compile_for_a_gpu_that_is_not_here(monkeypatch):
     compiler = pytest.importorskip("triton.backends.compiler")
-    if os.environ.get("TRITON_INTERPRET", "0") != "0":
-        pytest.skip("triton was imported for its interpreter")
     compiled = load_kernels(interpreted=False)
     names = ("_conv_forward", "_conv_backward_weight", "_conv_backward_input")
     names += ("_scan_forward", "_scan_backward", "_sum_tiles")
@@ -332,3 +338,34 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(monkeypatch):
     y, last, states = compiled.scan_forward(*shared, True)
     compiled.scan_backward(y, last, *shared, states, u, u, B, B, x)
     assert all(".target sm_90" in kernel[name].result.asm["ptx"] for name in names)
+
+
+@not_interpreted
+def test_aum_smalls_state_stays_in_registers(monkeypatch, tmp_path):
+    """What NVIDIA's assembler reports of the backward pass in training, for sm_90."""
+    compiler = pytest.importorskip("triton.backends.compiler")
+    compiled = load_kernels(interpreted=False)
+    kernel = Compiled(compiled._scan_backward, compiler.GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(compiled, "_scan_backward", kernel)
+    monkeypatch.setattr(compiled, "_sum_tiles", mock.MagicMock())
+    b, l, d, n, k = 64, 65, 768, 16, 2
+    new = functools.partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    u, z, p = new(k, b, l, d), new(b, l, 2 * d)[..., d:], new(k, b, l, 1, 24 + 2 * n)
+    B, C = p[..., 24 : 24 + n], p[..., 24 + n :]
+    A, D = torch.empty(k, d, n, device="meta"), torch.empty(k, d, device="meta")
+    states = torch.empty(compiled.states_shape(k, b, l, d, 1, n), device="meta")
+    compiled.scan_backward(new(b, l, d), None, u, u, A, B, C, D, z, D, True, (False, True), 0.5, states, u, u, B, C, z)
+    (tmp_path / "kernel.ptx").write_text(kernel.result.asm["ptx"])
+    command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", tmp_path / "kernel.ptx", "-o", tmp_path / "cubin"]
+    report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert (
+        "0 bytes spill stores, 0 bytes spill loads" in report and int(re.search(r"Used (\d+) regis", report)[1]) < 255
+    )
+
+
+@pytest.mark.parametrize("itemsize, at_most", [(2, 1.5), (4, 1.25)])
+def test_few_states_are_kept(itemsize, at_most):
+    """AuM-Small keeps little more than the 5,872 values a token that any implementation must keep."""
+    for l in (33, 65, 129, 641, 1025, 4097):
+        states = math.prod(kernels.states_shape(2, 1, l, 768, 1, 16))
+        assert 1 + 4 * states / (5872 * l * itemsize) <= at_most

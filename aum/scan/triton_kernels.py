@@ -9,8 +9,11 @@ state in registers. Both directions run in the same program, one after the other
 their outputs: the first leaves its output in a float32 buffer, which the second finds in the L2 cache. That costs less
 than two outputs and a separate kernel for the gate; it halves the programs, which b times the tiles can spare.
 
-Time goes in chunks: load the steps of a chunk, compute, store, so that many loads are under way at once; the forward
-pass stores the state between chunks, and the backward pass recomputes those within a chunk, keeping them in registers.
+Time goes in chunks: load the steps of a chunk, compute, store, so that many loads are under way at once. The forward
+pass stores the state before every segment of ``EVERY`` chunks. The backward pass goes through a segment twice: forward
+from the stored state, to leave the state before each chunk in a buffer that the L2 cache holds, then back from chunk to
+chunk, recomputing the states within one and keeping them in registers. So few states are kept from the forward pass,
+and few in registers.
 
 The tile is [n, channels]. Its layout over the warp follows from the loads of A and of the stored states, where the
 states of a channel lie side by side: four states and four channels a thread, for n = 16 on 4 lanes over states and 8
@@ -27,6 +30,7 @@ added afterwards in a fixed order, so the same input gives the same bits.
 """
 
 import functools
+import math
 
 import torch
 import triton
@@ -39,10 +43,11 @@ LN2 = tl.constexpr(0.6931471805599453)
 # To be tuned on a GPU. None of these changes a result by more than the order of its sums.
 TILE = 512  # states times channels of a program: 16 registers a thread and copy of the state. More: fewer programs
 WIDEST = 64  # most channels of a program, where n is small
-# Most steps between stored states. More: less memory traffic, but as many copies of the state in the backward's
-# registers (5 spills a little at 255), and longer code. Tiles under 32 channels hold what is per channel several times.
-CHUNK = 5
-CHUNK_NARROW = 3
+# Most steps of a chunk in the backward pass, half of the forward's. More: more loads under way, but as many copies of
+# the state in the backward's registers, and longer code. For sm_90 and n = 16, 2 take 229 registers; 3 spill at 255.
+CHUNK = 2
+STORE = 1.2  # steps between stored states, times n: what is saved is then below 1.5 times what must be kept in 16 bits
+MOST = 12  # chunks of a segment: a backward pass needs a buffer of so many states
 CONV_TIMES, CONV_CHANNELS = 16, 64  # of the tile of a program's 4 warps; a program goes through all times
 SUM_BLOCK = 256  # elements of dB or dC a program sums up
 
@@ -260,38 +265,56 @@ def _place(n: tl.constexpr, dg: tl.constexpr, G: tl.constexpr, N: tl.constexpr, 
 
 @triton.jit
 def _load_step(
-    ptr, STRIDE: tl.constexpr, chunk, i: tl.constexpr, l: tl.constexpr, mask, CHUNK: tl.constexpr, BACK: tl.constexpr
+    ptr,
+    STRIDE: tl.constexpr,
+    chunk,
+    i: tl.constexpr,
+    l: tl.constexpr,
+    mask,
+    CHUNK: tl.constexpr,
+    BACK: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Step i of the chunk, in the order of the scan, in float32; zero after the last step.
+    EXACT: there is none after it.
 
     A step of zeros with a step size of zero leaves the state and every sum as they are: no remainder to handle.
     """
     ptr += tl.cast(l - 1 - chunk * CHUNK if BACK else chunk * CHUNK, tl.int64) * STRIDE
-    inside = mask if l % CHUNK == 0 else mask & (chunk * CHUNK + i < l)
+    inside = mask if EXACT else mask & (chunk * CHUNK + i < l)
     return tl.load(ptr + (-i * STRIDE if BACK else i * STRIDE), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _load_chunk(ptr, STRIDE: tl.constexpr, chunk, l: tl.constexpr, mask, CHUNK: tl.constexpr, BACK: tl.constexpr):
+def _load_chunk(
+    ptr,
+    STRIDE: tl.constexpr,
+    chunk,
+    l: tl.constexpr,
+    mask,
+    CHUNK: tl.constexpr,
+    BACK: tl.constexpr,
+    EXACT: tl.constexpr,
+):
     """The chunk's steps of a tensor, a tuple."""
     rows = ()
     for i in tl.static_range(CHUNK):
-        rows = rows + (_load_step(ptr, STRIDE, chunk, i, l, mask, CHUNK, BACK),)
+        rows = rows + (_load_step(ptr, STRIDE, chunk, i, l, mask, CHUNK, BACK, EXACT),)
     return rows
 
 
 @triton.jit
 def _store_step(
     ptr, STRIDE: tl.constexpr, row, chunk, i: tl.constexpr, l: tl.constexpr, mask,
-    CHUNK: tl.constexpr, BACK: tl.constexpr,
+    CHUNK: tl.constexpr, BACK: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     ptr += tl.cast(l - 1 - chunk * CHUNK if BACK else chunk * CHUNK, tl.int64) * STRIDE
-    inside = mask if l % CHUNK == 0 else mask & (chunk * CHUNK + i < l)
+    inside = mask if EXACT else mask & (chunk * CHUNK + i < l)
     tl.store(ptr + (-i * STRIDE if BACK else i * STRIDE), row.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _step_sizes(deltas, bias, chunk, l: tl.constexpr, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr):
+def _step_sizes(deltas, bias, chunk, l: tl.constexpr, SOFTPLUS: tl.constexpr, CHUNK: tl.constexpr, EXACT: tl.constexpr):
     """Step sizes from delta, and their derivatives by it; 0 after the last step."""
     sizes = ()
     slopes = ()
@@ -302,7 +325,7 @@ def _step_sizes(deltas, bias, chunk, l: tl.constexpr, SOFTPLUS: tl.constexpr, CH
             size += bias
         if SOFTPLUS:
             size, slope = _softplus(size)
-        sizes = sizes + (size if l % CHUNK == 0 else tl.where(chunk * CHUNK + i < l, size, 0.0),)
+        sizes = sizes + (size if EXACT else tl.where(chunk * CHUNK + i < l, size, 0.0),)
         slopes = slopes + (slope,)
     return sizes, slopes
 
@@ -313,11 +336,12 @@ def _scan_forward(
     b, scale, u_st, delta_st, B_st, C_st, z_b,
     u_l: tl.constexpr, delta_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr, z_l: tl.constexpr,
     l: tl.constexpr, d: tl.constexpr, n: tl.constexpr, G: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr,
-    SOFTPLUS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     batch, group, tile, j, c, mask_n, mask_c = _place(n, d // G, G, N, BD)
     mask_h = mask_n[:, None] & mask_c[None, :]
     row = batch * l * d + c  # in y and in the sum
+    EXACT: tl.constexpr = l % CHUNK == 0
     for s in tl.static_range(S):
         A = tl.load(A_ptr + (s * d + c[None, :]) * n + j[:, None], mask=mask_h, other=0.0) * LOG2E
         D = None if D_ptr is None else tl.load(D_ptr + s * d + c, mask=mask_c, other=0.0)
@@ -330,14 +354,14 @@ def _scan_forward(
         state = (s * b + batch) * n * d + j[:, None] + c[None, :] * n
         h = tl.full((N, BD), 0.0, tl.float32)
         for chunk in range(0, (l + CHUNK - 1) // CHUNK):
-            if states_ptr is not None:  # the first chunk starts from zero: nothing to store
-                to = states_ptr + tl.cast(chunk - 1, tl.int64) * S * b * n * d + state
-                tl.store(to, h, mask=mask_h & (chunk > 0))
-            us = _load_chunk(u_s, u_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-            deltas = _load_chunk(delta_s, delta_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-            Bs = _load_chunk(B_s, B_l, chunk, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-            Cs = _load_chunk(C_s, C_l, chunk, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-            sizes, slopes = _step_sizes(deltas, bias, chunk, l, SOFTPLUS, CHUNK)
+            if states_ptr is not None:  # the first segment starts from zero: nothing to store
+                to = states_ptr + tl.cast(chunk // EVERY - 1, tl.int64) * S * b * n * d + state
+                tl.store(to, h, mask=mask_h & (chunk > 0) & (chunk % EVERY == 0))
+            us = _load_chunk(u_s, u_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+            deltas = _load_chunk(delta_s, delta_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+            Bs = _load_chunk(B_s, B_l, chunk, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+            Cs = _load_chunk(C_s, C_l, chunk, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+            sizes, slopes = _step_sizes(deltas, bias, chunk, l, SOFTPLUS, CHUNK, EXACT)
             os = ()
             for i in tl.static_range(CHUNK):
                 h = tl.exp2(sizes[i][None, :] * A) * h + (sizes[i] * us[i])[None, :] * Bs[i][:, None]
@@ -345,36 +369,40 @@ def _scan_forward(
                 os = os + (o if D is None else o + D * us[i],)
             if s == S - 1:
                 if S > 1:
-                    others = _load_chunk(sum_ptr + row, d, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1)
+                    others = _load_chunk(sum_ptr + row, d, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
                 if z_ptr is not None:
-                    zs = _load_chunk(z_ptr + batch * z_b + c, z_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1)
+                    zs = _load_chunk(z_ptr + batch * z_b + c, z_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
             for i in tl.static_range(CHUNK):
                 if s < S - 1:
-                    _store_step(sum_ptr + row, d, os[i], chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1)
+                    _store_step(sum_ptr + row, d, os[i], chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
                 else:
                     y = os[i] * scale if S == 1 else (os[i] + others[i]) * scale
                     if z_ptr is not None:
                         y *= zs[i] * _sigmoid(zs[i])
-                    _store_step(y_ptr + row, d, y, chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1)
+                    _store_step(y_ptr + row, d, y, chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
         tl.store(last_ptr + last, h, mask=mask_h)
         tl.debug_barrier()  # the second direction reads what other lanes may have written
 
 
 @triton.jit
 def _scan_backward(
-    dy_ptr, dlast_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, states_ptr, sum_ptr,
+    dy_ptr, dlast_ptr, u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, bias_ptr, states_ptr, starts_ptr, sum_ptr,
     du_ptr, ddelta_ptr, dB_ptr, dC_ptr, dz_ptr, dA_ptr, dD_ptr, dbias_ptr,
     b, scale, u_st, delta_st, B_st, C_st, z_b, du_st, ddelta_st, dz_b,
     u_l: tl.constexpr, delta_l: tl.constexpr, B_l: tl.constexpr, C_l: tl.constexpr, z_l: tl.constexpr,
     du_l: tl.constexpr, ddelta_l: tl.constexpr, dz_l: tl.constexpr,
     l: tl.constexpr, d: tl.constexpr, n: tl.constexpr, G: tl.constexpr, S: tl.constexpr, REVERSE: tl.constexpr,
-    SOFTPLUS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+    SOFTPLUS: tl.constexpr, N: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
-    """dB, dC (tiles, s, b, l, g, n), dA (b, s, d, n), dD, dbias (b, s, d) are partial sums."""
+    """dB, dC (tiles, s, b, l, g, n), dA (b, s, d, n), dD, dbias (b, s, d) are partial sums.
+    starts (EVERY, b, d, n): the states before a segment's chunks."""
     batch, group, tile, j, c, mask_n, mask_c = _place(n, d // G, G, N, BD)
     mask_h = mask_n[:, None] & mask_c[None, :]
     row = batch * l * d + c  # in dy and in the sum
+    EXACT: tl.constexpr = l % (CHUNK * EVERY) == 0
     chunks: tl.constexpr = (l + CHUNK - 1) // CHUNK
+    segments: tl.constexpr = (chunks + EVERY - 1) // EVERY
+    starts = starts_ptr + batch * n * d + j[:, None] + c[None, :] * n
     for s in tl.static_range(S):
         A = tl.load(A_ptr + (s * d + c[None, :]) * n + j[:, None], mask=mask_h, other=0.0) * LOG2E
         D = None if D_ptr is None else tl.load(D_ptr + s * d + c, mask=mask_c, other=0.0)
@@ -391,76 +419,104 @@ def _scan_backward(
         dA = tl.full((N, BD), 0.0, tl.float32)
         dD = tl.full((BD,), 0.0, tl.float32)
         dbias = tl.full((BD,), 0.0, tl.float32)
-        for k in range(0, chunks):
-            chunk = chunks - 1 - k
-            start = states_ptr + tl.cast(chunk - 1, tl.int64) * S * b * n * d + state
-            h = tl.load(start, mask=mask_h & (chunk > 0), other=0.0)
-            us = _load_chunk(u_s, u_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-            deltas = _load_chunk(delta_s, delta_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-            dys = _load_chunk(dy_ptr + row, d, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-            if z_ptr is not None:
-                zs = _load_chunk(z_ptr + batch * z_b + c, z_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-            if z_ptr is not None and 0 < s and s == S - 1:
-                others = _load_chunk(sum_ptr + row, d, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-            sizes, slopes = _step_sizes(deltas, bias, chunk, l, SOFTPLUS, CHUNK)
-
-            # Forward again: the states before each step, and for dz the outputs.
-            before = ()
-            os = ()
-            for i in tl.static_range(CHUNK):
-                B = _load_step(B_s, B_l, chunk, i, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-                before = before + (h,)
-                h = tl.exp2(sizes[i][None, :] * A) * h + (sizes[i] * us[i])[None, :] * B[:, None]
+        for k in range(0, segments):
+            first = (segments - 1 - k) * EVERY
+            h = tl.load(
+                states_ptr + tl.cast(segments - 2 - k, tl.int64) * S * b * n * d + state, mask=mask_h & (first > 0),
+                other=0.0,
+            )  # fmt: skip
+            tl.debug_barrier()  # other lanes may still have to read what this one writes
+            # Forward from there: the states before the segment's chunks.
+            for q in range(0, EVERY - 1):
+                tl.store(starts + tl.cast(q, tl.int64) * b * n * d, h, mask=mask_h)
+                us = _load_chunk(u_s, u_l, first + q, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+                deltas = _load_chunk(delta_s, delta_l, first + q, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+                sizes, slopes = _step_sizes(deltas, bias, first + q, l, SOFTPLUS, CHUNK, EXACT)
+                for i in tl.static_range(CHUNK):
+                    B = _load_step(B_s, B_l, first + q, i, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+                    h = tl.exp2(sizes[i][None, :] * A) * h + (sizes[i] * us[i])[None, :] * B[:, None]
+            tl.store(starts + (EVERY - 1) * b * n * d, h, mask=mask_h)
+            tl.debug_barrier()  # a lane may read what another has written
+            for q in range(0, EVERY):
+                chunk = first + EVERY - 1 - q
+                h = tl.load(starts + tl.cast(EVERY - 1 - q, tl.int64) * b * n * d, mask=mask_h, other=0.0)
+                us = _load_chunk(u_s, u_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+                deltas = _load_chunk(delta_s, delta_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+                dys = _load_chunk(dy_ptr + row, d, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
                 if z_ptr is not None:
-                    C = _load_step(C_s, C_l, chunk, i, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-                    o = _sum(h * C[:, None], axis=0)
+                    zs = _load_chunk(z_ptr + batch * z_b + c, z_l, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+                if z_ptr is not None and 0 < s and s == S - 1:
+                    others = _load_chunk(sum_ptr + row, d, chunk, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+                sizes, slopes = _step_sizes(deltas, bias, chunk, l, SOFTPLUS, CHUNK, EXACT)
+
+                # Forward again: the states before each step, and for dz the outputs.
+                before = ()
+                os = ()
+                for i in tl.static_range(CHUNK):
+                    B = _load_step(B_s, B_l, chunk, i, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+                    before = before + (h,)
+                    h = tl.exp2(sizes[i][None, :] * A) * h + (sizes[i] * us[i])[None, :] * B[:, None]
+                    if z_ptr is not None:
+                        C = _load_step(C_s, C_l, chunk, i, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+                        o = _sum(h * C[:, None], axis=0)
+                        if D is not None:
+                            o += D * us[i]
+                        if s < S - 1:
+                            _store_step(sum_ptr + row, d, o, chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+                        elif S > 1:
+                            o += others[i]
+                        os = os + (o,)
+
+                # Backward: dh is what the steps after send; dy adds to it. B and C are loaded one step ahead.
+                B_next = _load_step(B_s, B_l, chunk, CHUNK - 1, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+                C_next = _load_step(C_s, C_l, chunk, CHUNK - 1, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+                for i in tl.static_range(CHUNK - 1, -1, -1):
+                    B = B_next
+                    C = C_next
+                    if i > 0:
+                        B_next = _load_step(B_s, B_l, chunk, i - 1, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+                        C_next = _load_step(C_s, C_l, chunk, i - 1, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+                    do = dys[i] * scale
+                    if z_ptr is not None:
+                        sig = _sigmoid(zs[i])
+                        if s == S - 1:
+                            dz = os[i] * do * sig * (1.0 + zs[i] * (1.0 - sig))
+                            _store_step(
+                                dz_ptr + batch * dz_b + c,
+                                dz_l,
+                                dz,
+                                chunk,
+                                i,
+                                l,
+                                mask_c,
+                                CHUNK,
+                                (REVERSE >> s) & 1,
+                                EXACT,
+                            )
+                        do *= zs[i] * sig
+                    dC = _sum(h * do[None, :], axis=1)
+                    _store_step(dC_ptr + part, G * n, dC, chunk, i, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+                    h = before[i]
+                    dh += do[None, :] * C[:, None]
+                    dB = _sum(dh * (sizes[i] * us[i])[None, :], axis=1)
+                    _store_step(dB_ptr + part, G * n, dB, chunk, i, l, mask_n, CHUNK, (REVERSE >> s) & 1, EXACT)
+                    dinput = _sum(dh * B[:, None], axis=0)  # gradient of size u
+                    dh *= tl.exp2(sizes[i][None, :] * A)
+                    dexponent = dh * h  # gradient of size A
+                    ddelta = _sum(dexponent * A, axis=0) * LN2 + dinput * us[i]
+                    dA += dexponent * sizes[i][None, :]
+                    du = dinput * sizes[i]
                     if D is not None:
-                        o += D * us[i]
-                    if s < S - 1:
-                        _store_step(sum_ptr + row, d, o, chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-                    elif S > 1:
-                        o += others[i]
-                    os = os + (o,)
-
-            # Backward: dh is what the steps after send; dy adds to it. B and C are loaded one step ahead.
-            B_next = _load_step(B_s, B_l, chunk, CHUNK - 1, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-            C_next = _load_step(C_s, C_l, chunk, CHUNK - 1, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-            for i in tl.static_range(CHUNK - 1, -1, -1):
-                B = B_next
-                C = C_next
-                if i > 0:
-                    B_next = _load_step(B_s, B_l, chunk, i - 1, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-                    C_next = _load_step(C_s, C_l, chunk, i - 1, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-                do = dys[i] * scale
-                if z_ptr is not None:
-                    sig = _sigmoid(zs[i])
-                    if s == S - 1:
-                        dz = os[i] * do * sig * (1.0 + zs[i] * (1.0 - sig))
-                        _store_step(dz_ptr + batch * dz_b + c, dz_l, dz, chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-                    do *= zs[i] * sig
-                dC = _sum(h * do[None, :], axis=1)
-                _store_step(dC_ptr + part, G * n, dC, chunk, i, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-                h = before[i]
-                dh += do[None, :] * C[:, None]
-                dB = _sum(dh * (sizes[i] * us[i])[None, :], axis=1)
-                _store_step(dB_ptr + part, G * n, dB, chunk, i, l, mask_n, CHUNK, (REVERSE >> s) & 1)
-                dinput = _sum(dh * B[:, None], axis=0)  # gradient of size u
-                dh *= tl.exp2(sizes[i][None, :] * A)
-                dexponent = dh * h  # gradient of size A
-                ddelta = _sum(dexponent * A, axis=0) * LN2 + dinput * us[i]
-                dA += dexponent * sizes[i][None, :]
-                du = dinput * sizes[i]
-                if D is not None:
-                    du += do * D
-                    dD += do * us[i]
-                if SOFTPLUS:
-                    ddelta *= slopes[i]
-                if bias is not None:
-                    dbias += ddelta if l % CHUNK == 0 else tl.where(chunk * CHUNK + i < l, ddelta, 0.0)
-                du_s = du_ptr + s * du_st[0] + batch * du_st[1] + c
-                _store_step(du_s, du_l, du, chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1)
-                ddelta_s = ddelta_ptr + s * ddelta_st[0] + batch * ddelta_st[1] + c
-                _store_step(ddelta_s, ddelta_l, ddelta, chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1)
+                        du += do * D
+                        dD += do * us[i]
+                    if SOFTPLUS:
+                        ddelta *= slopes[i]
+                    if bias is not None:
+                        dbias += ddelta if EXACT else tl.where(chunk * CHUNK + i < l, ddelta, 0.0)
+                    du_s = du_ptr + s * du_st[0] + batch * du_st[1] + c
+                    _store_step(du_s, du_l, du, chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
+                    ddelta_s = ddelta_ptr + s * ddelta_st[0] + batch * ddelta_st[1] + c
+                    _store_step(ddelta_s, ddelta_l, ddelta, chunk, i, l, mask_c, CHUNK, (REVERSE >> s) & 1, EXACT)
         tl.store(dA_ptr + ((batch * S + s) * d + c[None, :]) * n + j[:, None], dA, mask=mask_h)
         if D_ptr is not None:
             tl.store(dD_ptr + (batch * S + s) * d + c, dD, mask=mask_c)
@@ -484,27 +540,35 @@ def _sum_tiles(partial_ptr, out_ptr, size, b, l, g, n, out_st, TILES: tl.constex
     tl.store(out_ptr + out, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _chunk(l: int, most: int) -> int:
-    """Steps a chunk, such that the sum of steps (the last chunk's idle ones included) and chunks is least."""
-    return min(range(1, most + 1), key=lambda c: triton.cdiv(l, c) * (c + 1))
+def _chunks(l: int, n: int) -> tuple[int, int]:
+    """Steps of a chunk and chunks of a segment, 1 or an even number, such that the sum of steps (the idle ones after
+    the last included) and chunks is least."""
+    found = []
+    for c in range(1, CHUNK + 1):
+        chunks = triton.cdiv(l, c)
+        fewest = min(math.ceil(STORE * n / c), MOST, chunks)
+        for every in range(fewest + fewest % 2, MOST + 1, 2) if chunks > 1 else (1,):
+            found.append((triton.cdiv(chunks, every) * every * (c + 1), c, every))
+    return min(found)[1:]
 
 
-def _tile(l: int, d: int, g: int, n: int) -> tuple[int, int, int]:
-    """States and channels of a program's tile, both powers of 2, and the steps of a chunk."""
+def _tile(l: int, d: int, g: int, n: int) -> tuple[int, int, int, int]:
+    """States and channels of a program's tile, both powers of 2; the steps of a chunk, and the chunks of a segment."""
     N = triton.next_power_of_2(n)
     BD = min(triton.next_power_of_2(d // g), max(TILE // N, 1), WIDEST)
-    return N, BD, _chunk(l, CHUNK if BD >= 32 else CHUNK_NARROW)
+    return N, BD, *_chunks(l, n)
 
 
 def states_shape(s: int, b: int, l: int, d: int, g: int, n: int) -> tuple[int, ...]:
-    """Return the shape of the states before each chunk of steps except the first."""
-    return max(triton.cdiv(l, _tile(l, d, g, n)[2]), 1) - 1, s, b, d, n
+    """Return the shape of the states before each segment except the first."""
+    _, _, chunk, every = _tile(l, d, g, n)
+    return max(triton.cdiv(l, chunk * every), 1) - 1, s, b, d, n
 
 
 def _launch(u, delta, A, B, C, z, softplus: bool, reverse: tuple[bool, ...]) -> tuple[int, dict]:
     """Tiles of channels in a group, and the strides and constants that both passes take."""
     (s, _, l, d), g, n = u.shape, B.shape[3], A.shape[2]
-    N, BD, chunk = _tile(l, d, g, n)
+    N, BD, chunk, every = _tile(l, d, g, n)
     strides = {
         "u_st": u.stride()[:2], "delta_st": delta.stride()[:2], "z_b": 0 if z is None else z.stride(0),
         "B_st": (*B.stride()[:2], *B.stride()[3:]), "C_st": (*C.stride()[:2], *C.stride()[3:]),
@@ -512,7 +576,7 @@ def _launch(u, delta, A, B, C, z, softplus: bool, reverse: tuple[bool, ...]) -> 
         "B_l": B.stride(2), "C_l": C.stride(2),
     }  # fmt: skip
     constants = {"S": s, "REVERSE": _bits(reverse), "SOFTPLUS": softplus}
-    constants |= {"l": l, "d": d, "n": n, "G": g, "N": N, "BD": BD, "CHUNK": chunk, "num_warps": 1}
+    constants |= {"l": l, "d": d, "n": n, "G": g, "N": N, "BD": BD, "CHUNK": chunk, "EVERY": every, "num_warps": 1}
     return triton.cdiv(d // g, BD), strides | constants
 
 
@@ -541,7 +605,7 @@ def scan_forward(
 
     Returns:
         y (b, l, d), contiguous, dtype T; the state after the last step scanned (s, b, n, d), float32; the states
-        between the chunks (chunks - 1, s, b, d, n), float32, empty without ``keep``.
+        between the segments (segments - 1, s, b, d, n), float32, empty without ``keep``.
     """
     (s, b, l, d), n = u.shape, A.shape[2]
     y = u.new_empty(b, l, d)
@@ -550,6 +614,8 @@ def scan_forward(
     if y.numel() == 0:
         return y, last, states
     tiles, shared = _launch(u, delta, A, B, C, z, softplus, reverse)
+    if shared["EVERY"] > 1:  # the forward pass has registers to spare
+        shared |= {"CHUNK": 2 * shared["CHUNK"], "EVERY": shared["EVERY"] // 2}
     total = None if s == 1 else y if y.dtype == torch.float32 else A.new_empty(b, l, d)
     _scan_forward[(b * B.shape[3] * tiles,)](
         u, delta, A, B, C, D, z, bias, y, total, last, states if keep else None, b, float(scale), **shared
@@ -592,13 +658,15 @@ def scan_backward(
     dA = A.new_empty(b, s, d, n)
     dD, dbias = (None if x is None else A.new_empty(b, s, d) for x in (D, bias))
     total = A.new_empty(b, l, d) if s > 1 and z is not None else None
+    starts = A.new_empty(shared["EVERY"], b, d, n)
     if dlast is not None:
         dlast = dlast.transpose(
             2, 3
         ).contiguous()  # (s, b, d, n), as A lies, so that both have one layout in the kernel
     _scan_backward[(b * g * tiles,)](
-        dy, dlast, u, delta, A, B, C, D, z, bias, states, total, du, ddelta, dB_parts, dC_parts, dz, dA, dD, dbias,
-        b, float(scale), du_st=du.stride()[:2], ddelta_st=ddelta.stride()[:2], dz_b=0 if z is None else dz.stride(0),
+        dy, dlast, u, delta, A, B, C, D, z, bias, states, starts, total,
+        du, ddelta, dB_parts, dC_parts, dz, dA, dD, dbias, b, float(scale),
+        du_st=du.stride()[:2], ddelta_st=ddelta.stride()[:2], dz_b=0 if z is None else dz.stride(0),
         du_l=du.stride(2), ddelta_l=ddelta.stride(2), dz_l=0 if z is None else dz.stride(1), **shared,
     )  # fmt: skip
     size = dB.numel()
