@@ -135,13 +135,17 @@ if shutil.which("nvidia-smi"):
 def run(parts: list[Part], args: argparse.Namespace, env: dict[str, str]) -> int:
     """Run the parts stage by stage until the time is up. Return the exit code."""
     began = time.monotonic()
+    later = list(STAGES)
     for stage in STAGES:
+        later.remove(stage)
         mine = [part for part in parts if part.stage == stage]
+        # What hangs here must not cost those after it their share of the time.
+        share = 1 - planned([x for x in parts if x.stage in later], args.jobs) / max(planned(parts, args.jobs), 1e-9)
         for part in mine:
             part.why = missing(part, env)
         at_once = min(args.jobs, len(mine)) if stage == "tests" else 1
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // at_once))} if at_once > 1 else {}
-        run_one = partial(run_part, out=args.out, env=env | threads, deadline=began + 60 * args.minutes)
+        run_one = partial(run_part, out=args.out, env=env | threads, deadline=began + 60 * args.minutes * share)
         with ThreadPoolExecutor(max(1, at_once)) as pool:
             list(pool.map(run_one, mine))
         (args.out / "results.md").write_text(report(parts, args, (time.monotonic() - began) / 60))  # after each stage
@@ -186,7 +190,7 @@ def run_command(command: list[str], env: dict[str, str], out, log, deadline: flo
     try:
         code = process.wait(max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        return "not finished when the time of --minutes was up"
+        return "not finished when its share of --minutes was up"
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # also what a finished command has left running

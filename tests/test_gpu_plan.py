@@ -38,9 +38,9 @@ def test_what_is_left_when_the_time_is_up_is_killed(tmp_path):
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{'import time; time.sleep(77)'}'])"
     parts = [part("slow", "tests", child), part("speed", "benchmarks", "print(1)")]
     began = time.monotonic()
-    assert run(parts, tmp_path, minutes=0.05) == 1
-    assert time.monotonic() - began < 30
-    assert all("time of --minutes was up" in x.why for x in parts)
+    assert run(parts, tmp_path, minutes=0.5) == 1
+    assert time.monotonic() - began < 60
+    assert "share of --minutes was up" in parts[0].why and parts[1].outcome == "passed"  # it had kept its share
 
 
 def test_tests_run_side_by_side_and_benchmarks_alone(tmp_path):
