@@ -3,10 +3,12 @@
 import copy
 
 import torch
+from torch import Tensor, nn
 
 from aum.mamba import BiMamba
 from aum.model import AuMConfig
 from aum.scan import choose, is_forced, pass_over, use_backend
+from aum.stem import Stem
 
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 1e-1, torch.float16: 1e-1}  # far above rounding, far below a mistake
 CLIPS = 16  # Triton compiles another kernel for multiples of 16, which batches usually are
@@ -36,7 +38,7 @@ def tested_backend(device: torch.device | str, dtype: torch.dtype, config: AuMCo
 
 
 def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32, config: AuMConfig | None = None) -> str:
-    """Compare a mixer, forward and every gradient, with the plain PyTorch scan in float64 on the CPU.
+    """Compare a mixer and the stem, forward and every gradient, with plain PyTorch in float64 on the CPU.
 
     Use the backend that a model on ``device`` would use, with autocast to ``dtype`` where that is a 16-bit type, and
     return its name. ``config``: take the sizes of this model's mixers and sequences, for which kernels may be compiled
@@ -60,17 +62,24 @@ def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32, co
             l, clips = time if config.row_scan else mel * time + (config.cls_position != "none"), CLIPS
             if backend != "triton":
                 l, clips = min(l, LONGEST), COMPARED
-        hidden, dy = torch.randn(2, clips, l, mixer.d_model)
-        dy[COMPARED:] = 0
+        parts: list[tuple[nn.Module, Tensor]] = [(mixer, torch.randn(clips, l, mixer.d_model))]
+        if config is not None and config.stem and backend == "cpu":  # its kernels have convolutions, too
+            parts.append((Stem(config.stem, config.stem_blocks), torch.randn(COMPARED, 1, 32, 33)))
+    for part, x in parts:
+        _compare(backend, part, x, device, dtype)
+    return backend
+
+
+def _compare(backend: str, part: nn.Module, x: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     try:
-        got = _run(copy.deepcopy(mixer).to(device), hidden.to(device), dy.to(device), dtype)
+        got = _run(copy.deepcopy(part).to(device), x.to(device), dtype)
     except Exception as error:  # what a compiler or a driver raises
         message = " ".join(str(error).split())
         raise SelfTestFailed(
             f"the scan backend {backend!r} fails on this machine: {type(error).__name__}: {message}"
         ) from error
     with use_backend("torch"):
-        expected = _run(mixer.double(), hidden[:COMPARED].double(), dy[:COMPARED].double(), torch.float64)
+        expected = _run(part.double(), x[:COMPARED].double(), torch.float64)
     for name, reference in expected.items():
         error = ((got[name].cpu().double() - reference).norm() / reference.norm()).item()
         if not error <= TOLERANCE[dtype]:
@@ -78,17 +87,17 @@ def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32, co
                 f"the scan backend {backend!r} calculates wrongly on this machine: {name} differs from the reference "
                 f"by {error:.2g} of its size"
             )
-    return backend
 
 
-def _run(mixer: BiMamba, hidden: torch.Tensor, dy: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _run(part: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the output and all gradients by name, of the clips that are compared."""
-    hidden = hidden.requires_grad_()
+    x = x.requires_grad_()
     low = dtype in (torch.bfloat16, torch.float16)
-    with torch.enable_grad(), torch.autocast(hidden.device.type, dtype if low else torch.bfloat16, enabled=low):
-        y = mixer(hidden)
-    inputs = {"the input": hidden, **dict(mixer.named_parameters())}
-    dhidden, *gradients = torch.autograd.grad(y.to(dy.dtype), list(inputs.values()), dy)
-    gradients = dhidden[:COMPARED], *gradients
-    named = {f"the gradient of {name}": g for name, g in zip(inputs, gradients, strict=True)}
+    with torch.enable_grad(), torch.autocast(x.device.type, dtype if low else torch.bfloat16, enabled=low):
+        y = part(x)
+    dy = torch.arange(y.numel(), device=y.device).cos().view(y.shape).to(y.dtype)
+    dy[COMPARED:] = 0
+    inputs = {"the input": x, **dict(part.named_parameters())}
+    dx, *gradients = torch.autograd.grad(y, list(inputs.values()), dy)
+    named = {f"the gradient of {name}": g for name, g in zip(inputs, (dx[:COMPARED], *gradients), strict=True)}
     return {"the output": y.detach()[:COMPARED]} | named

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import aum
-from aum.scan import cpu_kernels
+from aum.scan import cpu_kernels, grid
 from aum.scan.build import NotAvailable, library
 from aum.scan.grid import convolution, relu_sum
 
@@ -159,6 +159,17 @@ def test_a_mixer_of_short_sequences_is_the_long_ones(d_model, d_state, d_conv, e
     assert calls, "the sizes are not those of a short sequence"
     monkeypatch.setattr(cpu_kernels, "is_short", lambda *_: False)
     assert_close(ours, run(), 5e-6)
+
+
+def test_the_self_test_finds_a_wrong_convolution(monkeypatch):
+    config, right = (
+        aum.AuMConfig(stem=(8, 32), stem_blocks=1, patch_size=(4, 1), d_state=4, embed_dim=48),
+        grid.convolution,
+    )
+    assert aum.self_test("cpu", config=config) == "cpu"
+    monkeypatch.setattr(grid, "convolution", lambda *x: [y * 1.1 for y in right(*x)])
+    with pytest.raises(aum.SelfTestFailed, match="calculates wrongly"):
+        aum.self_test("cpu", config=config)
 
 
 def test_any_number_of_threads_gives_the_same_bits():

@@ -323,12 +323,13 @@ def trust_again():
 def test_the_self_test_runs_the_models_own_sizes(monkeypatch):
     from aum.scan import cpu_kernels
 
-    seen, right = [], cpu_kernels.scan_forward
-    monkeypatch.setattr(cpu_kernels, "scan_forward", lambda u, *args: seen.append(tuple(u.shape)) or right(u, *args))
-    for name, (l, d) in {"aum_small": (65, 768), "aum_nano": (17, 96)}.items():
+    seen, long, short = [], cpu_kernels.scan_forward, cpu_kernels.mixer_forward
+    monkeypatch.setattr(cpu_kernels, "scan_forward", lambda u, *args: seen.append(u.shape[2:]) or long(u, *args))
+    monkeypatch.setattr(cpu_kernels, "mixer_forward", lambda xz, *args: seen.append(xz.shape[1:]) or short(xz, *args))
+    for name, sizes in {"aum_small": (65, 768), "aum_nano": (17, 2 * 96)}.items():  # the short one has x and z
         assert aum.self_test("cpu", config=aum.create_config(name)) == "cpu"
-        assert seen.pop() == (2, 2, l, d)
-    monkeypatch.setattr(cpu_kernels, "scan_forward", lambda u, *args: right(u, *args) if u.shape[3] < 96 else 1 / 0)
+        assert seen.pop() == sizes
+    monkeypatch.setattr(cpu_kernels, "mixer_forward", lambda *args: 1 / 0)
     assert aum.self_test("cpu") == "cpu"
     with pytest.raises(aum.SelfTestFailed, match="'cpu' fails on this machine"):
         aum.self_test("cpu", config=aum.create_config("aum_nano"))
@@ -339,7 +340,7 @@ def test_where_a_backend_fails_the_next_one_is_taken_unless_it_was_named(monkeyp
 
     config = aum.create_config("aum_nano")
     monkeypatch.delenv("AUM_SCAN_BACKEND", raising=False)
-    monkeypatch.setattr(cpu_kernels, "scan_backward", lambda *args: 1 / 0)
+    monkeypatch.setattr(cpu_kernels, "mixer_backward", lambda *args: 1 / 0)
     with aum.use_backend("cpu"), pytest.raises(aum.SelfTestFailed):
         aum.tested_backend("cpu", torch.float32, config)
     monkeypatch.setenv("AUM_SCAN_BACKEND", "cpu")

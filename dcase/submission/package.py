@@ -102,7 +102,7 @@ def needed_code() -> list[Path]:
         found.add(path := waiting.pop())
         waiting |= _imports_of_dcase(path) - found
     rooms = {path.parent / "__init__.py" for path in found} | {ROOT / "dcase" / "__init__.py"}
-    aum = [path for path in sorted((ROOT / "aum").rglob("*")) if path.suffix in (".py", ".c")]
+    aum = [path for path in sorted((ROOT / "aum").rglob("*")) if path.suffix in (".py", ".c", ".h")]
     return [*aum, *sorted(found | rooms)]
 
 
@@ -146,7 +146,7 @@ include = ["{submission.name}*"]
 namespaces = false
 
 [tool.setuptools.package-data]
-"*" = ["*.c", "*.ckpt", "*.csv", "*.wav"]
+"*" = ["*.c", "*.h", "*.ckpt", "*.csv", "*.wav"]
 """
 
 
