@@ -374,3 +374,13 @@ def test_a_pruned_or_hooked_inner_projection_is_called_as_a_module():
             torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
     gradient = got[2 + [name for name, _ in mixer.named_parameters()].index("x_proj.weight_orig")]
     assert (gradient[mixer.x_proj.weight_mask == 0] == 0).all()
+
+
+def test_bfloat16_is_rounded_to_the_nearest():
+    from aum.scan import cpu_kernels
+
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 9, 70).bfloat16(), torch.randn(1, 70, 4)  # whole vectors and a remainder
+    exact = cpu_kernels.conv_forward(x.float(), weight, None, (False,)).bfloat16()
+    got = cpu_kernels.conv_forward(x, weight, None, (False,))
+    assert (got == exact).float().mean() > 0.99  # cut off instead of rounded, it is a half
