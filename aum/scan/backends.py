@@ -3,7 +3,7 @@
 
 | name | runs on | what it is | same bits every time |
 |---|---|---|---|
-| ``cpu`` | CPU, float32 and bfloat16 | C, compiled at first use (cpu_kernels.c) | yes, with any number of threads |
+| ``cpu`` | CPU, float32 and bfloat16 | C, compiled at first use (the .c files here) | yes, with any number of threads |
 | ``triton`` | NVIDIA GPUs, float32, bfloat16, float16 | Triton (triton_kernels.py) | yes |
 | ``mamba_ssm`` | NVIDIA GPUs, the same | the published CUDA kernels, where they are installed | no: atomic additions |
 | ``torch`` | everything, float64 too | plain PyTorch, the reference (torch_scan.py) | yes |
