@@ -44,16 +44,17 @@ INLINE void block(const float *const *in, int64_t rows, int64_t inputs, int64_t 
             }
         }
     }
-#pragma GCC unroll 6
+    vf done[12]; /* by way of memory: what follows has branches, and with them GCC keeps sums of the loop in memory */
+#pragma GCC unroll 12
+    for (int k = 0; k < P * V; k++) done[k] = acc[k];
+    __asm__ volatile("" : : "r"(done) : "memory");
     for (int k = 0; k < P; k++)
-#pragma GCC unroll 2
         for (int v = 0; v < V; v++) {
             int lanes = (int)min64(VL, o - v * VL);
             float *to = out + k * out_step;
-            vf y = acc[k * V + v];
-            if (add) y += load(to, v * VL, lanes, 0);
-            if (lanes == VL) store(to, v * VL, y, VL, 0);
-            else store(to, v * VL, y, lanes, 0);
+            vf y = done[k * V + v];
+            if (lanes == VL) store(to, v * VL, add ? y + load(to, v * VL, VL, 0) : y, VL, 0);
+            else store(to, v * VL, add ? y + load(to, v * VL, lanes, 0) : y, lanes, 0);
         }
 }
 
