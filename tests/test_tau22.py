@@ -186,6 +186,12 @@ def test_empty_split(folder, content):
     assert f"{folder / 'split_setup' / 'split25.csv'} is empty" in refusal(load_clips, folder, "split25")
 
 
+def test_list_with_very_many_columns(folder):
+    path = folder / "split_setup" / "split25.csv"
+    path.write_bytes(path.read_bytes().replace(b"scene_label", b"scene_label" + b"\ty" * 300_000, 1))
+    assert f"{path} is no list of clips: its first line has 300,002 columns" in refusal(load_clips, folder, "split25")
+
+
 @pytest.mark.parametrize("content", [bytes(range(256)), "filename\tscene_label\nä\ttram\n".encode("latin1")])
 @pytest.mark.parametrize("file", ["meta.csv", "split_setup/split25.csv"])
 def test_list_that_is_no_text(folder, file, content):

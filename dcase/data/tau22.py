@@ -37,6 +37,7 @@ SPLITS = (*(f"split{subset}" for subset in SUBSETS), "test")
 
 _SPLIT_COLUMNS = ("filename", "scene_label")
 _META_COLUMNS = (*_SPLIT_COLUMNS, "identifier", "source_label")
+MOST_COLUMNS = 1000  # of a list; more are a damaged file
 RELEASE = "https://github.com/CPJKU/dcase2024_task1_baseline/releases/download/files"  # of the split lists
 _ZIP = "TAU-urban-acoustic-scenes-2022-mobile-development"
 _TEST_SHA256 = "efe84eb90ebe11931f93f0877f8b3405d7684652cd3d2e2784e95ec39d8888a8"  # of TAU22's test.csv with LF ends
@@ -289,6 +290,9 @@ def _read_list(path: Path, columns: tuple[str, ...], content: bytes | None = Non
 
 
 def _parse(path: Path, content: bytes) -> pd.DataFrame:
+    columns = 1 + re.split(rb"[\r\n]", content, maxsplit=1)[0].count(b"\t")
+    if columns > MOST_COLUMNS:  # pandas takes minutes for 300,000 of one name
+        raise UserError(f"{path} is no list of clips: its first line has {columns:,} columns; get TAU22's own list")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # a first row that is longer than the header
