@@ -194,17 +194,18 @@ def shown_by(args: list, cwd: Path, into_files: tuple[str, ...]) -> tuple[str, s
 
 @pytest.mark.parametrize("into_file", [("out",), ("out", "err"), ("err",)], ids=["stdout", "both", "stderr"])
 def test_a_log_file_has_a_line_per_epoch_and_a_terminal_has_bars(learnable, tmp_path, into_file):
-    args = [*SMALL, *FIT, "--n_epochs", "3", "--batch_size", "2", "--report_audio", "False", "--logger", "none"]
+    args = [*SMALL, *FIT, "--n_epochs", "20", "--batch_size", "2"]  # a second is left after 23 steps
+    args += ["--check_val_every_n_epoch", "10", "--report_audio", "False", "--logger", "none"]
     shown, log = shown_by([*args, "--dataset_dir", learnable], tmp_path, into_file)
     left = r"about \d\S* (?:s|min) left \(until (?:\w+ )?\d\d:\d\d\)"
     assert len(re.findall(rf"an epoch takes about \d\S* (?:s|min), {left}", shown + log)) == 1
     if "out" not in into_file:  # Lightning draws to stdout
-        assert "epoch 3 of 3: 100%" in shown and "train/loss_step" in shown and "training loss" not in shown
-        assert re.search(r"epoch 2 of 3: .*, left=\d\S* (s|min)\]", shown)
+        assert "epoch 20 of 20: 100%" in shown and "train/loss_step" in shown and "training loss" not in shown
+        assert re.search(r"epoch [2-9] of 20: .*, left=\d\S* (s|min)\]", shown)
         return
-    lines = re.findall(rf"^epoch (\d) of 3: training loss (\d\.\d{{4}}), \d+ s(?:, {left})?$", log, re.MULTILINE)
-    assert [epoch for epoch, _ in lines] == ["1", "2", "3"], log
-    assert re.search(rf"^epoch 1 of 3: .* s, {left}$", log, re.MULTILINE)
+    lines = re.findall(rf"^epoch (\d+) of 20: training loss (\d\.\d{{4}}), \d+ s(?:, {left})?$", log, re.MULTILINE)
+    assert [epoch for epoch, _ in lines] == [str(n) for n in range(1, 21)], log
+    assert re.search(rf"^epoch [1-9] of 20: .* s, {left}$", log, re.MULTILINE)
     logged = (only_run(tmp_path / "DCASE25_Task1") / "metrics.csv").read_text()
     losses = [float(loss) for loss in re.findall(r",train/loss,(\S+)", logged)]
     assert [float(loss) for _, loss in lines] == pytest.approx(losses, abs=5e-5)
