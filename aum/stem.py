@@ -100,19 +100,23 @@ class Normed(NamedTuple):
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether a module's parameters can be used without calling it: nothing is hooked in, and a norm has what
-    `convolve` needs."""
+    """Return whether `convolve` can use a module's parameters without calling it: nothing is hooked in, a norm keeps
+    running statistics, and a kernel is not too tall."""
     plain = not (module._forward_hooks or module._forward_pre_hooks)
     if isinstance(module, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm is another kind
-        return plain and type(module) is nn.BatchNorm2d and module.track_running_stats and module.momentum is not None
+        of_kind = type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats
+        return plain and of_kind and module.momentum is not None
+    if isinstance(module, nn.Conv2d):
+        return plain and module.kernel_size[0] <= grid.MOST_ROWS
     return plain
 
 
 def convolve(x: Normed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, relu: nn.ReLU | None = None) -> Normed:
     """Return a convolution's output with its norm and ReLU to be applied."""
     train = norm is not None and norm.training
-    bias, (stride, padding) = conv.bias, (list(conv.stride), list(conv.padding))
-    y, sums = grid.convolution(*x, conv.weight, bias, stride, padding, train)
+    if x.x.stride(3) != 1 and x.x.shape[3] > 1:
+        x = x._replace(x=x.x.contiguous())
+    y, sums = grid.convolution(*x, conv.weight, conv.bias, list(conv.stride), list(conv.padding), train)
     if norm is None:
         return Normed(y)
     mean, var = norm.running_mean, norm.running_var
@@ -122,7 +126,7 @@ def convolve(x: Normed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, rel
         var = (square - mean * mean).clamp(min=0)
         with torch.no_grad():
             norm.running_mean.lerp_(mean.float(), norm.momentum)
-            norm.running_var.lerp_((var * (n / (n - 1))).float(), norm.momentum)
+            norm.running_var.lerp_((var * (n / max(n - 1, 1))).float(), norm.momentum)
             norm.num_batches_tracked += 1
     scale = norm.weight * torch.rsqrt(var + norm.eps)
     return Normed(y, torch.stack([scale, norm.bias - mean * scale]).float(), relu is not None)

@@ -100,7 +100,10 @@ def trained(model, x, scene, backend, dtype):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"stem_blocks": 0, "embed_dim": 40}, {"stem_blocks": 2, "direction": "fo_fo"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"stem_blocks": 0, "embed_dim": 40, "patch_size": (16, 2)}, {"stem_blocks": 2, "direction": "fo_fo"}],
+)
 def test_a_small_models_step_is_that_of_plain_pytorch(changes, training):
     torch.manual_seed(0)
     model = aum.create_model("aum_nano", n_mels=64, target_length=33, **changes).train(training)
@@ -120,6 +123,14 @@ def test_a_value_that_is_not_a_number_is_not_lost_in_a_relu():
     x[0, 0, 10, 10] = torch.nan
     for training in (True, False):
         assert model.train(training)(x)[0].isnan().all()
+
+
+def test_a_patch_that_is_taller_than_a_kernel_may_be_is_left_to_pytorch():
+    model = aum.create_model("aum_nano", n_mels=96, target_length=33, patch_size=(20, 1))
+    x = torch.randn(2, 1, 96, 33)
+    with aum.use_backend("torch"):
+        expected = model.eval()(x)
+    assert distance(model(x), expected) < 1e-5
 
 
 def test_a_hook_is_called():

@@ -14,6 +14,8 @@ from aum.scan.backends import choose
 from aum.scan.build import call, fill, library, padded, structure
 from aum.scan.cpu_kernels import UNITS
 
+MOST_ROWS = 16  # of a kernel: MAX_ROWS of products.h
+
 MOST_ROWS = 16  # of a kernel: MAX_ROWS of grid_kernels.c
 
 # As the structs of the same names in grid_kernels.c
@@ -74,7 +76,7 @@ def _long_rows(x: Tensor, weight: Tensor, stride: list[int], padding: list[int])
 
 def _arguments(x, affine, relu, weight, stride, padding, depthwise, packed, **buffers):
     (b, h, w, c), (o, _, kh, kw), (_, h_out, w_out, _) = x.shape, weight.shape, _size(x, weight, stride, padding)
-    scale, shift = (None, None) if affine is None else affine
+    scale, shift = (None, None) if affine is None else affine.contiguous()
     rows = _long_rows(x, weight, stride, padding)
     h, w, h_out, w_out = h // rows, w * rows, h_out // rows, w_out * rows
     return fill(
@@ -102,7 +104,8 @@ def convolution(
     """x (b, h, w, c), c contiguous; its affine (2, c) and, with ``relu``, a ReLU after that -> y (b, h, w, o), and with
     ``sums`` the sums over b, h and w of y and y^2, (2, o) in float64.
 
-    weight (o, c, kh, kw), or (c, 1, kh, kw): depthwise, of stride 1 and with an odd kernel padded to the same size.
+    weight (o, c, kh, kw), or (c, 1, kh, kw): depthwise, of stride 1 and with an odd kernel padded to the same size. A
+    kernel has at most `MOST_ROWS` rows.
     """
     depthwise = weight.shape[1] < x.shape[3]
     y = x.new_empty(_size(x, weight, stride, padding))
@@ -141,7 +144,7 @@ def convolution_backward(
     dweight, dbias = packed.new_zeros(pieces, *packed.shape), x.new_zeros(pieces, o)
     daffine = x.new_zeros(pieces, 2, c)
     if dy.numel():
-        dsum, dsquare = (None, None) if dsums is None else dsums.float()
+        dsum, dsquare = (None, None) if dsums is None else dsums.float().contiguous()
         gradients = dict(dx=dx if of_x else None, dweight=dweight, dbias=dbias, daffine=daffine)
         arguments = (x, affine, relu, weight, stride, padding, depthwise, packed)
         call(
