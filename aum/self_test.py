@@ -38,11 +38,11 @@ def tested_backend(device: torch.device | str, dtype: torch.dtype, config: AuMCo
 
 
 def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32, config: AuMConfig | None = None) -> str:
-    """Compare a mixer and the stem, forward and every gradient, with plain PyTorch in float64 on the CPU.
+    """Compare a mixer, and on a CPU a stem, forward and every gradient, with plain PyTorch in float64 on the CPU.
 
     Use the backend that a model on ``device`` would use, with autocast to ``dtype`` where that is a 16-bit type, and
     return its name. ``config``: take the sizes of this model's mixers and sequences, for which kernels may be compiled
-    specially; None: small ones, which take about 20 ms. What is compiled at first use takes longer. No random number
+    specially; None: small ones, which take about 50 ms. What is compiled at first use takes longer. No random number
     is drawn from the global generators.
 
     Raises:
@@ -63,8 +63,12 @@ def self_test(device: torch.device | str, dtype: torch.dtype = torch.float32, co
             if backend != "triton":
                 l, clips = min(l, LONGEST), COMPARED
         parts: list[tuple[nn.Module, Tensor]] = [(mixer, torch.randn(clips, l, mixer.d_model))]
-        if config is not None and config.stem and backend == "cpu":  # its kernels have convolutions, too
-            parts.append((Stem(config.stem, config.stem_blocks), torch.randn(COMPARED, 1, 32, 33)))
+        if backend == "cpu":  # which has other kernels for short sequences, and for a stem's convolutions
+            if config is None:
+                parts.append((BiMamba(48, d_state=4), torch.randn(COMPARED, 17, 48)))
+            stem, blocks = ((8, 32), 1) if config is None else (config.stem, config.stem_blocks)
+            if stem:
+                parts.append((Stem(stem, blocks), torch.randn(COMPARED, 1, 32, 33)))
     for part, x in parts:
         _compare(backend, part, x, device, dtype)
     return backend

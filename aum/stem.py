@@ -46,7 +46,9 @@ class Stem(nn.Sequential):
         super().__init__(*convolutions, *(InvertedResidual(channels[-1]) for _ in range(blocks)))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (grid.fits(x) and all(map(is_plain, self.modules()))):
+        convolutions = [module for module in self.modules() if isinstance(module, nn.Conv2d)]
+        plain = all(map(is_plain, self.modules())) and all(type(x) is nn.Conv2d for x in convolutions)
+        if not (plain and grid.fits(x)):
             return super().forward(x)
         x = Normed(x.permute(0, 2, 3, 1))
         for layer in self:
@@ -100,19 +102,22 @@ class Normed(NamedTuple):
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether `convolve` can use a module's parameters without calling it: nothing is hooked in, a norm keeps
-    running statistics, and a kernel is not too tall."""
-    plain = not (module._forward_hooks or module._forward_pre_hooks)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):  # SyncBatchNorm is another kind
-        of_kind = type(module) is nn.BatchNorm2d and module.affine and module.track_running_stats
-        return plain and of_kind and module.momentum is not None
+    """Return whether `convolve` computes what a module would: it is of its kind, nothing is hooked in, and it has no
+    option that the kernels lack."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name) for name in hooks):
+        return False
     if isinstance(module, nn.Conv2d):
-        return plain and module.kernel_size[0] <= grid.MOST_ROWS
-    return plain
+        plain = module.padding_mode == "zeros" and module.dilation == (1, 1) and isinstance(module.padding, tuple)
+        return plain and module.kernel_size[0] <= grid.MOST_ROWS and module.groups in (1, module.out_channels)
+    if isinstance(module, nn.BatchNorm2d):
+        plain = module.affine and module.track_running_stats and module.momentum is not None
+        return plain and type(module) is nn.BatchNorm2d
+    return type(module) in (nn.ReLU, nn.Sequential, Stem, InvertedResidual)
 
 
 def convolve(x: Normed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, relu: nn.ReLU | None = None) -> Normed:
-    """Return a convolution's output with its norm and ReLU to be applied."""
+    """Return a convolution's output with its norm and ReLU to be applied. It has no second derivative."""
     train = norm is not None and norm.training
     if x.x.stride(3) != 1 and x.x.shape[3] > 1:
         x = x._replace(x=x.x.contiguous())
@@ -122,11 +127,13 @@ def convolve(x: Normed, conv: nn.Conv2d, norm: nn.BatchNorm2d | None = None, rel
     mean, var = norm.running_mean, norm.running_var
     if train:
         n = y[..., 0].numel()
+        if n < 2:
+            raise ValueError(f"a BatchNorm needs more than one value per channel in training; got {tuple(y.shape)}")
         mean, square = sums / n
         var = (square - mean * mean).clamp(min=0)
         with torch.no_grad():
             norm.running_mean.lerp_(mean.float(), norm.momentum)
-            norm.running_var.lerp_((var * (n / max(n - 1, 1))).float(), norm.momentum)
+            norm.running_var.lerp_((var * (n / (n - 1))).float(), norm.momentum)
             norm.num_batches_tracked += 1
     scale = norm.weight * torch.rsqrt(var + norm.eps)
     return Normed(y, torch.stack([scale, norm.bias - mean * scale]).float(), relu is not None)

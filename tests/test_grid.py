@@ -133,6 +133,42 @@ def test_a_patch_that_is_taller_than_a_kernel_may_be_is_left_to_pytorch():
     assert distance(model(x), expected) < 1e-5
 
 
+def test_a_norm_is_trained_behind_a_convolution_that_is_not():
+    """Where x needs no gradient, its norm may."""
+    x, weight, affine = torch.randn(2, 5, 9, 8), torch.randn(16, 8, 1, 1), torch.randn(2, 8)
+    found = []
+    for of_x in (True, False):
+        scaled = affine.clone().requires_grad_()
+        y, _ = convolution(x.clone().requires_grad_(of_x), scaled, True, weight, None, [1, 1], [0, 0], False)
+        found.append(torch.autograd.grad(y.square().sum(), scaled)[0])
+    assert torch.equal(*found) and found[0].any()
+
+
+@pytest.mark.parametrize("weight", [(4, 1, 3, 3), (8, 4, 3, 3), (8, 8, 17, 1)], ids=["groups", "channels", "tall"])
+def test_a_convolution_without_a_kernel_is_refused(weight):
+    with pytest.raises(ValueError, match="no kernel for a weight"):
+        convolution(torch.randn(1, 20, 9, 8), None, False, torch.randn(weight), None, [1, 1], [1, 1], False)
+
+
+@pytest.mark.parametrize("change", ["backward hook", "another function", "another convolution"])
+def test_a_changed_stem_is_left_to_pytorch(change):
+    torch.manual_seed(0)
+    stem, called = aum.create_model("aum_nano").stem.eval(), []
+    if change == "backward hook":
+        stem[0][0].register_full_backward_hook(lambda *_: called.append(1))
+    elif change == "another function":
+        stem[0][2] = torch.nn.GELU()
+    else:
+        twice = {"forward": lambda self, x: 2 * F.conv2d(x, self.weight, None, 2, 1)}
+        stem[0][0].__class__ = type("Twice", (torch.nn.Conv2d,), twice)
+    x = torch.randn(1, 1, 32, 33, requires_grad=True)
+    y = stem(x)
+    with aum.use_backend("torch"):
+        assert torch.equal(stem(x), y)
+    y.sum().backward()
+    assert bool(called) == (change == "backward hook")
+
+
 def test_a_hook_is_called():
     model, seen = aum.create_model("aum_nano", n_mels=64, target_length=33), []
     model.stem[0][1].register_forward_hook(lambda *_: seen.append("norm"))
@@ -179,8 +215,14 @@ def test_the_self_test_finds_a_wrong_convolution(monkeypatch):
     )
     assert aum.self_test("cpu", config=config) == "cpu"
     monkeypatch.setattr(grid, "convolution", lambda *x: [y * 1.1 for y in right(*x)])
+    for sizes in (config, None):
+        with pytest.raises(aum.SelfTestFailed, match="calculates wrongly"):
+            aum.self_test("cpu", config=sizes)
+    monkeypatch.setattr(grid, "convolution", right)
+    short = cpu_kernels.mixer_forward
+    monkeypatch.setattr(cpu_kernels, "mixer_forward", lambda *x: 1.1 * short(*x))
     with pytest.raises(aum.SelfTestFailed, match="calculates wrongly"):
-        aum.self_test("cpu", config=config)
+        aum.self_test("cpu")
 
 
 def test_any_number_of_threads_gives_the_same_bits():

@@ -222,8 +222,9 @@ def mixer_backward(
     kernels, (x, z) = _kernels(backend), xz.chunk(2, dim=-1)
     (b, l, d), k, (s, _, n), r = x.shape, len(D), A_log.shape, dt_proj.shape[2]
     if _is_short(backend, l, d, k, s, xz.dtype):
-        parameters = map(_f32, (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D))
-        return kernels.mixer_backward(dy, xz, *parameters)
+        parameters = conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D
+        dxz, *gradients = kernels.mixer_backward(dy, xz, *map(_f32, parameters))
+        return dxz, *(g.to(x.dtype) for g, x in zip(gradients, parameters, strict=True))
     dxz = torch.empty_like(xz)
     dx, dz = dxz.chunk(2, dim=-1)
     du, ddelta, dp = (u.new_empty(s, b * l, width) for width in (d, d, r + 2 * n))

@@ -90,6 +90,21 @@ def _arguments(x, affine, relu, weight, stride, padding, depthwise, packed, **bu
     )
 
 
+def _is_depthwise(x, affine, relu, weight, bias, stride, padding) -> bool:
+    """Return whether the weight is depthwise. Raise ValueError for what the kernels cannot compute."""
+    (o, c, kh, kw), channels = weight.shape, x.shape[3]
+    for name, tensor in dict(x=x, affine=affine, weight=weight, bias=bias).items():
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype != torch.float32):
+            raise ValueError(f"{name} is a float32 tensor on the CPU; got {tensor.dtype} on {tensor.device}")
+    same = stride == [1, 1] and [kh, kw] == [2 * padding[0] + 1, 2 * padding[1] + 1]
+    depthwise = c == 1 < channels
+    if kh > MOST_ROWS or (depthwise and not (o == channels and same)) or (not depthwise and c != channels):
+        raise ValueError(f"no kernel for a weight {tuple(weight.shape)}, {channels} channels, {stride=}, {padding=}")
+    if (x.stride(3) != 1 and channels > 1) or (relu and affine is None):
+        raise ValueError("x is contiguous in its channels, and relu needs an affine")
+    return depthwise
+
+
 @torch.library.custom_op("aum::convolution", mutates_args=())
 def convolution(
     x: Tensor,
@@ -107,7 +122,7 @@ def convolution(
     weight (o, c, kh, kw), or (c, 1, kh, kw): depthwise, of stride 1 and with an odd kernel padded to the same size. A
     kernel has at most `MOST_ROWS` rows.
     """
-    depthwise = weight.shape[1] < x.shape[3]
+    depthwise = _is_depthwise(x, affine, relu, weight, bias, stride, padding)
     y = x.new_empty(_size(x, weight, stride, padding))
     partial = x.new_empty(min(len(x), UNITS), 2, len(weight)) if sums else None
     if y.numel():
@@ -137,7 +152,7 @@ def convolution_backward(
     of_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x (empty where not ``of_x``), affine (empty where there is none), weight and bias."""
-    depthwise = weight.shape[1] < x.shape[3]
+    depthwise = weight.shape[1] == 1 < x.shape[3]
     packed, turned = _packed(weight, depthwise), _turned(weight, depthwise)
     pieces, (o, c) = min(len(x), UNITS), (len(weight), x.shape[3])
     dx = x.new_empty(x.shape if of_x else 0)
@@ -174,7 +189,8 @@ def _keep(ctx, inputs, output):
 def _backward(ctx, dy, dsums):
     x, affine, weight, y = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy.contiguous()
-    options = ctx.relu, weight, ctx.stride, ctx.padding, y, ctx.needs_input_grad[0]
+    of_x = any(ctx.needs_input_grad[:2])  # the affine's gradient is made of what would be x's
+    options = ctx.relu, weight, ctx.stride, ctx.padding, y, of_x
     dx, daffine, dweight, dbias = convolution_backward(dy, dsums if ctx.sums else None, x, affine, *options)
     dx, daffine = dx if ctx.needs_input_grad[0] else None, None if affine is None else daffine
     return dx, daffine, None, dweight, dbias if ctx.has_bias else None, None, None, None
