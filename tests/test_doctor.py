@@ -180,7 +180,7 @@ def test_no_gpu_or_one_that_torch_does_not_see(driver, cuda, state, expected, tm
 
 @pytest.mark.parametrize("runs", [True, False])
 def test_a_gpu_and_what_torch_was_made_for(runs, monkeypatch):
-    """Without a GPU: what torch says of two, the second of which may be too old for it."""
+    """Stand in for torch with two GPUs; it may have been built without the second one's architecture."""
 
     def ones(*_, device):
         if device == "cuda:1" and not runs:

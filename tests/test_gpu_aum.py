@@ -179,7 +179,7 @@ def losses(model, x, scenes, dtype, steps: int) -> list[float]:
 @pytest.mark.parametrize("name", ["aum_nano", "aum_small"])
 @named(DTYPES[:2])
 def test_compiled_it_trains_alike(dtype, name):
-    """As fit.py compiles: with CUDA graphs, none of which is left out."""
+    """Compile as fit.py does, and check that no part of the model falls out of the CUDA graphs."""
     from torch._dynamo.utils import counters
 
     if STAND_IN and (name, dtype) != ("aum_small", torch.float32):

@@ -16,8 +16,6 @@ from aum.scan.cpu_kernels import UNITS
 
 MOST_ROWS = 16  # of a kernel: MAX_ROWS of products.h
 
-MOST_ROWS = 16  # of a kernel: MAX_ROWS of grid_kernels.c
-
 # As the structs of the same names in grid_kernels.c
 _Grid = structure(
     "Grid",

@@ -130,7 +130,8 @@ static void outer_taps(const float *const *in, int64_t kh, int64_t kw, const flo
 
 /* ---- forward ---------------------------------------------------------------------------------------------------- */
 
-static void forward_unit(const Grid *p, int64_t unit, float *memory) {
+static void forward_unit(const void *arguments, int64_t unit, float *memory) {
+    const Grid *p = arguments;
     int64_t b0, clips = piece(p->b, p->pieces, unit, &b0), n = p->w_out * p->o;
     Window window = {.size = whole((p->w + 2 * p->pw) * p->c + VL)};
     window.memory = take(&memory, p->kh * window.size);
@@ -189,7 +190,8 @@ INLINE int64_t map_size(const Grid *p) {
                         : (p->h + 2 * p->ph + p->sh) * (p->w + 2 * p->pw) * p->c;
 }
 
-static void backward_unit(const Grid *p, int64_t unit, float *memory) {
+static void backward_unit(const void *arguments, int64_t unit, float *memory) {
+    const Grid *p = arguments;
     int64_t b0, clips = piece(p->b, p->pieces, unit, &b0), n = p->w_out * p->o, n_in = p->w * p->c;
     int64_t inputs = p->kw * p->c, step = p->sw * p->c, across = (p->w + 2 * p->pw) * p->c;
     Window window = {.size = whole(across + VL)};
@@ -253,19 +255,7 @@ static void backward_unit(const Grid *p, int64_t unit, float *memory) {
 int aum_grid(const Grid *p, int backward) {
     int64_t rows = 6 * (p->w * p->c + 2 * VL) + 5 * (p->w_out * p->o_pad + 2 * VL);
     int64_t floats = p->kh * ((p->w + 2 * p->pw) * p->c + 3 * VL) + rows + (backward ? map_size(p) + 2 * VL : 0);
-    int failed = 0;
-#pragma omp parallel num_threads((int)p->threads) reduction(| : failed)
-    {
-        float *memory = scratch(floats / VL + 1);
-        failed |= !memory;
-        unsigned long old = flush_denormals();
-#pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < p->pieces; unit++)
-            if (memory) backward ? backward_unit(p, unit, memory) : forward_unit(p, unit, memory);
-        restore(old);
-        free(memory);
-    }
-    return failed;
+    return each_unit(p, p->pieces, p->threads, floats, backward ? backward_unit : forward_unit);
 }
 
 /* ---- the sum at a residual's end -------------------------------------------------------------------------------- */
@@ -321,17 +311,12 @@ static void sum_unit(const Sum *p, int64_t unit, float *memory, int backward) {
         fold(sums[k], p->c, PIXELS, (k < 2 ? p->dx_affine : p->dy_affine) + (unit * 2 + k % 2) * p->c);
 }
 
+static void sum_forward(const void *p, int64_t unit, float *memory) { sum_unit(p, unit, memory, 0); }
+
+static void sum_backward(const void *p, int64_t unit, float *memory) { sum_unit(p, unit, memory, 1); }
+
 /* 0, or 1 where there is no memory */
 int aum_sum(const Sum *p, int backward) {
-    int failed = 0;
-#pragma omp parallel num_threads((int)p->threads) reduction(| : failed)
-    {
-        float *memory = scratch(8 * (PIXELS * p->c + 2 * VL) / VL + 1);
-        failed |= !memory;
-#pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < p->pieces; unit++)
-            if (memory) sum_unit(p, unit, memory, backward);
-        free(memory);
-    }
-    return failed;
+    int64_t floats = 8 * (PIXELS * p->c + 2 * VL);
+    return each_unit(p, p->pieces, p->threads, floats, backward ? sum_backward : sum_forward);
 }

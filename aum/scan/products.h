@@ -22,6 +22,24 @@ static float *take(float **memory, int64_t floats) { /* VL more: vectors may rea
     return block;
 }
 
+/* Compute all units, each thread with its own scratch. 0, or 1 where there is no memory. */
+static int each_unit(const void *p, int64_t units, int64_t threads, int64_t floats,
+                     void (*compute)(const void *p, int64_t unit, float *memory)) {
+    int failed = 0;
+#pragma omp parallel num_threads((int)threads) reduction(| : failed)
+    {
+        float *memory = scratch(floats / VL + 1);
+        failed |= !memory;
+        unsigned long old = flush_denormals();
+#pragma omp for schedule(dynamic)
+        for (int64_t unit = 0; unit < units; unit++)
+            if (memory) compute(p, unit, memory);
+        restore(old);
+        free(memory);
+    }
+    return failed;
+}
+
 /* ---- products ---- */
 
 /* P columns, V vectors of outputs: out (+)= sum over rows i and inputs q of in[i][column * step + q] * weight[i][q]. */

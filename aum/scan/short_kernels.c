@@ -138,7 +138,8 @@ static Rows take_rows(const Short *p, float **memory) {
     return rows;
 }
 
-static void forward_unit(const Short *p, int64_t unit, float *memory) {
+static void forward_unit(const void *arguments, int64_t unit, float *memory) {
+    const Short *p = arguments;
     int64_t b0, count = piece(p->b, p->pieces, unit, &b0), l = p->l, d = p->d;
     Rows rows = take_rows(p, &memory);
     float *total = take(&memory, l * d);
@@ -166,7 +167,8 @@ static void forward_unit(const Short *p, int64_t unit, float *memory) {
     }
 }
 
-static void backward_unit(const Short *p, int64_t unit, float *memory) {
+static void backward_unit(const void *arguments, int64_t unit, float *memory) {
+    const Short *p = arguments;
     const int64_t l = p->l, d = p->d, q = p->r + 2 * p->n;
     int64_t b0, count = piece(p->b, p->pieces, unit, &b0);
     Rows rows = take_rows(p, &memory);
@@ -270,18 +272,7 @@ static void backward_unit(const Short *p, int64_t unit, float *memory) {
 
 /* 0, or 1 where there is no memory */
 int aum_short(const Short *p, int backward) {
-    int64_t floats = 9 * p->l * p->d + 2 * p->l * p->q_pad + p->l * p->r_pad + (p->l * (2 * NB + 2 * p->n + 3) + NB) * VL + 50 * VL;
-    int failed = 0;
-#pragma omp parallel num_threads((int)p->threads) reduction(| : failed)
-    {
-        float *memory = scratch(floats / VL + 1);
-        failed |= !memory;
-        unsigned long old = flush_denormals();
-#pragma omp for schedule(dynamic)
-        for (int64_t unit = 0; unit < p->pieces; unit++)
-            if (memory) backward ? backward_unit(p, unit, memory) : forward_unit(p, unit, memory);
-        restore(old);
-        free(memory);
-    }
-    return failed;
+    int64_t floats = p->l * (9 * p->d + 2 * p->q_pad + p->r_pad) + (p->l * (2 * NB + 2 * p->n + 3) + NB) * VL;
+    floats += 50 * VL; /* for what take() adds to at most 20 blocks */
+    return each_unit(p, p->pieces, p->threads, floats, backward ? backward_unit : forward_unit);
 }

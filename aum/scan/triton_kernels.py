@@ -43,8 +43,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 # To be tuned on a GPU. None of these changes a result by more than the order of its sums.
 TILE = 512  # states times channels of a program: 16 registers a thread and copy of the state. More: fewer programs
 WIDEST = 64  # most channels of a program, where n is small
-# Most steps of a chunk in the backward pass, half of the forward's. More: more loads under way, but as many copies of
-# the state in the backward's registers, and longer code. For sm_90 and n = 16, 2 take 229 registers; 3 spill at 255.
+# Most steps of a chunk in the backward pass; the forward pass takes twice as many. A longer chunk has more loads under
+# way, but the backward pass holds a copy of the state for each step in registers, and the code is longer. For sm_90 and
+# n = 16, 2 take 229 registers; 3 spill at 255.
 CHUNK = 2
 STORE = 1.2  # steps between stored states, times n: what is saved is then below 1.5 times what must be kept in 16 bits
 MOST = 12  # chunks of a segment: a backward pass needs a buffer of so many states

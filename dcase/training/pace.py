@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 FURTHER_RUNS = "DCASE_FURTHER_RUNS"  # environment variable: how many runs like this one --seeds starts after it
 WARM_UP = 3  # first steps that do not count: compilation, caches, the loader's start
 FEWEST, STEPS, SECONDS = 3, 20, 20  # measured steps before anything is said: so many, or so many seconds of them
-LATEST = 200  # steps of which the median is taken, so that it follows a machine that becomes busy
+LATEST = 200  # the median is over the last steps only, so that it follows a machine that becomes busy
 FORWARD = 1 / 3  # of a training step's time, until a validation has been measured
 
 
