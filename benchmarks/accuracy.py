@@ -1,16 +1,21 @@
-"""Measure what each part of the recipe is worth: CP-Mobile and Audio Mamba trained alike, over several seeds.
+"""Measure what each part of the recipe is worth: CP-Mobile, Audio Mamba and controls trained alike.
 
-    python benchmarks/accuracy.py --dataset_dir DIR --dir_path RESPONSES --seeds 3 --append
     python benchmarks/accuracy.py --seeds 3                    # SynthTAU, with made-up responses
+    python benchmarks/accuracy.py --dataset_dir F1,F2,F3,F4 --dir_path RESPONSES --flags="--sample_rate 16000" --append
 
-The repository's own scripts train every row on the same clips, with the same loader, front end, epochs and seeds; rows
-differ in the flags that ROWS lists. Nothing is chosen on the test split: it is used once, at each run's end, and a
-run's model is its last epoch's. A tenth of the training clips is held out in all rows, for the decisions of stage 2.
-Finished runs are kept in --out: after an interruption the same command continues.
+Several data folders are the folds of a cross-validation: every row is trained on each of them and tested on its test
+clips. The repository's own scripts train all rows on the same clips, with the same loader, front end, epochs and seeds;
+rows differ in the flags that ROWS lists. Nothing is chosen on the test clips: they are used once, at each run's end,
+and a run's model is its last epoch's. A tenth of the training clips is held out in all rows, for stage 2's decisions.
+
+A difference is paired: of the same test clips, fold by fold and seed by seed. Its 95 % interval is over the recording
+locations of all folds, each drawn with all its clips and seeds; the spread of the seeds is told by each seed's own
+difference. Finished runs are kept in --out: after an interruption the same command continues.
 """
 
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -23,21 +28,31 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
+
 from benchmarks.timing import ROOT, commit, publish
 from dcase import cli, errors, report
 from dcase.data import synth
-from dcase.data.tau22 import TRAIN_DEVICES
+from dcase.data.tau22 import DEVICES, TRAIN_DEVICES
 from dcase.errors import UserError
 from dcase.files import replace_file
+from dcase.report.bootstrap import Estimate, Figures
+from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
 
 
 @dataclass(frozen=True)
 class AccuracyConfig:
     dataset_dir: str | None = None
-    """Data folder in TAU22's layout; None: that of TAU22_DIR in the environment, else SynthTAU."""
+    """Data folder in TAU22's layout, or several, the folds of a cross-validation, with commas between them; None: that
+    of TAU22_DIR in the environment, else SynthTAU."""
     dir_path: str | None = None
     """Folder of device impulse responses for training, none of them of a device in the test split. Without it and
     without a data folder, made-up ones are used (`python -m dcase.synth --responses`)."""
+    flags: str = ""
+    """Further flags of every row, as --flags="--sample_rate 16000 --n_fft 2048"."""
+    teacher: str = ""
+    """An outside teacher's logits for the rows that have one, as train_base.py's --teacher takes them; {fold} stands
+    for the position of the data folder in --dataset_dir, from 1. "": these rows are left out."""
     seeds: int = 3
     """Number of seeds, and so of runs of each row: 0, 1, ..."""
     n_epochs: int = 30
@@ -49,7 +64,7 @@ class AccuracyConfig:
     jobs: int = os.cpu_count() or 1
     """Runs at a time, each with one thread."""
     out: str = "accuracy_runs"
-    """Project folder of the runs."""
+    """Folder of the runs, in a project folder for each data folder."""
     append: bool = False
     """Append the tables to benchmarks/RESULTS.md."""
 
@@ -57,113 +72,149 @@ class AccuracyConfig:
 MASKS = "--freqm 16 --timem 8"
 AUGMENTED = f"{MASKS} --mixstyle_p 0.4 --mixstyle_alpha 0.3 --dir_path {{dir_path}} --dir_p 0.4"
 RATES = "--batch_size 16 --lr 0.005 --warmup_steps 200"
-CP_MOBILE = f"--model cp_mobile --weight_bits 16 {RATES}"
-NANO_16 = f"--model aum_nano --weight_bits 16 {RATES}"
-NANO_8 = f"--model aum_nano_8bit --weight_bits 8 --qat_epochs 8 {RATES}"
-TEACHERS = ("cp_aug", "nano", "nano8")
-TAUGHT = f"{AUGMENTED} --teacher {','.join(f'{{{name}}}' for name in TEACHERS)}"
-DEVICE = f"--ckpt_id {{distilled}} --batch_size 16 --warmup_steps 10 --mixstyle_p 0 --check_val_every_n_epoch 4 {MASKS}"
+COMMON = f"--weight_bits 16 {RATES} {AUGMENTED}"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. ``args`` may name {dir_path}, and the runs of the rows in ``after`` with the same seed."""
+    """A line of the table. ``args`` may name {dir_path}, {teacher}, {project}, and the run of the row in ``after`` with
+    the same fold and seed."""
 
     name: str
     label: str
     args: str
-    after: Sequence[str] = ()
+    tried: int  # forms of the model and its recipe that were tried before, on other data: docs/aum_nano.md
     script: str = "train_base.py"
+    after: str = ""
 
     @property
     def stage(self) -> int:
-        return 1 + max((ROWS[name].stage for name in self.after), default=-1)
+        return 1 + ROWS[self.after].stage if self.after else 0
+
+    @property
+    def trains(self) -> bool:
+        return self.script != "test_only.py"
+
+    @property
+    def is_general(self) -> bool:
+        return self.trains and not self.after
 
 
+CONTROLS = "benchmarks/controls.py"
+STAGE_2 = "train_device_specific.py"
 ROWS = {row.name: row for row in (
     Row("cp", "CP-Mobile, the baseline's augmentation",
-        f"{CP_MOBILE} --mixstyle_p 0.4 --mixstyle_alpha 0.3 --freqm 48 --timem 0"),
-    Row("cp_aug", "CP-Mobile, augmented as AuM-Nano", f"{CP_MOBILE} {AUGMENTED}"),
-    Row("nano_plain", "AuM-Nano, 16-bit, neither MixStyle nor responses", f"{NANO_16} {MASKS} --mixstyle_p 0"),
-    Row("nano", "AuM-Nano, 16-bit", f"{NANO_16} {AUGMENTED}"),
-    Row("nano8", "AuM-Nano, 8-bit", f"{NANO_8} {AUGMENTED}"),
-    Row("nano8_as_32", "the same models in 32 bit", "--ckpt_path {out}/{nano8}/checkpoints/best.ckpt --weight_bits 32",
-        ["nano8"], "test_only.py"),
-    Row("distilled", "AuM-Nano, 16-bit, distilled", f"{NANO_16} {TAUGHT}", TEACHERS),
-    Row("distilled8", "AuM-Nano, 8-bit, distilled", f"{NANO_8} {TAUGHT}", TEACHERS),
-    Row("pruned", "AuM-Nano, 16-bit, pruned from the 8-bit form", f"{NANO_16} {AUGMENTED} --init_from {{nano8}}",
-        ["nano8"]),
-    Row("device_full", "distilled 16-bit, one per device: all weights",
-        f"{DEVICE} --finetune full --lr_choices 0.0003,0.001", ["distilled"], "train_device_specific.py"),
-    Row("device_lora", "distilled 16-bit, one per device: low-rank",
-        f"{DEVICE} --finetune lora --lr_choices 0.001,0.004", ["distilled"], "train_device_specific.py"),
+        f"--model cp_mobile --weight_bits 16 {RATES} --mixstyle_p 0.4 --mixstyle_alpha 0.3 --freqm 48 --timem 0", 3),
+    Row("cp_aug", "CP-Mobile, augmented as AuM-Nano", f"--model cp_mobile {COMMON}", 3),
+    Row("cp_norm", "the same, with AuM-Nano's input norm", f"--model cp_mobile_norm {COMMON}", 3, CONTROLS),
+    Row("nano", "AuM-Nano, 16-bit", f"--model aum_nano {COMMON}", 30),
+    Row("nano_conv", "the same without a scan: gated convolutions", f"--model aum_nano_conv {COMMON}", 30, CONTROLS),
+    Row("nano8", "AuM-Nano, 8-bit",
+        f"--model aum_nano_8bit --weight_bits 8 --qat_epochs 8 {RATES} {AUGMENTED}", 30),
+    Row("nano8_as_32", "the same models in 32 bit",
+        "--ckpt_path {project}/{after}/checkpoints/best.ckpt --weight_bits 32", 30, "test_only.py", "nano8"),
+    Row("taught", "AuM-Nano, 16-bit, with an outside teacher's logits",
+        f"--model aum_nano {COMMON} --teacher {{teacher}}", 30),
+    Row("cross_fit", "AuM-Nano, 16-bit, with its own cross-fitted teachers",
+        f"--model aum_nano {COMMON} --cross_fit 3", 30),
+    Row("devices", "AuM-Nano, 16-bit, one model per device", "--ckpt_id {after}", 30, STAGE_2, "nano"),
+    Row("devices_all", "the same, every device's own model used", "--ckpt_id {after} --keep all", 30, STAGE_2, "nano"),
 )}  # fmt: skip
-COLUMNS = ("macro_avg_acc", "real", "seen", "unseen")
-GOALS = (  # what, a row, the row that it is compared with, group, goal in points
-    ("AuM-Nano 16-bit against CP-Mobile, alike augmented", "nano", "cp_aug", "macro_avg_acc", 2.0),
-    ("the same, unseen devices", "nano", "cp_aug", "unseen", 3.0),
-    ("AuM-Nano 8-bit against CP-Mobile, alike augmented", "nano8", "cp_aug", "macro_avg_acc", 2.0),
-    ("the same, unseen devices", "nano8", "cp_aug", "unseen", 3.0),
-    ("distilled AuM-Nano 16-bit against CP-Mobile with the baseline's recipe", "distilled", "cp", "macro_avg_acc", 2.0),
-    ("the same, unseen devices", "distilled", "cp", "unseen", 3.0),
-    ("distilled against alone, 16-bit", "distilled", "nano", "macro_avg_acc", 1.5),
-    ("distilled against alone, 8-bit", "distilled8", "nano8", "macro_avg_acc", 1.5),
-    ("8-bit against 32-bit of the same model", "nano8", "nano8_as_32", "macro_avg_acc", -0.3),
-    ("responses and Freq-MixStyle against neither, unseen devices", "nano", "nano_plain", "unseen", 5.0),
-    ("one per device (full) against general, real devices", "device_full", "distilled", "real", 1.0),
-    ("one per device (lora) against general, real devices", "device_lora", "distilled", "real", 1.0),
-    ("pruned from the larger one against trained directly", "pruned", "nano", "macro_avg_acc", None),
+UNSEEN, KNOWN = ("group", "unseen"), ("known",)
+ALL = ("macro_avg_acc",)
+COLUMNS = {"Macro Avg. Acc.": ALL, "Known": KNOWN, "Unseen": UNSEEN}
+GOALS = (  # what, a row, the row that it is compared with, figure, goal in points
+    ("AuM-Nano against CP-Mobile, augmented alike", "nano", "cp_aug", ALL, 4.0),
+    ("the same, unseen devices", "nano", "cp_aug", UNSEEN, 4.0),
+    ("AuM-Nano against CP-Mobile with its input norm", "nano", "cp_norm", ALL, None),
+    ("AuM-Nano against CP-Mobile, the baseline's augmentation", "nano", "cp", ALL, None),
+    ("AuM-Nano against its control without a scan", "nano", "nano_conv", ALL, 1.0),
+    ("an outside teacher's logits against none", "taught", "nano", ALL, 3.0),
+    ("own cross-fitted teachers against none", "cross_fit", "nano", ALL, 1.5),
+    ("one model per device against general, known devices", "devices", "nano", KNOWN, 1.5),
+    ("the same, every device's own model", "devices_all", "nano", KNOWN, None),
+    ("AuM-Nano 8-bit against CP-Mobile, augmented alike", "nano8", "cp_aug", ALL, None),
+    ("8-bit against 32-bit of the same model", "nano8", "nano8_as_32", ALL, -0.3),
 )
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A data folder, and the project folder of its runs."""
+
+    name: str
+    project: Path
+    data: list[str]  # flags
+    teacher: str
+
+
+class Pooled:
+    """The predictions of one row for the test clips of all folds, from all seeds, and figures of them."""
+
+    def __init__(self, parts: list[tuple[str, Predictions]]):
+        """``parts``: (fold's name, predictions) of each fold and seed, in an order that is the same for every row."""
+        ordered = [(fold, p.select(np.argsort(p.filenames, kind="stable"))) for fold, p in parts]
+        self.filenames = np.concatenate([np.char.add(f"{fold}/", p.filenames) for fold, p in ordered])
+        location = np.concatenate([np.char.add(f"{fold}/", p.location) for fold, p in ordered])
+        columns = [np.concatenate([getattr(p, name) for _, p in ordered]) for name in ("scene", "device", "logits")]
+        together = Predictions(self.filenames, *columns[:2], location, columns[2])
+        is_known = together.device < len(TRAIN_DEVICES)  # a to s3 come first in DEVICES
+        self.all, self.known = Figures(together), Figures(together.select(np.flatnonzero(is_known)))
+
+    def _of(self, figure: tuple[str, ...]) -> tuple[Figures, tuple[str, ...]]:
+        """Return where a figure is computed, and its name there; ("known",): the mean of the known devices."""
+        return (self.known, ("device_avg_acc",)) if figure == KNOWN else (self.all, figure)
+
+    def __call__(self, figure: tuple[str, ...]) -> Estimate:
+        figures, name = self._of(figure)
+        return figures(*name)
+
+    def minus(self, other: "Pooled", figure: tuple[str, ...]) -> Estimate:
+        if not np.array_equal(self.filenames, other.filenames):
+            raise UserError("two rows were tested on different clips: give another --out")
+        (ours, name), (theirs, _) = self._of(figure), other._of(figure)
+        return ours.minus(theirs, *name)
 
 
 @dataclass
 class Runs:
-    """The rows' runs in --out: <row>-<seed>/, and logs/<row>-<seed>.json with "flags" and "seconds"."""
+    """The rows' runs: <project>/<row>-<seed>/, and <project>/logs/<row>-<seed>.json with "flags" and "seconds"."""
 
     config: AccuracyConfig
-    data: list[str]  # flags that say where the data are
+    folds: list[Fold]
     dir_path: str
     processes: list[subprocess.Popen] = field(default_factory=list)
 
-    def folder(self, name: str, seed: int) -> Path:
-        return Path(self.config.out) / f"{name}-{seed}"
-
-    def note(self, row: Row, seed: int) -> dict:
+    def note(self, row: Row, fold: Fold, seed: int) -> dict:
         """Return the flags that decide a run's figures, and its seconds over all attempts.
 
         Raises `UserError` where the run was begun with other flags.
         """
-        path = self.log(row.name, seed, "json")
-        flags = f"{row.args} {self.data} {self.dir_path} {self.config.n_epochs} {self.config.device_epochs}"
+        path, config = log_of(row, fold, seed, "json"), self.config
+        teacher = fold.teacher if "{teacher}" in row.args else ""
+        flags = f"{row.args} {fold.data} {config.flags} {self.dir_path} {teacher} {config.n_epochs}"
+        flags += f" {config.device_epochs}" if row.script == STAGE_2 else ""
         note = json.loads(path.read_text()) if path.is_file() else {"flags": flags, "seconds": 0}
         if note["flags"] != flags:
-            raise UserError(f"--out {self.config.out} has runs of {row.name} with other flags: give another --out")
+            raise UserError(f"{fold.project} has runs of {row.name} with other flags: give another --out")
         return note
 
-    def log(self, name: str, seed: int, ending: str) -> Path:
-        return Path(self.config.out) / "logs" / f"{name}-{seed}.{ending}"
-
-    def results(self, name: str, seed: int) -> dict | None:
-        path = self.folder(name, seed) / "results.json"
-        return json.loads(path.read_text()) if path.is_file() else None
-
-    def train(self, row: Row, seed: int) -> None:
-        """Run a row's script for a seed, or continue it; at its end it writes results.json."""
-        folder, note, config = self.folder(row.name, seed), self.note(row, seed), self.config
-        runs = {name: self.folder(name, seed).name for name in row.after}
-        args = row.args.format(dir_path=self.dir_path, out=config.out, **runs).split()
-        n_epochs = config.n_epochs if row.script == "train_base.py" else config.device_epochs
-        if row.script == "test_only.py":
-            shutil.rmtree(folder, ignore_errors=True)  # an interrupted test starts again
+    def train(self, row: Row, fold: Fold, seed: int) -> None:
+        """Run a row's script for a fold and a seed, or continue it; at its end it writes results.json."""
+        folder, note, config = folder_of(row, fold, seed), self.note(row, fold, seed), self.config
+        after = f"{row.after}-{seed}"
+        args = row.args.format(dir_path=self.dir_path, teacher=fold.teacher, project=fold.project, after=after).split()
+        if row.trains:
+            args += ["--n_epochs", config.n_epochs if row.is_general else config.device_epochs, "--seed", seed]
         else:
-            args += ["--n_epochs", n_epochs, "--seed", seed]
-        if row.script == "train_base.py":
-            args += ["--check_val_every_n_epoch", n_epochs, "--val_fraction", 0.1]
+            shutil.rmtree(folder, ignore_errors=True)  # an interrupted test starts again
+        if row.is_general:
+            args += ["--check_val_every_n_epoch", config.n_epochs, "--val_fraction", 0.1, *shlex.split(config.flags)]
         args = ["--resume", folder.name] if (folder / "config.json").is_file() else [*args, "--run_id", folder.name]
-        command = [sys.executable, ROOT / row.script, "--project_name", config.out, *self.data, *args]
+        command = [sys.executable, ROOT / row.script, "--project_name", fold.project, *fold.data, *args]
         command += ["--wandb_mode", "disabled", "--num_workers", 0, "--accelerator", "auto"]
-        print(f"{time.strftime('%H:%M:%S')} {row.name}, seed {seed}", flush=True)
-        begin, log, path = time.monotonic(), self.log(row.name, seed, "txt"), self.log(row.name, seed, "json")
+        print(f"{time.strftime('%H:%M:%S')} {row.name}, {fold.name}, seed {seed}", flush=True)
+        begin, log, path = time.monotonic(), log_of(row, fold, seed, "txt"), log_of(row, fold, seed, "json")
         replace_file(path, lambda beside: beside.write_text(json.dumps(note)))
         with open(log, "a") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -173,17 +224,18 @@ class Runs:
         note["seconds"] = round(note["seconds"] + time.monotonic() - begin, 1)
         replace_file(path, lambda beside: beside.write_text(json.dumps(note)))
         if code:
-            raise UserError(f"{row.script} of row {row.name}, seed {seed}, failed: see {log}")
+            raise UserError(f"{row.script} of row {row.name}, {fold.name}, seed {seed}, failed: see {log}")
 
     def run_all(self, rows: list[Row]) -> None:
         """Run the jobs that have no results yet, ``config.jobs`` at a time, a stage after those that it needs."""
-        jobs = [(row, seed) for row in rows for seed in range(self.config.seeds)]
+        jobs = [(row, fold, seed) for seed in range(self.config.seeds) for fold in self.folds for row in rows]
         for job in jobs:
+            log_of(*job, "txt").parent.mkdir(parents=True, exist_ok=True)
             self.note(*job)
         pool = ThreadPoolExecutor(self.config.jobs)
         try:
             for stage in sorted({row.stage for row in rows}):
-                todo = [(row, n) for row, n in jobs if row.stage == stage and not self.results(row.name, n)]
+                todo = [job for job in jobs if job[0].stage == stage and not results_of(*job)]
                 for future in as_completed([pool.submit(self.train, *job) for job in todo]):
                     future.result()
         finally:  # after an error or Ctrl-C, too
@@ -191,83 +243,116 @@ class Runs:
             for process in self.processes:
                 process.terminate()
 
+    def pooled(self, row: Row, seeds: Sequence[int] | None = None) -> Pooled:
+        """Return a row's predictions of all folds, from all seeds or from these."""
+        seeds = range(self.config.seeds) if seeds is None else seeds
+        jobs = [(fold, seed) for fold in self.folds for seed in seeds]
+        return Pooled([(f.name, read_predictions(folder_of(row, f, seed) / PREDICTIONS_CSV)) for f, seed in jobs])
+
+
+def folder_of(row: Row, fold: Fold, seed: int) -> Path:
+    return fold.project / f"{row.name}-{seed}"
+
+
+def log_of(row: Row, fold: Fold, seed: int, ending: str) -> Path:
+    return fold.project / "logs" / f"{row.name}-{seed}.{ending}"
+
+
+def results_of(row: Row, fold: Fold, seed: int) -> dict | None:
+    path = folder_of(row, fold, seed) / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
 
 def main() -> None:
     config = cli.parse(AccuracyConfig, __doc__)
-    rows = wanted(config.rows)
+    rows = wanted(config)
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    runs = Runs(config, *data_flags(config))
+    runs = Runs(config, *folds_of(config))
     runs.run_all(rows)
     publish(tables(runs, rows), config.append)
 
 
-def wanted(names: str) -> list[Row]:
-    """Return the rows of these names, and those that they need before them."""
-    waiting, needed = [name for name in names.split(",") if name] or list(ROWS), set()
+def wanted(config: AccuracyConfig) -> list[Row]:
+    """Return the rows of --rows, and those that they need before them."""
+    names = [name for name in config.rows.split(",") if name]
+    has_teacher = [name for name, row in ROWS.items() if "{teacher}" not in row.args or config.teacher]
+    waiting, needed = names or has_teacher, set()
     while waiting:
         needed.add(name := waiting.pop())
         if name not in ROWS:
-            raise UserError(f"--rows {names}: there is {','.join(ROWS)}")
-        waiting += ROWS[name].after
+            raise UserError(f"--rows {config.rows}: there is {','.join(ROWS)}")
+        if name not in has_teacher:
+            raise UserError(f"--rows {name} needs --teacher")
+        waiting += [ROWS[name].after] if ROWS[name].after else []
     return [row for row in ROWS.values() if row.name in needed]
 
 
-def data_flags(config: AccuracyConfig) -> tuple[list[str], str]:
-    """Return the flags that say where the data are, and the folder of responses."""
-    dataset_dir = config.dataset_dir or os.environ.get("TAU22_DIR")
-    if dataset_dir and not config.dir_path:
+def folds_of(config: AccuracyConfig) -> tuple[list[Fold], str]:
+    """Return the data folders, and the folder of responses."""
+    given = config.dataset_dir or os.environ.get("TAU22_DIR") or ""
+    folders = [Path(folder).expanduser().absolute() for folder in given.split(",") if folder]
+    if folders and not config.dir_path:
         raise UserError("--dir_path is missing: a folder of device impulse responses, as MicIRP's")
-    if config.dir_path:
-        return ["--dataset_dir", dataset_dir] if dataset_dir else [], config.dir_path
-    folder = Path(config.out) / "responses"
-    if not folder.is_dir():
-        synth.make_responses(folder)
-    return [], str(folder)
+    if len({folder.name for folder in folders}) < len(folders):
+        raise UserError(f"--dataset_dir {given}: the folders' own names must differ, since the runs' folders have them")
+    out = Path(config.out)
+    folds = [
+        Fold(folder.name, out / folder.name, ["--dataset_dir", str(folder)], config.teacher.replace("{fold}", str(n)))
+        for n, folder in enumerate(folders, start=1)
+    ] or [Fold("synthtau", out / "synthtau", [], config.teacher)]
+    responses = out / "responses"
+    if not config.dir_path and not responses.is_dir():
+        synth.make_responses(responses)
+    return folds, config.dir_path or str(responses)
+
+
+def points(estimate: Estimate) -> str:
+    """Return a difference in points with its interval."""
+    if estimate.low is None:
+        return f"{100 * estimate.value:+.2f}"
+    return f"{100 * estimate.value:+.2f} ({100 * estimate.low:+.2f} to {100 * estimate.high:+.2f})"
 
 
 def tables(runs: Runs, rows: list[Row]) -> str:
-    """Return the results as Markdown: each row over the seeds, the goals, and the gain per device."""
-
-    def percent(results: dict, name: str) -> float:
-        return 100 * (results[name] if name in results else results["device_group_acc"][name])
-
-    def signed(points: list[float]) -> str:
-        return ", ".join(f"{point:+.2f}" for point in points)
-
-    found = {row.name: [runs.results(row.name, seed) for seed in range(runs.config.seeds)] for row in rows}
+    """Return the results as Markdown: each row, the differences against the goals, and the gain per device."""
+    config, seeds = runs.config, range(runs.config.seeds)
+    pooled = {row.name: runs.pooled(row) for row in rows}
+    one_seed = {(row.name, seed): runs.pooled(row, [seed]) for row in rows for seed in seeds}
     lines, goals, devices = [], [], []
     for row in rows:
-        done = [results for results in found[row.name] if results]
-        minutes = [runs.note(row, seed)["seconds"] / 60 for seed, results in enumerate(found[row.name]) if results]
-        sizes = [f"{done[0]['complexity'][name]:,}" for name in ("params", "total_param_bytes", "macs")]
+        jobs = [(row, fold, seed) for fold in runs.folds for seed in seeds]
+        minutes = statistics.median(runs.note(*job)["seconds"] / 60 for job in jobs)
+        complexity = results_of(*jobs[0])["complexity"]
+        sizes = [f"{complexity[name]:,}" for name in ("params", "total_param_bytes", "macs")]
         accuracies = []
-        for values in ([percent(results, name) for results in done] for name in COLUMNS):
-            deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-            accuracies.append(f"{statistics.mean(values):.2f}{deviation}")
-        lines.append([row.label, *accuracies, *sizes, f"{statistics.median(minutes):.1f}"])
-    for what, row, other, name, goal in GOALS:
-        if row in found and other in found:  # seed by seed, so that a seed's effect on both cancels out
-            pairs = zip(found[row], found[other], strict=True)
-            points = [percent(ours, name) - percent(theirs, name) for ours, theirs in pairs]
+        for figure in COLUMNS.values():
+            of_seeds = [100 * one_seed[row.name, seed](figure).value for seed in seeds]
+            deviation = f" ± {statistics.stdev(of_seeds):.2f}" if len(of_seeds) > 1 else ""
+            accuracies.append(f"{100 * pooled[row.name](figure).value:.2f}{deviation}")
+        lines.append([row.label, *accuracies, *sizes, str(row.tried), f"{minutes:.1f}"])
+    for what, row, other, figure, goal in GOALS:
+        if row in pooled and other in pooled:
+            of_seeds = [100 * one_seed[row, seed].minus(one_seed[other, seed], figure).value for seed in seeds]
             aim = "-" if goal is None else f"{goal:+.1f}"
-            goals.append([what, aim, f"{statistics.mean(points):+.2f}", signed(points)])
-    for row in (row for row in rows if row.script == "train_device_specific.py"):
-        cells = []
-        for d in TRAIN_DEVICES:
-            pairs = zip(found[row.name], found["distilled"], strict=True)
-            gains = [100 * (ours["device_acc"][d] - general["device_acc"][d]) for ours, general in pairs]
-            cells.append(f"{statistics.mean(gains):+.2f} ({signed(gains)})")
-        devices.append([row.label, *cells])
-    config, first = runs.config, found[rows[0].name][0]
-    header = ["Model", "Macro Avg. Acc.", "Real", "Seen", "Unseen", "Parameters", "Bytes", "MACs", "Minutes"]
+            found = points(pooled[row].minus(pooled[other], figure))
+            goals.append([what, aim, found, ", ".join(f"{value:+.2f}" for value in of_seeds)])
+    for row in (row for row in rows if row.script == STAGE_2):
+        gains = [pooled[row.name].minus(pooled[row.after], ("device", d)) for d in DEVICES if d in TRAIN_DEVICES]
+        devices.append([row.label, *map(points, gains)])
+    first = results_of(rows[0], runs.folds[0], 0)
+    header = ["Model", *COLUMNS, "Parameters", "Bytes", "MACs", "Variants Tried", "Minutes"]
+    tested = pooled[rows[0].name].all
     parts = [
-        f"## {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {first['data']}: {config.n_epochs} epochs, "
-        f"{config.seeds} seeds",
-        f"`{' '.join(['python', 'benchmarks/accuracy.py', *sys.argv[1:]])}`, commit {commit()}. Percent, mean ± "
-        f"standard deviation over the seeds. {first['note']} It says nothing about TAU22. Minutes: of one run, test "
+        f"## {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}, {first['data']}: {len(runs.folds)} test folds, "
+        f"{config.n_epochs} epochs, {config.seeds} seeds",
+        f"`{shlex.join(['python', 'benchmarks/accuracy.py', *sys.argv[1:]])}`, commit {commit()}. Percent, over the "
+        f"test clips of all folds and seeds, of {len(tested.locations):,} recording locations; ± standard deviation "
+        f"over the seeds. {first['note']} It says nothing about TAU22. Known: mean of the devices a to s3. Variants "
+        "tried: forms of the model and its recipe, on other data, before its row was fixed. Minutes: of one run, test "
         "included, with one thread, other runs beside it.",
         report.markdown(header, lines),
-        report.markdown(["Against the Goals", "Goal", "Mean Difference", "Each Seed"], goals),
+        "Paired differences in points, with 95 % intervals over the recording locations:",
+        report.markdown(["What", "Goal", "Difference", "Each Seed"], goals),
     ]
     if devices:
         header = ["One per Device, Points against General", *map(str.upper, TRAIN_DEVICES)]
