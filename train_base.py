@@ -55,7 +55,7 @@ def main() -> None:
     run = start_run(config, run)
 
     with open_loggers(config, run) as loggers:
-        if begins:
+        if begins and config.normalise:
             fit.fit_normalisation(module, train, config.machine)
         fit.train(module, train, val, config, run.checkpoints, loggers, teachers)
         best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))

@@ -14,7 +14,9 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
+
+import tyro
 
 import aum
 from dcase import cli
@@ -144,6 +146,9 @@ class BaseConfig(TrainConfig):
     or .safetensors. python -m aum.pretrained FILE shows what it holds."""
     pretrained_grid: tuple[int, int] | None = None
     """Patches along mel and time of the file's position embedding, such as 8,64, where the file does not say."""
+    normalise: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Subtract the mean of the training clips' log-mel and divide by their deviation; False: leave the log-mel as it
+    is, as the DCASE2025 baseline does."""
 
     def __post_init__(self):
         super().__post_init__()
