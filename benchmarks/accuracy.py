@@ -57,7 +57,7 @@ class AccuracyConfig:
 MASKS = "--freqm 16 --timem 8"
 AUGMENTED = f"{MASKS} --mixstyle_p 0.4 --mixstyle_alpha 0.3 --dir_path {{dir_path}} --dir_p 0.4"
 RATES = "--batch_size 16 --lr 0.005 --warmup_steps 200"
-CP_MOBILE = f"--model cp_mobile --weight_bits 16 {RATES}"
+CP_MOBILE = f"--model cp_mobile --weight_bits 16 {RATES} --mask_on log_mel --normalise True --gradient_clip_val 1"
 NANO_16 = f"--model aum_nano --weight_bits 16 {RATES}"
 NANO_8 = f"--model aum_nano_8bit --weight_bits 8 --qat_epochs 8 {RATES}"
 TEACHERS = ("cp_aug", "nano", "nano8")
