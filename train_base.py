@@ -16,6 +16,7 @@ from dcase import errors
 from dcase.data.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.data.logmel import frames_of
 from dcase.model import named as models
+from dcase.runs import defaults
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import parse_base, same_place, start_run
 from dcase.runs.folder import find_checkpoint
@@ -30,6 +31,8 @@ def main() -> None:
         return
     config, run = parse_base(__doc__)
     fit.check_machine(config.machine)
+    if run is None:
+        print(defaults.taken(config))
     source = find_source(config.data, config.split.subset)
     train_clips, val_clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
@@ -55,7 +58,7 @@ def main() -> None:
     run = start_run(config, run)
 
     with open_loggers(config, run) as loggers:
-        if begins:
+        if begins and config.normalise:
             fit.fit_normalisation(module, train, config.machine)
         fit.train(module, train, val, config, run.checkpoints, loggers, teachers)
         best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))

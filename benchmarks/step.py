@@ -8,7 +8,8 @@
 
 Each contender is a process of its own that waits for its turn. In every repetition each runs one step, so that what
 else the machine does affects them alike. Ratios are taken within each repetition. Batches are noise: no file is read,
-and speed does not depend on what the clips hold. A step is that of train_base.py with default flags, Lightning apart.
+and speed does not depend on what the clips hold. A step is that of train_base.py with the
+model's default flags but 64 clips, Lightning apart.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve()
 ROOT = HERE.parent.parent
+BATCH = 64  # clips, of every model and checkout
 PARTS = ("waveform", "log-mel", "augmentation", "forward", "backward", "optimiser")
 OURS = "default"  # what dcase sets for OpenMP, unless the user did
 SPINS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -41,7 +43,7 @@ def worker(model: str, evaluate: bool) -> None:
         from dcase.training.lit import SceneClassifier
 
         keep_freed_memory()  # as the training scripts do
-        config, _ = parse_base("", ["--model", model])
+        config, _ = parse_base("", ["--model", model, "--batch_size", str(BATCH)])
         rate = config.logmel.sample_rate
         module = SceneClassifier(config, frames_of(config.logmel, rate, rate)).train(not evaluate)
         b = config.machine.batch_size
@@ -73,7 +75,8 @@ def worker(model: str, evaluate: bool) -> None:
         if not evaluate:
             F.cross_entropy(logits, mix(scene)).backward()
             lap()
-            torch.nn.utils.clip_grad_norm_(module.parameters(), config.fit.gradient_clip_val)
+            if config.fit.gradient_clip_val:
+                torch.nn.utils.clip_grad_norm_(module.parameters(), config.fit.gradient_clip_val)
             made["optimizer"].step()
             made["lr_scheduler"]["scheduler"].step()
             made["optimizer"].zero_grad()

@@ -76,6 +76,15 @@ def _module() -> str | None:
     return spec and f"python -m {spec.name.removesuffix('.__main__')}"
 
 
+def flags_of(config, parts: tuple[str, ...] | None = None) -> dict:
+    """Return flag -> value of a configuration, or of some of its parts."""
+    flags = {}
+    for name, value in vars(config).items():
+        if parts is None or name in parts:
+            flags |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
+    return flags
+
+
 def parse(
     config: type[Config], description: str, default: Config | None = None, args: list[str] | None = None
 ) -> Config:

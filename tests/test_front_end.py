@@ -1,14 +1,16 @@
 """Log-mel and augmentation."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torchaudio
 
-from dcase.data.augment import AugmentConfig, Masking, freq_mixstyle, roll
+from dcase.data.augment import Augment, AugmentConfig, Masking, freq_mixstyle, roll
 from dcase.data.logmel import LogMel, LogMelConfig, frames_of, samples_for
 from dcase.errors import UserError
+from dcase.runs.config import parse_base
 
 
 def noise(b=2, samples=44100, seed=0):
@@ -183,6 +185,41 @@ def test_masks_are_filled_with_0_and_stay_within_their_limits():
     uncapped = Masking(AugmentConfig(timem_max_fraction=1.0, freqm=0), 256, 65)(x)
     assert (uncapped == 0).all(2).sum(2).max() > 50
     assert torch.equal(Masking(AugmentConfig(freqm=0, timem=0), 256, 65)(x), x)
+
+
+def baselines_log_mel(waveform: torch.Tensor) -> torch.Tensor:
+    """The log-mel that the DCASE2025 baseline trains on, in plain torch: mel, masks, logarithm, Freq-MixStyle.
+
+    waveform (b, 1, samples) at 32 kHz, already rolled; the masks are drawn first, then MixStyle's coin, weights, order.
+    """
+    mel = torchaudio.transforms.MelSpectrogram(32000, 4096, 3072, 500, n_mels=256)(waveform)
+    mel = torchaudio.transforms.FrequencyMasking(48, iid_masks=True)(mel)
+    x = (mel + 1e-5).log()
+    assert torch.rand(()) < 0.4
+    weight = torch.distributions.Beta(0.3, 0.3).sample((len(x), 1, 1, 1))
+    other = torch.randperm(len(x))
+    mean, std = x.mean((1, 3), keepdim=True), (x.var((1, 3), keepdim=True) + 1e-6).sqrt()
+    std_of_both = weight * std + (1 - weight) * std[other]
+    return (x - mean) / std * std_of_both + weight * mean + (1 - weight) * mean[other]
+
+
+@pytest.mark.parametrize("normalised, atol", [(False, 1e-4), (True, 2e-3)])  # MixStyle's 1e-6 is in other units then
+def test_cp_mobiles_defaults_augment_as_the_baseline_does(normalised, atol):
+    config, _ = parse_base("", ["--model", "cp_mobile"])
+    module, waveform = LogMel(config.logmel, 44100), noise(6, 32000) * torch.logspace(-3, 0, 6)[:, None, None]
+    if normalised:  # --normalise True
+        module.mean.fill_(-4.0)
+        module.std.fill_(2.5)
+    augment = Augment(config.augment, config.logmel, 65)
+    torch.manual_seed(3)  # the coin says yes
+    expected = (baselines_log_mel(waveform) - module.mean) / module.std
+    torch.manual_seed(3)
+    x, mix = augment.log_mel(module(waveform), module.silence)
+    torch.testing.assert_close(x, expected, rtol=0, atol=atol)
+    assert mix.weight is None
+    torch.manual_seed(3)
+    last, _ = Augment(replace(config.augment, mask_on="log_mel"), config.logmel, 65).log_mel(module(waveform))
+    assert (last - expected).abs().max() > 1
 
 
 def test_masks_longer_than_the_log_mel_are_cut():

@@ -2,18 +2,19 @@
 
 Device responses (`responses.py`) and time rolling change the waveform; Freq-MixStyle, mixup and masking change the
 normalised log-mel, in this order: after masking, MixStyle would take its statistics from the masks. Masks are filled
-with 0, the mean of the normalised log-mel.
+with 0, the mean of the normalised log-mel. The DCASE2025 baseline masks the linear mel spectrogram with 0 instead, and
+so before Freq-MixStyle (--mask_on mel).
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torchaudio
 from torch import Tensor, nn
 
-from dcase.data.logmel import LogMelConfig
+from dcase.data.logmel import SILENCE, LogMelConfig
 from dcase.data.responses import DeviceResponses
 from dcase.errors import UserError
 
@@ -33,6 +34,9 @@ class AugmentConfig:
     timem_max_fraction: float = 0.2
     """Largest part of a clip that a time mask covers; 1.0: no limit (64 of 65 frames would erase half of a 1-second
     clip on average)."""
+    mask_on: Literal["log_mel", "mel"] = "log_mel"
+    """What is masked. log_mel: the log-mel after Freq-MixStyle and mixup, with its mean. mel: the mel spectrogram
+    before its logarithm and before Freq-MixStyle, with silence, as the DCASE2025 baseline does."""
     dir_path: str | None = None
     """Folder of impulse responses of recording devices (WAV or FLAC files of any rate, such as MicIRP's,
     micirp.blogspot.com) to filter clips of device a with; None: no filter."""
@@ -127,10 +131,12 @@ class Masking(nn.Module):
         freqm, timem, p = min(config.freqm, n_mels), min(config.timem, frames), config.timem_max_fraction
         masks = [torchaudio.transforms.FrequencyMasking(freqm, iid_masks=True)] if freqm else []
         masks += [torchaudio.transforms.TimeMasking(timem, iid_masks=True, p=p)] if timem else []
-        self.masks = nn.Sequential(*masks)
+        self.masks = nn.ModuleList(masks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.masks(x)
+    def forward(self, x: Tensor, value: Tensor | float = 0.0) -> Tensor:
+        for mask in self.masks:
+            x = mask(x, value)
+        return x
 
 
 class Augment(nn.Module):
@@ -157,9 +163,15 @@ class Augment(nn.Module):
             x = self.responses(x, device, length)
         return roll(x, round(self.config.roll_sec * self.sample_rate), length)
 
-    def log_mel(self, x: Tensor) -> tuple[Tensor, Mix]:
+    def log_mel(self, x: Tensor, silence: Tensor | float = SILENCE) -> tuple[Tensor, Mix]:
         """Apply Freq-MixStyle, mixup and masking to (b, 1, n_mels, frames). Return it with the mixup that its targets
-        need."""
+        need.
+
+        ``silence``: what a mel of 0 is in ``x``, `LogMel.silence`; the default is that of a log-mel not normalised.
+        """
+        mel_first = self.config.mask_on == "mel"
+        if mel_first:  # a mask of the mel itself gives the same log-mel
+            x = self.masking(x, silence)
         x = freq_mixstyle(x, self.config.mixstyle_p, self.config.mixstyle_alpha)
         mix = Mix.draw(len(x), self.config.mixup_alpha, x.device)
-        return self.masking(mix(x)), mix
+        return mix(x) if mel_first else self.masking(mix(x)), mix

@@ -2,7 +2,8 @@
 
 Resample (a pack is at the model's rate already) -> power mel spectrogram -> log(x + 1e-5), as the DCASE2025 Task 1
 baseline does (CPJKU/dcase2025_task1_baseline, README) -> subtract the mean and divide by the deviation of the training
-clips. At 32 kHz, hop 500 and window 3072, frames are 15.6 ms apart and 96 ms long; a 1-second clip has 65 frames.
+clips, which `fit` has computed: 0 and 1 without it. At 32 kHz, hop 500 and window 3072, frames are 15.6 ms apart and 96
+ms long; a 1-second clip has 65 frames.
 """
 
 import math
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from dcase.errors import UserError
 
-LOG_OFFSET = 1e-5  # power; log(LOG_OFFSET) = -11.5 is the log-mel of digital silence
+LOG_OFFSET = 1e-5  # power
+SILENCE = math.log(LOG_OFFSET)  # -11.5, the log-mel of digital silence
 _PIECE = 2**19  # samples, over all frames, that a CPU transforms at a time: their spectrum then stays in its cache
 _BLOCK = 16  # mel bins per matrix product: neighbours share few FFT bins, and elsewhere their filters are zero
 
@@ -127,6 +129,11 @@ class LogMel(nn.Module):
         """``length`` (b,): samples of each clip, where some are padded at their end; None: none are."""
         return (self.raw(waveform, length) - self.mean) / self.std
 
+    @property
+    def silence(self) -> Tensor:
+        """Return what a mel of 0 is in the normalised log-mel, a scalar."""
+        return (SILENCE - self.mean) / self.std
+
     def raw(self, waveform: Tensor, length: Tensor | None = None) -> Tensor:
         """Return the log-mel before normalisation, always computed in float32, of each clip at its own length."""
         if self.config.target_length is None or length is None:
@@ -146,7 +153,7 @@ class LogMel(nn.Module):
         frames = self.config.target_length
         if frames is None:
             return x
-        return nn.functional.pad(x[..., :frames], (0, max(0, frames - x.shape[-1])), value=math.log(LOG_OFFSET))
+        return nn.functional.pad(x[..., :frames], (0, max(0, frames - x.shape[-1])), value=SILENCE)
 
     def _piece(self, waveform: Tensor) -> Tensor:
         """(b, samples) -> (b, n_mels, frames), a transposed view."""

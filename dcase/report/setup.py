@@ -6,6 +6,7 @@ from typing import NamedTuple
 from dcase.report import words
 from dcase.report.run_files import CONFIGS, Finished
 from dcase.runs.config import to_plain
+from dcase.runs.defaults import with_defaults
 from dcase.runs.folder import kind_of
 
 PARTS = {
@@ -35,10 +36,15 @@ class Flag(NamedTuple):
 
 
 def flags(config: dict) -> list[Flag]:
-    """Return a configuration's flags beside the defaults of the script that wrote it. The shape that a named model has
-    by default counts as default: the name is what was chosen."""
-    usual = _by_part(to_plain(CONFIGS[kind_of(config)]()))
-    usual["model"] = config.get("model", {}) | {"model": usual["model"]["model"]}
+    """Return a configuration's flags beside the defaults of the script that wrote it. The shape and the defaults that a
+    named model has count as default: the name is what was chosen."""
+    kind, model = kind_of(config), config.get("model", {})
+    default = CONFIGS[kind]()
+    name = default.model.model
+    if kind == "general":
+        default = with_defaults(default, model.get("model", name))
+    usual = _by_part(to_plain(default))
+    usual["model"] = model | {"model": name}
     return [
         Flag(PARTS.get(part, part), name, _text(value), _text(usual.get(part, {}).get(name, value)))
         for part, values in _by_part(config).items()

@@ -1,6 +1,7 @@
 """The configuration of the three scripts: the dataclasses of all rooms together, and where their defaults come from.
 
-A checkpoint and a run's config.json hold it as plain values. A script that starts from one takes its defaults from
+The dataclasses' own defaults are AuM-Small's; train_base.py takes those of its --model (`defaults.py`). A checkpoint
+and a run's config.json hold the configuration as plain values. A script that starts from one takes its defaults from
 there, so that a flag that differs can only have been given by the user.
 """
 
@@ -14,7 +15,9 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
+
+import tyro
 
 import aum
 from dcase import cli
@@ -30,6 +33,7 @@ from dcase.model.distillation import DistillConfig
 from dcase.model.named import ModelConfig
 from dcase.runs import artifacts
 from dcase.runs.checkpoints import load_checkpoint, refuse_other_scenes
+from dcase.runs.defaults import with_defaults
 from dcase.runs.folder import (
     SCRIPTS,
     Run,
@@ -144,6 +148,9 @@ class BaseConfig(TrainConfig):
     or .safetensors. python -m aum.pretrained FILE shows what it holds."""
     pretrained_grid: tuple[int, int] | None = None
     """Patches along mel and time of the file's position embedding, such as 8,64, where the file does not say."""
+    normalise: Annotated[bool, tyro.conf.FlagConversionOff] = True
+    """Subtract the mean of the training clips' log-mel and divide by their deviation; False: leave the log-mel as it
+    is, as the DCASE2025 baseline does."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -238,7 +245,9 @@ def parse_base(description: str, args: list[str] | None = None) -> tuple[BaseCon
     """Return train_base.py's configuration, and the run where one is resumed."""
     if resumed := _resumed(BaseConfig, description, args):
         return resumed
-    config = cli.parse(BaseConfig, description, args=args)
+    given, _ = split_flags(args, "model")
+    default = with_defaults(BaseConfig(), given["model"] or ModelConfig.model)
+    config = cli.parse(BaseConfig, description, default, args)
     # Before any data is looked for: the clips' length is not known yet, so a patch may be of any length.
     models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or 10**9)
     return config, None
@@ -310,20 +319,11 @@ def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
 
 def _refuse_changes(default, config, what: str, free: set[str], parts: tuple[str, ...] | None = None) -> None:
     """Raise `UserError`, with both values, where a flag (of these parts) differs from what is already decided."""
-    before, after = _flat(default, parts), _flat(config, parts)
+    before, after = cli.flags_of(default, parts), cli.flags_of(config, parts)
     for name, value in before.items():
         if name not in free and after[name] != value:
             shown, decided = (",".join(map(str, v)) if isinstance(v, tuple) else v for v in (after[name], value))
             raise UserError(f"--{name} {shown} contradicts {what}, which has {decided}: leave it out")
-
-
-def _flat(config, parts: tuple[str, ...] | None) -> dict:
-    """Return flag -> value of a configuration, or of some of its parts."""
-    flags = {}
-    for name, value in vars(config).items():
-        if parts is None or name in parts:
-            flags |= vars(value) if dataclasses.is_dataclass(value) else {name: value}
-    return flags
 
 
 # Configurations in checkpoints and config.json

@@ -60,7 +60,7 @@ class SceneClassifier(Classifier):
             self.train()  # not in on_train_epoch_start, which an epoch that is resumed in its middle does not have
         waveform, length = self.sound(batch)
         waveform = self.augment.waveform(waveform, batch.device, length)
-        x, mix = self.augment.log_mel(self.logmel(waveform, length))
+        x, mix = self.augment.log_mel(self.logmel(waveform, length), self.logmel.silence)
         rounding = self.current_epoch >= self.config.fit.n_epochs - self.config.fit.qat_epochs
         logits = self.forward_model(x, rounding).float()
         loss = F.cross_entropy(logits, mix(F.one_hot(batch.scene, logits.shape[1]).float()))
