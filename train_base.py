@@ -43,7 +43,7 @@ def main() -> None:
     module = SceneClassifier(config, frames)
     module.clips_id = clips_id(train_clips, val_clips)
     module.augment.load_responses()
-    teachers = load_teachers(config, module)
+    teachers = load_teachers(config, module, train, run)
     begins = run is None or not fit.checkpoint_to_resume(run.checkpoints)
     if config.pretrained and begins:
         module.start_from_file(config.pretrained, config.pretrained_grid)
@@ -52,9 +52,11 @@ def main() -> None:
         module.refuse_other_clips(source_run, f"the run --init_from {config.init_from}")
         module.start_from(source_run)
     evaluation.warn_if_over(module)
-    run = start_run(config, run)
+    run = start_run(config, run, teachers.record() if teachers else {})
 
     with open_loggers(config, run) as loggers:
+        if teachers:
+            teachers.hear(train, config.machine)
         if begins:
             fit.fit_normalisation(module, train, config.machine)
         fit.train(module, train, val, config, run.checkpoints, loggers, teachers)

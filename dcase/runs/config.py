@@ -210,7 +210,7 @@ Config = TypeVar("Config", bound=EvalConfig)
 FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
     "scan_backend", "deterministic", "float32_matmul", "compile", "read_from", "pack_dir", "report_audio",
-    "logger", "log_checkpoints",
+    "logger", "log_checkpoints", "teacher",
 }  # fmt: skip
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
@@ -384,8 +384,9 @@ def same_place(config: EvalConfig) -> str:
     return shlex.join(["--project_name", config.run.project_name, *data])
 
 
-def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
-    """Return the run to write to: the resumed one, or a new one with its config.json written."""
+def start_run(config: TrainConfig | TestConfig, run: Run | None, more: dict | None = None) -> Run:
+    """Return the run to write to: the resumed one, or a new one with its config.json written. ``more`` goes into that
+    beside the configuration."""
     if run is not None and (run.folder / "results.json").is_file():
         print(f"run {run.id} is trained to its end: it is only tested again")
     if run is None:
@@ -401,6 +402,7 @@ def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
                 "command": sys.argv,
                 "commit": _commit(),
                 "versions": {"python": platform.python_version(), **versions},
+                **(more or {}),
             },
         )
     print(f"run {run.id}: everything goes to {run.folder}/")

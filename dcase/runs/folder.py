@@ -107,6 +107,10 @@ class Run:
         """Return the scenes that the run began with; None for runs from before they were recorded."""
         return json.loads((self.folder / "config.json").read_text()).get("scenes")
 
+    def teachers(self) -> list[dict] | None:
+        """Return the teachers that the run began with, each with its "sha256"; None where none were recorded."""
+        return json.loads((self.folder / "config.json").read_text()).get("teachers")
+
     def read_config(self) -> dict:
         """Return config.json's "config". Raises `UserError` where the file is damaged."""
         path = self.folder / "config.json"

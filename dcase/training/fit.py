@@ -357,7 +357,7 @@ def train(
     fit = config.fit
     if teachers is not None:
         if config.distill.teacher_input == "cached":
-            teachers.keep(train_clips, config.machine)
+            teachers.keep(train_clips.clips)
         module.teacher = teachers
     module.start_averaging()
     stop = StopRequest()

@@ -1,98 +1,216 @@
-"""The trained models that a model learns from: loaded by their run ids, their outputs cached or computed live."""
+"""What a model learns from beside the labels: trained models, by their run ids, and files of logits."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dcase.data.dataset import TAU22, Batch
 from dcase.data.loading import Batches, loader
+from dcase.data.tau22 import Clips
 from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.machine import MachineConfig, main_first
+from dcase.model.distillation import is_file, soft_targets
 from dcase.progress import progress
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import TrainConfig
-from dcase.runs.folder import find_checkpoint
+from dcase.runs.folder import Run, find_checkpoint
 from dcase.training.lit import SceneClassifier
+from dcase.training.logits_files import ClipLogits, read_logits, split_key
+
+BY_HEART = 0.99  # right on this share of the training clips: hardly more than their labels
+BEYOND_CHANCE = 0.1, 3  # share of the clips, and standard errors, by which a teacher agrees with the labels at least
+
+
+class Teacher(Protocol):
+    """One of --teacher."""
+
+    name: str  # as it was given
+    sha256: str  # of its file
+
+    def logits(self, clips: TAU22, machine: MachineConfig) -> Tensor:
+        """Return the logits (clips, n_classes) of unaugmented training clips."""
 
 
 class Teachers:
-    """One or more trained models, of either stage; their logits are averaged."""
+    """One or more teachers. The mean of their probabilities is the target, so each has an equal share in the gradient,
+    however large its logits are."""
 
-    def __init__(self, modules: Sequence[SceneClassifier], paths: Sequence[Path]):
-        """``paths``: the modules' checkpoint files; outputs are cached in the folders of their runs."""
-        self.modules, self.paths = [module.eval().requires_grad_(False) for module in modules], paths
-        self.kept: Tensor | None = None  # (clips, n_classes), in the order of the training clips
+    def __init__(self, teachers: Sequence[Teacher], temperature: float, live: bool = False):
+        self.teachers, self.temperature, self.live = teachers, temperature, live
+        self.heard: tuple[Clips, Tensor] | None = None  # the training clips, and the targets of each
+        self.kept: Tensor | None = None  # those of the clips that are trained on now
+
+    def hear(self, clips: TAU22, machine: MachineConfig) -> None:
+        """Take every teacher's logits of the training clips, without augmentation, and print how good they are.
+
+        They are read, or computed and kept for other runs. With --teacher_input live there is nothing to do.
+        Raises `UserError` where they do not fit.
+        """
+        if self.live:
+            return
+        with main_first():
+            logits = [teacher.logits(clips, machine) for teacher in self.teachers]
+        for teacher, found in zip(self.teachers, logits, strict=True):
+            print(agreement(teacher.name, found, clips.clips))
+        targets = torch.stack([soft_targets(found, self.temperature) for found in logits]).mean(0)
+        self.heard = clips.clips, targets
+
+    def keep(self, clips: Clips) -> None:
+        """Keep the targets of those of the clips heard that are trained on from now, in their order."""
+        heard, targets = self.heard
+        self.kept = ClipLogits(np.char.decode(heard.filenames), targets.numpy()).of(clips)
 
     @torch.no_grad()
-    def live(self, waveform: Tensor, length: Tensor, device: Tensor) -> Tensor:
-        """Return mean logits (b, n_classes) of ``waveform`` (b, 1, samples) at the model's rate."""
-        modules = [module.to(waveform.device) for module in self.modules]
-        return torch.stack([m.by_device(m.model, waveform, length, device).float() for m in modules]).mean(0)
+    def targets(self, batch: Batch, waveform: Tensor, length: Tensor) -> Tensor:
+        """Return probabilities (b, n_classes) of a training batch: those kept, or those of this ``waveform``
+        (b, 1, samples) at the model's rate."""
+        if not self.live:
+            self.kept = self.kept.to(waveform.device)
+            return self.kept[batch.index]
+        logits = [teacher.of_waveform(waveform, length, batch.device) for teacher in self.teachers]
+        return torch.stack([soft_targets(found, self.temperature) for found in logits]).mean(0)
 
-    def logits(self, batch: Batch, waveform: Tensor, length: Tensor) -> Tensor:
-        """Return mean logits (b, n_classes) of a training batch: those kept, or those of this ``waveform``."""
-        if self.kept is None:
-            return self.live(waveform, length, batch.device)
-        self.kept = self.kept.to(waveform.device)
-        return self.kept[batch.index]
-
-    def keep(self, clips: TAU22, machine: MachineConfig) -> None:
-        """Keep the logits of every training clip without augmentation, read from an earlier run's file or computed."""
-        with main_first():
-            kept = [_kept(module, path, clips, machine) for module, path in zip(self.modules, self.paths, strict=True)]
-        self.kept = torch.stack(kept).mean(0)
+    def record(self) -> dict:
+        """Return what config.json says of them, so that a resumed run learns from the same ones."""
+        return {"teachers": [{"teacher": teacher.name, "sha256": teacher.sha256} for teacher in self.teachers]}
 
 
-def load_teachers(config: TrainConfig, student: SceneClassifier) -> Teachers | None:
-    """Return the teachers of --teacher, or None.
+class LogitsFile:
+    """A teacher that is a file of logits."""
 
-    Raises `UserError` where there is no such run, where a teacher was trained on other clips than the student will be
-    (it could know those held out for validation), or where it needs another sampling rate.
+    def __init__(self, given: str, train: TAU22, subset: int):
+        """Raises `UserError` where the file cannot be used for these training clips."""
+        self.name = given
+        try:
+            table = read_logits(given, train.clips.folder, subset)
+            self.found = table.of(train.clips)
+            refuse_chance(self.found, train.clips)
+        except UserError as error:
+            raise UserError(f"--teacher {given}: the file {error}") from error
+        self.sha256 = hashlib.sha256(split_key(given)[0].read_bytes()).hexdigest()
+
+    def logits(self, clips: TAU22, machine: MachineConfig) -> Tensor:
+        return self.found
+
+
+class TrainedModel:
+    """A teacher that is a trained model, of either stage."""
+
+    def __init__(self, name: str, module: SceneClassifier, path: Path):
+        """``path``: its checkpoint; outputs are kept in the folder of its run."""
+        self.name, self.module, self.path = name, module.eval().requires_grad_(False), path
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def of_waveform(self, waveform: Tensor, length: Tensor, device: Tensor) -> Tensor:
+        """Return logits (b, n_classes) of ``waveform`` (b, 1, samples) at the model's rate."""
+        module = self.module.to(waveform.device)
+        return module.by_device(module.model, waveform, length, device).float()
+
+    def logits(self, clips: TAU22, machine: MachineConfig) -> Tensor:
+        # Another state of the teacher is another file.
+        file = self.path.parent.parent / "teacher_outputs" / f"{clips.clips.fingerprint()}-{self.sha256[:16]}.pt"
+        if not file.is_file():
+            logits = outputs(self.module, clips, machine, f"outputs of teacher {self.name}")
+            replace_file(file, lambda beside: torch.save(logits, beside))
+        try:
+            logits = torch.load(file, weights_only=True)
+            if len(logits) != len(clips):
+                raise ValueError
+        except Exception as error:  # a damaged file can make torch raise anything
+            raise UserError(f"{file} is damaged: delete it, and the teacher's outputs are computed again") from error
+        return logits
+
+
+def load_teachers(config: TrainConfig, student: SceneClassifier, train: TAU22, run: Run | None) -> Teachers | None:
+    """Return the teachers of --teacher, or None. ``train``: all training clips; ``run``: the one that is resumed.
+
+    Raises `UserError` where there is no such run or file, where a teacher was trained on other clips than the student
+    will be (it could know those held out for validation), where it needs another sampling rate, where a file lacks
+    clips or does not fit the labels, and where a teacher is not that of the run that is resumed.
     """
-    ids = config.distill.teacher_ids
-    if not ids:
-        return None
-    paths = [find_checkpoint(config.run.project_name, run_id, "--teacher") for run_id in ids]
-    modules = []
-    for run_id, path in zip(ids, paths, strict=True):
-        checkpoint = load_checkpoint(path)
-        student.refuse_other_clips(checkpoint, f"the teacher --teacher {run_id}")
-        module = SceneClassifier.from_checkpoint(checkpoint)
-        theirs, ours = (c.logmel.sample_rate for c in (module.config, config))
-        if theirs != ours:
-            raise UserError(f"--teacher {run_id} was trained at --sample_rate {theirs}, and this model is at {ours}")
-        modules.append(module)
-    print(f"teachers: {', '.join(f'{i} ({m.config.model.model})' for i, m in zip(ids, modules, strict=True))}")
-    return Teachers(modules, paths)
+    names, live = config.distill.teachers, config.distill.teacher_input == "live"
+    if live and (files := [name for name in names if is_file(name)]):
+        raise UserError(f"--teacher_input live needs models, and --teacher {files[0]} holds logits: leave it out")
+    found = [
+        LogitsFile(name, train, config.split.subset) if is_file(name) else _trained_model(name, config, student)
+        for name in names
+    ]
+    if run is not None:
+        _refuse_others(found, config, run)
+    return Teachers(found, config.distill.temperature, live) if found else None
 
 
-def _kept(module: SceneClassifier, path: Path, clips: TAU22, machine: MachineConfig) -> Tensor:
-    """Return a teacher's logits (clips, n_classes), from its run's folder, or computed and written there."""
-    state = hashlib.sha256(path.read_bytes()).hexdigest()[:16]  # another state of the teacher is another file
-    file = path.parent.parent / "teacher_outputs" / f"{clips.clips.fingerprint()}-{state}.pt"
-    if not file.is_file():
-        logits = _all_logits(module, clips, machine, path.parent.parent.name)
-        replace_file(file, lambda beside: torch.save(logits, beside))
-    try:
-        logits = torch.load(file, weights_only=True)
-        if len(logits) != len(clips):
-            raise ValueError
-    except Exception as error:  # a damaged file can make torch raise anything
-        raise UserError(f"{file} is damaged: delete it, and the teacher's outputs are computed again") from error
-    return logits
+def _trained_model(run_id: str, config: TrainConfig, student: SceneClassifier) -> TrainedModel:
+    path = find_checkpoint(config.run.project_name, run_id, "--teacher")
+    checkpoint = load_checkpoint(path)
+    student.refuse_other_clips(checkpoint, f"the teacher --teacher {run_id}")
+    module = SceneClassifier.from_checkpoint(checkpoint)
+    theirs, ours = (c.logmel.sample_rate for c in (module.config, config))
+    if theirs != ours:
+        raise UserError(f"--teacher {run_id} was trained at --sample_rate {theirs}, and this model is at {ours}")
+    print(f"teacher {run_id}: {module.config.model.model}")
+    return TrainedModel(run_id, module, path)
+
+
+def _refuse_others(teachers: Sequence[Teacher], config: TrainConfig, run: Run) -> None:
+    """Raise `UserError` where these are not the teachers that a run began with. Their places may have changed."""
+    before = run.teachers()
+    if before is None:  # it has none, or is from before they were recorded
+        same = run.read_config().get("distill", {}).get("teacher", "") == config.distill.teacher
+    else:
+        same = [teacher.sha256 for teacher in teachers] == [teacher["sha256"] for teacher in before]
+    if not same:
+        names = ", ".join(teacher["teacher"] for teacher in before or []) or "none"
+        raise UserError(
+            f"--teacher {config.distill.teacher or '(none)'}: the run --resume {run.id} began with other contents "
+            f"(of {names}): give the same teachers, or start a new run"
+        )
+
+
+def agreement(name: str, logits: Tensor, clips: Clips) -> str:
+    """Return a line that says how often a teacher's most probable scene is the label, with a warning where that is so
+    often that it has learnt the clips by heart."""
+    right = _right(logits, clips)
+    said = f"teacher {name}: right on {100 * right:.1f} % of the {len(clips):,} training clips"
+    if right < BY_HEART:
+        return said
+    return (
+        f"{said}\nWARNING: teacher {name} knows the training clips by heart: on them it says little more than their "
+        "labels, as it would not on new ones. Better are logits of models that have not heard these clips"
+    )
+
+
+def refuse_chance(logits: Tensor, clips: Clips) -> None:
+    """Raise `UserError` where logits agree with the labels hardly more often than those of permuted clips would."""
+    right, n = _right(logits, clips), logits.shape[1]
+    labels, predicted = (np.bincount(x, minlength=n) / len(clips) for x in (clips.scene, logits.argmax(1).numpy()))
+    chance = float(labels @ predicted)
+    share, errors = BEYOND_CHANCE
+    if right < chance + max(share, errors * (chance * (1 - chance) / len(clips)) ** 0.5):
+        raise UserError(
+            f"is right on {100 * right:.1f} % of the {len(clips):,} training clips, and permuted rows would be on "
+            f"{100 * chance:.1f} %: its rows or columns are in another order, or it was made for other clips"
+        )
+
+
+def _right(logits: Tensor, clips: Clips) -> float:
+    return float((logits.argmax(1).numpy() == clips.scene).mean())
 
 
 @torch.no_grad()
-def _all_logits(module: SceneClassifier, clips: TAU22, machine: MachineConfig, run_id: str) -> Tensor:
+def outputs(module: SceneClassifier, clips: TAU22, machine: MachineConfig, what: str) -> Tensor:
+    """Return a model's logits (clips, n_classes) of unaugmented clips, computed in this process alone."""
     on = "cuda" if torch.cuda.is_available() and machine.accelerator != "cpu" else "cpu"
     module.to(on)
     batches = loader(clips, machine, Batches(len(clips), machine.batch_size))  # every clip, in any process
     found = []
-    for batch in progress(batches, desc=f"outputs of teacher {run_id}", leave=False):
+    for batch in progress(batches, desc=what, leave=False):
         batch = Batch(*(x.to(on) if isinstance(x, Tensor) else x for x in batch))
         found.append(module.by_device(module.model, *module.sound(batch), batch.device).float().cpu())
     return torch.cat(found)
