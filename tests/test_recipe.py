@@ -115,7 +115,7 @@ def test_impossible_distillation_names_the_flag(field, value):
 
 
 def test_a_teachers_outputs_are_kept_and_are_those_of_its_model(student, teacher_run):
-    (file,) = (teacher_run / "teacher_outputs").iterdir()
+    (file,) = (teacher_run.parent / "teacher_outputs").iterdir()
     logits = torch.load(file, weights_only=True)
     assert logits.shape[1] == 10 and len(logits) > 20 and logits.isfinite().all() and logits.std() > 0.1
 
@@ -250,5 +250,5 @@ def test_teachers_are_in_evaluation_mode(tmp_path):
     teacher = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3)).train()
     path = tmp_path / "best.ckpt"
     path.touch()
-    TrainedModel("x", teacher, path)
+    TrainedModel("x", teacher, path, tmp_path)
     assert not any(layer.training for layer in teacher.modules())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,15 +10,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FIT, SMALL, assert_same_run, read_results, refusal
+from conftest import FIT, RATE, SMALL, assert_same_run, read_results, refusal
 from data_folder import write_list
 from forked import run_script
 from test_scripts import kill_and_resume
 
+from dcase.data.dataset import TAU22, Sound
 from dcase.data.labels import SCENES
 from dcase.data.tau22 import Clips, load_clips
+from dcase.machine import MachineConfig
+from dcase.runs.checkpoints import load_checkpoint
+from dcase.submission.package import Submission, write_package
 from dcase.training.logits_files import ClipLogits, read_logits
-from dcase.training.teachers import Teachers, agreement, refuse_chance
+from dcase.training.packages import find_package
+from dcase.training.teachers import Package, Teachers, agreement, refuse_chance
 
 HONEST = 0.8  # share of the clips that the teacher of these tests is right on
 
@@ -169,7 +175,7 @@ def test_a_teacher_that_knows_the_clips_by_heart_draws_a_warning(clips, honest):
 class Fixed:
     """A teacher with these logits."""
 
-    name, sha256 = "fixed", ""
+    name, sha256, made_here = "fixed", "", True
 
     def __init__(self, logits: torch.Tensor):
         self.found = logits
@@ -231,3 +237,81 @@ def test_a_file_that_does_not_fit_is_refused_before_the_run_begins(student, taug
     said.refused("--teacher", "bad.csv", "right on", "in another order")
     run_script("train_base.py", *taught, "--teacher_input", "live", "--project_name", "P", cwd=tmp_path).refused("live")
     assert not (tmp_path / "P").exists()
+
+
+# Runs and packages
+
+
+PREDICT = """
+import torch
+from . import data
+SCENES = {scenes}
+def predict(file_paths, device_ids, model_file_path=None, batch_size=64):
+    print("loading", device_ids)
+    assert all(path.endswith(f"-{{device}}.wav") for path, device in zip(file_paths, device_ids))
+    return [torch.eye(10)[SCENES.index(path.split("/")[-1].split("-")[0])] for path in file_paths], SCENES
+"""
+
+
+@pytest.fixture
+def package(tmp_path) -> Path:
+    """The module of a package whose predict() is right, with the scenes in an order of its own."""
+    folder = tmp_path / "Doe_Uni" / "Doe_Uni_task1"
+    folder.mkdir(parents=True)
+    for name in ("__init__.py", "data.py"):
+        (folder / name).touch()
+    path = folder / "Doe_Uni_task1_1.py"
+    path.write_text(PREDICT.format(scenes=list(SCENES[::-1])))
+    return path
+
+
+def teacher_of(module: Path, folder: Path) -> Package:
+    return Package(str(module), module, folder)
+
+
+def test_a_package_is_called_once_and_kept(package, clips, tmp_path):
+    data = TAU22(clips, Sound(RATE))
+    logits = teacher_of(package, tmp_path / "kept").logits(data, MachineConfig())
+    assert torch.equal(logits.argmax(1), torch.from_numpy(clips.scene))
+    text = package.read_text()
+    package.write_text(text.replace("return [", "raise OSError; return ["))
+    assert "failed" in refusal(teacher_of(package, tmp_path / "kept").logits, data, MachineConfig())
+    package.write_text(text)
+    teacher_of(package, tmp_path / "kept").logits(data, MachineConfig())
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+
+def test_a_package_is_found_by_file_folder_and_module(package, tmp_path, monkeypatch):
+    assert {find_package(str(place)) for place in (package, package.parent, package.parent.parent)} == {package}
+    monkeypatch.syspath_prepend(package.parent.parent)
+    assert find_package("Doe_Uni_task1.Doe_Uni_task1_1") == package and "Doe_Uni_task1" not in sys.modules
+    assert find_package("x7k2m9ab") is None and find_package(str(tmp_path / "kept")) is None
+    assert "no installed module" in refusal(find_package, "Roe_Uni_task1.Roe_Uni_task1_1")
+    package.with_name("Doe_Uni_task1_2.py").touch()
+    assert "holds 2 systems" in refusal(find_package, str(package.parent))
+
+
+def test_a_run_of_another_project_and_its_package_teach_alike(general_run, learnable, tmp_path):
+    checkpoint = load_checkpoint(general_run / "checkpoints" / "best.ckpt")
+    checkpoint["config"]["storage"]["weight_bits"] = 16
+    submission = Submission(tmp_path / "Doe_Uni", "Doe_Uni", 1)
+    write_package(submission, checkpoint, learnable / "split_setup" / "test.csv")
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--n_epochs", 1, "--project_name", "P", "--teacher"]
+    names = [general_run / "checkpoints" / "best.ckpt", general_run, submission.folder]
+    out = run_script("train_base.py", *args, ",".join(map(str, names)), cwd=tmp_path).succeeded().out
+    said = [out.partition(f"teacher {name}: right on ")[2].partition("\n")[0] for name in names]
+    assert said[0].endswith("of the 48 training clips") and said[0] == said[1] == said[2]
+    files = {path.suffix: path for path in (tmp_path / "P" / "teacher_outputs").iterdir()}
+    assert set(files) == {".pt", ".npz"}  # the run's two names are one model
+    ours, theirs = torch.load(files[".pt"], weights_only=True), torch.from_numpy(np.load(files[".npz"])["logits"])
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0.02)  # 16 bit against 32
+
+
+def test_what_is_no_teacher_is_refused(learnable, tmp_path):
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", "P", "--teacher"]
+    for name, why in {
+        "./": "neither a run nor a package",
+        "a/b": "does not exist",
+        "x.ckpt": "no such checkpoint",
+    }.items():
+        run_script("train_base.py", *args, name, cwd=tmp_path).refused("--teacher", why)

@@ -20,11 +20,12 @@ FILES = (".npz", ".csv", ".tsv", ".pt")  # of logits
 @dataclass(frozen=True)
 class DistillConfig:
     teacher: str = ""
-    """What the model also learns from; several are separated by commas, and the mean of their probabilities counts. The
-    id of a run in --project_name; or a file of logits: .npz with filename and logits (FILE.npz:KEY takes another
-    array), .csv with filename and a column per scene, or .pt with a row for each row of the split list."""
+    """What the model also learns from; several are separated by commas, and the mean of their probabilities counts. A
+    run: its id in --project_name, its folder with a /, or a .ckpt file. A file of logits: .npz with filename and logits
+    (FILE.npz:KEY takes another array), .csv with filename and a column per scene, or .pt with a row for each row of a
+    split list. A challenge's inference package: its .py file, its folder with a /, or its module; its code is run."""
     teacher_input: Literal["cached", "live"] = "cached"
-    """Input of the teachers. cached: each unaugmented clip once, with the outputs kept in the teachers' run folders.
+    """Input of the teachers. cached: each unaugmented clip once, with the outputs kept in <project>/teacher_outputs/.
     live: the student's waveforms in every step, with --roll_sec and --dir_path, without MixStyle and masks."""
     teacher_weight: float = 0.9
     """Share of the teachers in the loss, 0 to 1; the labels have the rest."""
@@ -37,7 +38,7 @@ class DistillConfig:
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"--temperature is above 0; got {self.temperature}")
         if self.teacher and len(set(self.teachers)) < len(self.teacher.split(",")):
-            raise UserError(f"--teacher {self.teacher}: run ids or files with commas between them, each once")
+            raise UserError(f"--teacher {self.teacher}: teachers with commas between them, each once")
         # A run that is resumed may be in another folder.
         object.__setattr__(self, "teacher", ",".join(_absolute(teacher) for teacher in self.teachers))
 
@@ -60,7 +61,8 @@ def is_file(teacher: str) -> bool:
 
 
 def _absolute(teacher: str) -> str:
-    return str(Path(teacher).expanduser().absolute()) if "/" in teacher or is_file(teacher) else teacher
+    is_path = "/" in teacher or is_file(teacher) or Path(teacher).suffix in (".ckpt", ".py")
+    return str(Path(teacher).expanduser().absolute()) if is_path else teacher
 
 
 def soft_targets(logits: Tensor, temperature: float) -> Tensor:

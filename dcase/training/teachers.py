@@ -1,4 +1,4 @@
-"""What a model learns from beside the labels: trained models, by their run ids, and files of logits."""
+"""What a model learns from beside the labels: trained models, files of logits, and packages of the challenge."""
 
 import hashlib
 from collections.abc import Sequence
@@ -22,7 +22,9 @@ from dcase.runs.config import TrainConfig
 from dcase.runs.folder import Run, find_checkpoint
 from dcase.training.lit import SceneClassifier
 from dcase.training.logits_files import ClipLogits, read_logits, split_key
+from dcase.training.packages import content_of, find_package, write_outputs
 
+OUTPUTS = "teacher_outputs"  # folder of a project: what its teachers say of the clips
 BY_HEART = 0.99  # right on this share of the training clips: hardly more than their labels
 BEYOND_CHANCE = 0.1, 3  # share of the clips, and standard errors, by which a teacher agrees with the labels at least
 
@@ -31,7 +33,8 @@ class Teacher(Protocol):
     """One of --teacher."""
 
     name: str  # as it was given
-    sha256: str  # of its file
+    sha256: str  # of its files
+    made_here: bool  # False: rows or columns may be in another order than they should be
 
     def logits(self, clips: TAU22, machine: MachineConfig) -> Tensor:
         """Return the logits (clips, n_classes) of unaugmented training clips."""
@@ -57,6 +60,11 @@ class Teachers:
         with main_first():
             logits = [teacher.logits(clips, machine) for teacher in self.teachers]
         for teacher, found in zip(self.teachers, logits, strict=True):
+            if not teacher.made_here:
+                try:
+                    refuse_chance(found, clips.clips)
+                except UserError as error:
+                    raise UserError(f"--teacher {teacher.name} {error}") from error
             print(agreement(teacher.name, found, clips.clips))
         targets = torch.stack([soft_targets(found, self.temperature) for found in logits]).mean(0)
         self.heard = clips.clips, targets
@@ -84,6 +92,8 @@ class Teachers:
 class LogitsFile:
     """A teacher that is a file of logits."""
 
+    made_here = False
+
     def __init__(self, given: str, train: TAU22, subset: int):
         """Raises `UserError` where the file cannot be used for these training clips."""
         self.name = given
@@ -99,12 +109,34 @@ class LogitsFile:
         return self.found
 
 
-class TrainedModel:
-    """A teacher that is a trained model, of either stage."""
+class Package:
+    """A teacher that is a challenge's inference package: its logits are computed once, in another process, and kept."""
 
-    def __init__(self, name: str, module: SceneClassifier, path: Path):
-        """``path``: its checkpoint; outputs are kept in the folder of its run."""
-        self.name, self.module, self.path = name, module.eval().requires_grad_(False), path
+    made_here = False
+
+    def __init__(self, name: str, module: Path, keep_in: Path):
+        self.name, self.module, self.keep_in = name, module, keep_in
+        self.sha256 = content_of(module)
+
+    def logits(self, clips: TAU22, machine: MachineConfig) -> Tensor:
+        file = self.keep_in / f"{clips.clips.fingerprint()}-{self.sha256[:16]}.npz"
+        try:
+            if not file.is_file():
+                print(f"teacher {self.name}: computing its outputs for {len(clips):,} training clips")
+                write_outputs(self.module, clips.clips, _on(machine) == "cuda", file)
+            return read_logits(str(file), clips.clips.folder, 0).of(clips.clips)
+        except UserError as error:
+            raise UserError(f"--teacher {self.name}: {error}") from error
+
+
+class TrainedModel:
+    """A teacher that is a trained model, of either stage: its logits are computed once, and kept."""
+
+    made_here = True
+
+    def __init__(self, name: str, module: SceneClassifier, path: Path, keep_in: Path):
+        """``path``: its checkpoint."""
+        self.name, self.module, self.keep_in = name, module.eval().requires_grad_(False), keep_in
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
 
     def of_waveform(self, waveform: Tensor, length: Tensor, device: Tensor) -> Tensor:
@@ -114,7 +146,7 @@ class TrainedModel:
 
     def logits(self, clips: TAU22, machine: MachineConfig) -> Tensor:
         # Another state of the teacher is another file.
-        file = self.path.parent.parent / "teacher_outputs" / f"{clips.clips.fingerprint()}-{self.sha256[:16]}.pt"
+        file = self.keep_in / f"{clips.clips.fingerprint()}-{self.sha256[:16]}.pt"
         if not file.is_file():
             logits = outputs(self.module, clips, machine, f"outputs of teacher {self.name}")
             replace_file(file, lambda beside: torch.save(logits, beside))
@@ -130,32 +162,54 @@ class TrainedModel:
 def load_teachers(config: TrainConfig, student: SceneClassifier, train: TAU22, run: Run | None) -> Teachers | None:
     """Return the teachers of --teacher, or None. ``train``: all training clips; ``run``: the one that is resumed.
 
-    Raises `UserError` where there is no such run or file, where a teacher was trained on other clips than the student
-    will be (it could know those held out for validation), where it needs another sampling rate, where a file lacks
-    clips or does not fit the labels, and where a teacher is not that of the run that is resumed.
+    Raises `UserError` where there is no such run, file or package, where a model was trained on other clips than the
+    student will be (it could know those held out for validation), where it needs another sampling rate, where a file
+    lacks clips or does not fit the labels, and where a teacher is not that of the run that is resumed.
     """
-    names, live = config.distill.teachers, config.distill.teacher_input == "live"
-    if live and (files := [name for name in names if is_file(name)]):
-        raise UserError(f"--teacher_input live needs models, and --teacher {files[0]} holds logits: leave it out")
-    found = [
-        LogitsFile(name, train, config.split.subset) if is_file(name) else _trained_model(name, config, student)
-        for name in names
-    ]
+    live = config.distill.teacher_input == "live"
+    found = [_find(name, config, student, train) for name in config.distill.teachers]
+    for teacher in found:
+        if live and not isinstance(teacher, TrainedModel):
+            raise UserError(f"--teacher_input live needs runs, and --teacher {teacher.name} is none: leave it out")
     if run is not None:
         _refuse_others(found, config, run)
     return Teachers(found, config.distill.temperature, live) if found else None
 
 
-def _trained_model(run_id: str, config: TrainConfig, student: SceneClassifier) -> TrainedModel:
-    path = find_checkpoint(config.run.project_name, run_id, "--teacher")
+def _find(name: str, config: TrainConfig, student: SceneClassifier, train: TAU22) -> Teacher:
+    """Return the teacher that has this name in --teacher."""
+    project, path = Path(config.run.project_name), Path(name)
+    keep_in = project / OUTPUTS
+    if is_file(name):
+        return LogitsFile(name, train, config.split.subset)
+    if path.suffix == ".ckpt":
+        if not path.is_file():
+            raise UserError(f"--teacher {name}: there is no such checkpoint")
+        return _trained_model(name, path, config, student, keep_in)
+    if path.name != name and Run(path).has_config():
+        return _trained_model(name, find_checkpoint(str(path.parent), path.name, "--teacher"), config, student, keep_in)
+    if not Run(project / name).has_config():
+        try:
+            module = find_package(name)
+        except UserError as error:
+            raise UserError(f"--teacher {name} {error}") from error
+        if module:
+            return Package(name, module, keep_in)
+        if path.name != name:
+            what = "holds neither a run nor a package of the challenge" if path.is_dir() else "does not exist"
+            raise UserError(f"--teacher {name} {what}")
+    return _trained_model(name, find_checkpoint(str(project), name, "--teacher"), config, student, keep_in)
+
+
+def _trained_model(name: str, path: Path, config: TrainConfig, student: SceneClassifier, keep_in: Path) -> TrainedModel:
     checkpoint = load_checkpoint(path)
-    student.refuse_other_clips(checkpoint, f"the teacher --teacher {run_id}")
+    student.refuse_other_clips(checkpoint, f"the teacher --teacher {name}")
     module = SceneClassifier.from_checkpoint(checkpoint)
     theirs, ours = (c.logmel.sample_rate for c in (module.config, config))
     if theirs != ours:
-        raise UserError(f"--teacher {run_id} was trained at --sample_rate {theirs}, and this model is at {ours}")
-    print(f"teacher {run_id}: {module.config.model.model}")
-    return TrainedModel(run_id, module, path)
+        raise UserError(f"--teacher {name} was trained at --sample_rate {theirs}, and this model is at {ours}")
+    print(f"teacher {name}: {module.config.model.model}")
+    return TrainedModel(name, module, path, keep_in)
 
 
 def _refuse_others(teachers: Sequence[Teacher], config: TrainConfig, run: Run) -> None:
@@ -206,7 +260,7 @@ def _right(logits: Tensor, clips: Clips) -> float:
 @torch.no_grad()
 def outputs(module: SceneClassifier, clips: TAU22, machine: MachineConfig, what: str) -> Tensor:
     """Return a model's logits (clips, n_classes) of unaugmented clips, computed in this process alone."""
-    on = "cuda" if torch.cuda.is_available() and machine.accelerator != "cpu" else "cpu"
+    on = _on(machine)
     module.to(on)
     batches = loader(clips, machine, Batches(len(clips), machine.batch_size))  # every clip, in any process
     found = []
@@ -214,3 +268,7 @@ def outputs(module: SceneClassifier, clips: TAU22, machine: MachineConfig, what:
         batch = Batch(*(x.to(on) if isinstance(x, Tensor) else x for x in batch))
         found.append(module.by_device(module.model, *module.sound(batch), batch.device).float().cpu())
     return torch.cat(found)
+
+
+def _on(machine: MachineConfig) -> str:
+    return "cuda" if torch.cuda.is_available() and machine.accelerator != "cpu" else "cpu"
