@@ -46,11 +46,10 @@ def main() -> None:
     module.augment.load_responses()
     teachers = load_teachers(config, module, train, run)
     evaluation.warn_if_over(module)
-    run = start_run(config, run, teachers.record() if teachers else {})
+    run = start_run(config, run, teachers.record())
 
     with open_loggers(config, run) as loggers:
-        if teachers:
-            teachers.hear(train, config.machine)
+        teachers.hear(train, config.machine)
         tuning = FineTuning(module, clips, train, config, run, loggers, teachers)
         outcomes, weights = {}, {}
         for device_id in config.devices_to_tune:

@@ -41,13 +41,19 @@ class Teacher(Protocol):
 
 
 class Teachers:
-    """One or more teachers. The mean of their probabilities is the target, so each has an equal share in the gradient,
-    however large its logits are."""
+    """Any number of teachers. The mean of their probabilities is the target, so each has an equal share in the
+    gradient, however large its logits are."""
 
     def __init__(self, teachers: Sequence[Teacher], temperature: float, live: bool = False):
-        self.teachers, self.temperature, self.live = teachers, temperature, live
+        self.teachers, self.temperature, self.live = list(teachers), temperature, live
         self.heard: tuple[Clips, Tensor] | None = None  # the training clips, and the targets of each
         self.kept: Tensor | None = None  # those of the clips that are trained on now
+
+    def __len__(self) -> int:
+        return len(self.teachers)
+
+    def add(self, teacher: Teacher) -> None:
+        self.teachers.append(teacher)
 
     def hear(self, clips: TAU22, machine: MachineConfig) -> None:
         """Take every teacher's logits of the training clips, without augmentation, and print how good they are.
@@ -55,7 +61,7 @@ class Teachers:
         They are read, or computed and kept for other runs. With --teacher_input live there is nothing to do.
         Raises `UserError` where they do not fit.
         """
-        if self.live:
+        if self.live or not self.teachers:
             return
         with main_first():
             logits = [teacher.logits(clips, machine) for teacher in self.teachers]
@@ -92,15 +98,14 @@ class Teachers:
 class LogitsFile:
     """A teacher that is a file of logits."""
 
-    made_here = False
-
-    def __init__(self, given: str, train: TAU22, subset: int):
+    def __init__(self, given: str, train: TAU22, subset: int, made_here: bool = False):
         """Raises `UserError` where the file cannot be used for these training clips."""
-        self.name = given
+        self.name, self.made_here = given, made_here
         try:
             table = read_logits(given, train.clips.folder, subset)
             self.found = table.of(train.clips)
-            refuse_chance(self.found, train.clips)
+            if not made_here:
+                refuse_chance(self.found, train.clips)
         except UserError as error:
             raise UserError(f"--teacher {given}: the file {error}") from error
         self.sha256 = hashlib.sha256(split_key(given)[0].read_bytes()).hexdigest()
@@ -159,8 +164,8 @@ class TrainedModel:
         return logits
 
 
-def load_teachers(config: TrainConfig, student: SceneClassifier, train: TAU22, run: Run | None) -> Teachers | None:
-    """Return the teachers of --teacher, or None. ``train``: all training clips; ``run``: the one that is resumed.
+def load_teachers(config: TrainConfig, student: SceneClassifier, train: TAU22, run: Run | None) -> Teachers:
+    """Return the teachers of --teacher. ``train``: all training clips; ``run``: the one that is resumed.
 
     Raises `UserError` where there is no such run, file or package, where a model was trained on other clips than the
     student will be (it could know those held out for validation), where it needs another sampling rate, where a file
@@ -173,7 +178,7 @@ def load_teachers(config: TrainConfig, student: SceneClassifier, train: TAU22, r
             raise UserError(f"--teacher_input live needs runs, and --teacher {teacher.name} is none: leave it out")
     if run is not None:
         _refuse_others(found, config, run)
-    return Teachers(found, config.distill.temperature, live) if found else None
+    return Teachers(found, config.distill.temperature, live)
 
 
 def _find(name: str, config: TrainConfig, student: SceneClassifier, train: TAU22) -> Teacher:
