@@ -27,9 +27,9 @@ class DistillConfig:
     teacher_input: Literal["cached", "live"] = "cached"
     """Input of the teachers. cached: each unaugmented clip once, with the outputs kept in <project>/teacher_outputs/.
     live: the student's waveforms in every step, with --roll_sec and --dir_path, without MixStyle and masks."""
-    teacher_weight: float = 0.9
-    """Share of the teachers in the loss, 0 to 1; the labels have the rest."""
-    temperature: float = 2.0
+    teacher_weight: float = 0.7
+    """Share of the teachers in the loss, 0 to 1; the labels have the rest. docs/challenge.md says what it is worth."""
+    temperature: float = 1.0
     """Divisor of the logits before the teachers' and the model's probabilities are compared."""
 
     def __post_init__(self):
