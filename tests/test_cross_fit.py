@@ -143,6 +143,20 @@ def test_killed_and_resumed_equals_undisturbed(student, learnable, tmp_path):
     assert np.array_equal(first, second)
 
 
+def test_teachers_do_not_start_from_a_run_which_may_have_heard_the_clips(student, learnable, tmp_path):
+    args = [
+        "--dataset_dir",
+        learnable,
+        *SMALL,
+        *FIT,
+        "--cross_fit",
+        2,
+        "--pretrained",
+        student / "checkpoints/best.ckpt",
+    ]
+    run_script("train_base.py", *args, "--project_name", "P", cwd=tmp_path).refused("--cross_fit and --pretrained")
+
+
 def test_a_later_run_on_every_clip_takes_the_file(student, learnable, tmp_path):
     args = ["--dataset_dir", learnable, *SMALL, *FIT, "--val_fraction", 0, "--n_epochs", 1, "--project_name", "P"]
     file = student / "cross_fit" / "logits.npz"

@@ -23,7 +23,7 @@ from dcase.runs.checkpoints import load_checkpoint
 from dcase.submission.package import Submission, write_package
 from dcase.training.logits_files import ClipLogits, read_logits
 from dcase.training.packages import find_package
-from dcase.training.teachers import Package, Teachers, agreement, refuse_chance
+from dcase.training.teachers import LogitsFile, Package, Teachers, agreement, refuse_chance
 
 HONEST = 0.8  # share of the clips that the teacher of these tests is right on
 
@@ -216,6 +216,12 @@ def student(taught, tmp_path_factory) -> Path:
 def test_a_run_with_a_file_killed_and_resumed_equals_undisturbed(student, taught, general_run, tmp_path):
     assert read_results(student)["loss"] != read_results(general_run)["loss"]
     assert_same_run(kill_and_resume("train_base.py", taught, tmp_path / "P", "checkpoints/last.ckpt", 0.2), student)
+
+
+def test_another_array_of_a_file_is_another_teacher(clips, names, honest, tmp_path):
+    path, data = tmp_path / "x.npz", SimpleNamespace(clips=clips)
+    np.savez(path, filename=names, logits=honest, other=2 * honest)
+    assert LogitsFile(str(path), data, 25).sha256 != LogitsFile(f"{path}:other", data, 25).sha256
 
 
 def test_a_resumed_run_refuses_another_teacher_and_takes_the_same_from_another_place(student, teacher_file, tmp_path):

@@ -1,7 +1,7 @@
 """Call predict() of a challenge's inference package as the challenge does, and write its logits, as a file that
 `dcase.training.logits_files` reads.
 
-    python -I dcase/training/call_package.py JOB.json
+    python -P dcase/training/call_package.py JOB.json
 
 JOB.json has the arguments of `main`. This file imports nothing of this project, so the package finds only its own code.
 `dcase.training.packages` runs it.

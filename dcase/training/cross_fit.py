@@ -8,6 +8,7 @@ every clip can take the file as its --teacher. ``fold`` in the file is a clip's 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from dcase.data.dataset import TAU22
 from dcase.data.labels import SCENES
 from dcase.data.loading import clips_id, mixed_seed
 from dcase.data.tau22 import Clips, location_folds
+from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.machine import is_main, main_first
 from dcase.model.distillation import DistillConfig
-from dcase.runs.checkpoints import load_checkpoint
+from dcase.runs.checkpoints import is_checkpoint, load_checkpoint
 from dcase.runs.config import BaseConfig, StorageConfig
 from dcase.runs.folder import CROSS_FIT, Run, trained_checkpoint
 from dcase.runs.loggers import MetricsCsv
@@ -42,20 +44,24 @@ def cross_fit(student: SceneClassifier, train: TAU22, val: TAU22 | None, config:
     """Return the cross-fitted logits of the training clips; train the teachers first, as far as that is left to do.
 
     A teacher is trained as ``student`` will be, in 32 bits, without teachers and to its last epoch: no clip chooses it.
+    Raises `UserError` where --pretrained is a run, which may have heard these clips.
     """
+    if config.pretrained and is_checkpoint(config.pretrained):
+        raise UserError("--cross_fit and --pretrained: a run's model may have heard the clips: leave one of them out")
     folder = run.folder / CROSS_FIT
     file = folder / "logits.npz"
     folds = location_folds(train.clips, config.cross_fit)
+    unheard = val.clips if val and config.split.val_split == "train" else None
     if not file.is_file():
         later = [*plans(train.clips, config), fit.plan(len(train), len(val) if val else 0, config)]
         found = []
         for fold in range(config.cross_fit):
             place = folder / f"fold_{fold + 1}"
-            parts = [train.clips.select(folds == fold), *([val.clips] if val else [])]
+            parts = [train.clips.select(folds == fold), *([unheard] if unheard else [])]
             found.append(_judge(student, train, folds != fold, parts, config, place, fold, later))
         with main_first():
             if is_main():
-                _write(file, folds, found, train.clips, val.clips if val else None)
+                _write(file, folds, found, train.clips, unheard)
     fit.seed_everything(config.fit.seed)  # what follows is the same where the teachers were there already
     return LogitsFile(str(file), train, config.split.subset, made_here=True)
 
@@ -114,7 +120,7 @@ def _write(file: Path, folds: np.ndarray, found: list[list[Tensor]], train: Clip
         logits[torch.from_numpy(folds == fold)] = own
     filenames, part = train.filenames, folds + 1
     if val is not None:
-        of_val = torch.stack([both[1].softmax(1) for both in found]).mean(0).log()
+        of_val = torch.stack([both[1].log_softmax(1) for both in found]).logsumexp(0) - math.log(len(found))
         logits = torch.cat([logits, of_val])
         filenames = np.concatenate([filenames, val.filenames])
         part = np.concatenate([part, np.zeros(len(val), part.dtype)])

@@ -55,9 +55,9 @@ class ClipLogits:
         return torch.from_numpy(self.logits[rows])
 
 
-def read_logits(given: str, folder: Path, subset: int) -> ClipLogits:
+def read_logits(given: str, folder: Path, subset: int = 25) -> ClipLogits:
     """Read a file of logits, ``given`` as PATH or PATH:KEY. ``folder``: the data folder, whose split lists give names
-    to the rows of a .pt file; ``subset``: the one that is trained on.
+    to the rows of a .pt file; ``subset``: the one that is trained on, which is looked at first.
 
     Raises `UserError`, whose message continues "the file", where it cannot be used.
     """

@@ -64,7 +64,7 @@ def content_of(module: Path) -> str:
 def write_outputs(module: Path, clips: Clips, use_cuda: bool, out: Path) -> None:
     """Write the package's logits of clips, computed from their WAV files, to an .npz file that `read_logits` takes.
 
-    Raises `UserError`, whose message continues the package's name, where it fails.
+    Raises `UserError` where the package fails.
     """
     check_files(clips)
     root, name = _root_and_name(module)
@@ -80,7 +80,7 @@ def write_outputs(module: Path, clips: Clips, use_cuda: bool, out: Path) -> None
         file, found = Path(folder) / "job.json", Path(folder) / "found.npz"
         file.write_text(json.dumps(job | {"out": str(found)}))
         # Its stderr stays: progress bars are there.
-        done = subprocess.run([sys.executable, "-I", call_package.__file__, str(file)], stdout=subprocess.DEVNULL)
+        done = subprocess.run([sys.executable, "-P", call_package.__file__, str(file)], stdout=subprocess.DEVNULL)
         if done.returncode or not found.is_file():
             raise UserError(f"predict() of {module} failed, as the lines above say; install what the package needs")
         replace_file(out, lambda beside: shutil.copyfile(found, beside))

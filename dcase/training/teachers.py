@@ -1,7 +1,8 @@
 """What a model learns from beside the labels: trained models, files of logits, and packages of the challenge."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -29,11 +30,11 @@ BY_HEART = 0.99  # right on this share of the training clips: hardly more than t
 BEYOND_CHANCE = 0.1, 3  # share of the clips, and standard errors, by which a teacher agrees with the labels at least
 
 
-class Teacher(Protocol):
+class OneTeacher(Protocol):
     """One of --teacher."""
 
     name: str  # as it was given
-    sha256: str  # of its files
+    sha256: str  # of its files, and which part of them counts
     made_here: bool  # False: rows or columns may be in another order than they should be
 
     def logits(self, clips: TAU22, machine: MachineConfig) -> Tensor:
@@ -44,7 +45,7 @@ class Teachers:
     """Any number of teachers. The mean of their probabilities is the target, so each has an equal share in the
     gradient, however large its logits are."""
 
-    def __init__(self, teachers: Sequence[Teacher], temperature: float, live: bool = False):
+    def __init__(self, teachers: Sequence[OneTeacher], temperature: float, live: bool = False):
         self.teachers, self.temperature, self.live = list(teachers), temperature, live
         self.heard: tuple[Clips, Tensor] | None = None  # the training clips, and the targets of each
         self.kept: Tensor | None = None  # those of the clips that are trained on now
@@ -52,7 +53,7 @@ class Teachers:
     def __len__(self) -> int:
         return len(self.teachers)
 
-    def add(self, teacher: Teacher) -> None:
+    def add(self, teacher: OneTeacher) -> None:
         self.teachers.append(teacher)
 
     def hear(self, clips: TAU22, machine: MachineConfig) -> None:
@@ -67,10 +68,8 @@ class Teachers:
             logits = [teacher.logits(clips, machine) for teacher in self.teachers]
         for teacher, found in zip(self.teachers, logits, strict=True):
             if not teacher.made_here:
-                try:
+                with _named(f"--teacher {teacher.name}"):
                     refuse_chance(found, clips.clips)
-                except UserError as error:
-                    raise UserError(f"--teacher {teacher.name} {error}") from error
             print(agreement(teacher.name, found, clips.clips))
         targets = torch.stack([soft_targets(found, self.temperature) for found in logits]).mean(0)
         self.heard = clips.clips, targets
@@ -101,14 +100,12 @@ class LogitsFile:
     def __init__(self, given: str, train: TAU22, subset: int, made_here: bool = False):
         """Raises `UserError` where the file cannot be used for these training clips."""
         self.name, self.made_here = given, made_here
-        try:
-            table = read_logits(given, train.clips.folder, subset)
-            self.found = table.of(train.clips)
+        with _named(f"--teacher {given}: the file"):
+            self.found = read_logits(given, train.clips.folder, subset).of(train.clips)
             if not made_here:
                 refuse_chance(self.found, train.clips)
-        except UserError as error:
-            raise UserError(f"--teacher {given}: the file {error}") from error
-        self.sha256 = hashlib.sha256(split_key(given)[0].read_bytes()).hexdigest()
+        path, key = split_key(given)
+        self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest() + (key and f":{key}")
 
     def logits(self, clips: TAU22, machine: MachineConfig) -> Tensor:
         return self.found
@@ -125,13 +122,12 @@ class Package:
 
     def logits(self, clips: TAU22, machine: MachineConfig) -> Tensor:
         file = self.keep_in / f"{clips.clips.fingerprint()}-{self.sha256[:16]}.npz"
-        try:
-            if not file.is_file():
-                print(f"teacher {self.name}: computing its outputs for {len(clips):,} training clips")
+        if not file.is_file():
+            print(f"teacher {self.name}: computing its outputs for {len(clips):,} training clips")
+            with _named(f"--teacher {self.name}:"):
                 write_outputs(self.module, clips.clips, _on(machine) == "cuda", file)
-            return read_logits(str(file), clips.clips.folder, 0).of(clips.clips)
-        except UserError as error:
-            raise UserError(f"--teacher {self.name}: {error}") from error
+        with _named(f"--teacher {self.name}: the file of its outputs, {file},"):
+            return read_logits(str(file), clips.clips.folder).of(clips.clips)
 
 
 class TrainedModel:
@@ -181,7 +177,7 @@ def load_teachers(config: TrainConfig, student: SceneClassifier, train: TAU22, r
     return Teachers(found, config.distill.temperature, live)
 
 
-def _find(name: str, config: TrainConfig, student: SceneClassifier, train: TAU22) -> Teacher:
+def _find(name: str, config: TrainConfig, student: SceneClassifier, train: TAU22) -> OneTeacher:
     """Return the teacher that has this name in --teacher."""
     project, path = Path(config.run.project_name), Path(name)
     keep_in = project / OUTPUTS
@@ -194,10 +190,8 @@ def _find(name: str, config: TrainConfig, student: SceneClassifier, train: TAU22
     if path.name != name and Run(path).has_config():
         return _trained_model(name, find_checkpoint(str(path.parent), path.name, "--teacher"), config, student, keep_in)
     if not Run(project / name).has_config():
-        try:
+        with _named(f"--teacher {name}"):
             module = find_package(name)
-        except UserError as error:
-            raise UserError(f"--teacher {name} {error}") from error
         if module:
             return Package(name, module, keep_in)
         if path.name != name:
@@ -217,7 +211,7 @@ def _trained_model(name: str, path: Path, config: TrainConfig, student: SceneCla
     return TrainedModel(name, module, path, keep_in)
 
 
-def _refuse_others(teachers: Sequence[Teacher], config: TrainConfig, run: Run) -> None:
+def _refuse_others(teachers: Sequence[OneTeacher], config: TrainConfig, run: Run) -> None:
     """Raise `UserError` where these are not the teachers that a run began with. Their places may have changed."""
     before = run.teachers()
     if before is None:  # it has none, or is from before they were recorded
@@ -277,3 +271,12 @@ def outputs(module: SceneClassifier, clips: TAU22, machine: MachineConfig, what:
 
 def _on(machine: MachineConfig) -> str:
     return "cuda" if torch.cuda.is_available() and machine.accelerator != "cpu" else "cpu"
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Put ``what`` before the message of a `UserError`."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what} {error}") from error
