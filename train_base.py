@@ -2,7 +2,7 @@
 
     python train_base.py --dataset_dir /data/TAU22 --model aum_small
     python train_base.py --model aum_nano --n_epochs 20        # on a laptop, with synthetic data
-    python train_base.py --model aum_nano --teacher RUN_ID     # also learn from another run's model
+    python train_base.py --model aum_nano --teacher logits.npz     # also learn from others' outputs, or a run's
     python train_base.py --pretrained vim_s.pth --layer_decay 0.75    # start from a published model's weights
     python train_base.py --seeds 3                             # three runs, their mean and deviation
     python train_base.py --resume RUN_ID                       # continue after an interruption
@@ -22,6 +22,7 @@ from dcase.runs.config import parse_base, same_place, start_run
 from dcase.runs.folder import find_checkpoint
 from dcase.runs.loggers import open_loggers
 from dcase.training import evaluation, fit, seeds
+from dcase.training.cross_fit import cross_fit, plans
 from dcase.training.lit import SceneClassifier
 from dcase.training.teachers import load_teachers
 
@@ -46,7 +47,7 @@ def main() -> None:
     module = SceneClassifier(config, frames)
     module.clips_id = clips_id(train_clips, val_clips)
     module.augment.load_responses()
-    teachers = load_teachers(config, module)
+    teachers = load_teachers(config, module, train, run)
     begins = run is None or not fit.checkpoint_to_resume(run.checkpoints)
     if config.pretrained and begins:
         module.start_from_file(config.pretrained, config.pretrained_grid)
@@ -55,12 +56,15 @@ def main() -> None:
         module.refuse_other_clips(source_run, f"the run --init_from {config.init_from}")
         module.start_from(source_run)
     evaluation.warn_if_over(module)
-    run = start_run(config, run)
+    run = start_run(config, run, teachers.record())
 
     with open_loggers(config, run) as loggers:
+        if config.cross_fit:
+            teachers.add(cross_fit(module, train, val, config, run))
+        teachers.hear(train, config.machine)
         if begins and config.normalise:
             fit.fit_normalisation(module, train, config.machine)
-        fit.train(module, train, val, config, run.checkpoints, loggers, teachers)
+        fit.train(module, train, val, config, run.checkpoints, loggers, teachers, earlier=plans(train_clips, config))
         best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))
         module = SceneClassifier.from_checkpoint(best, config)
         optimistic = config.split.val_split == "test"

@@ -44,11 +44,12 @@ def main() -> None:
     module.clips_id = clips_id(*clips)
     module.refuse_other_clips(checkpoint, f"the general model --ckpt_id {config.ckpt_id}")
     module.augment.load_responses()
-    teachers = load_teachers(config, module)
+    teachers = load_teachers(config, module, train, run)
     evaluation.warn_if_over(module)
-    run = start_run(config, run)
+    run = start_run(config, run, teachers.record())
 
     with open_loggers(config, run) as loggers:
+        teachers.hear(train, config.machine)
         tuning = FineTuning(module, clips, train, config, run, loggers, teachers)
         outcomes, weights = {}, {}
         for device_id in config.devices_to_tune:

@@ -21,7 +21,7 @@ from dcase.model.named import ModelConfig, fill
 from dcase.runs.checkpoints import final_state
 from dcase.runs.config import DeviceConfig, TrainConfig, from_plain, to_plain
 from dcase.training.lit import SceneClassifier
-from dcase.training.teachers import Teachers
+from dcase.training.teachers import TrainedModel
 
 DEVICE_FIT = "--n_epochs 2 --batch_size 8 --warmup_steps 2 --check_val_every_n_epoch 1 --qat_epochs 1".split()
 
@@ -66,7 +66,8 @@ def recipe(teacher_run, learnable, responses) -> list:
 def student(teacher_run, recipe, run) -> Path:
     """The folder of a finished run of that recipe, in the general run's project."""
     out = run("train_base.py", *recipe).succeeded().out
-    assert f"teachers: {teacher_run.name} (aum_tiny)" in out and "Stored in 8 bit" in out
+    assert f"teacher {teacher_run.name}: aum_tiny\n" in out and f"teacher {teacher_run.name}: right on " in out
+    assert "Stored in 8 bit" in out
     return run_of(out, teacher_run.parent)
 
 
@@ -114,7 +115,7 @@ def test_impossible_distillation_names_the_flag(field, value):
 
 
 def test_a_teachers_outputs_are_kept_and_are_those_of_its_model(student, teacher_run):
-    (file,) = (teacher_run / "teacher_outputs").iterdir()
+    (file,) = (teacher_run.parent / "teacher_outputs").iterdir()
     logits = torch.load(file, weights_only=True)
     assert logits.shape[1] == 10 and len(logits) > 20 and logits.isfinite().all() and logits.std() > 0.1
 
@@ -245,7 +246,9 @@ def test_a_larger_model_is_pruned_into_a_smaller_one_and_trained_on(teacher_run,
     run("train_base.py", *args, "--embed_dim", "32").refused("--embed_dim 32 is more than the 16")
 
 
-def test_teachers_are_in_evaluation_mode():
+def test_teachers_are_in_evaluation_mode(tmp_path):
     teacher = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3)).train()
-    Teachers([teacher], [])
+    path = tmp_path / "best.ckpt"
+    path.touch()
+    TrainedModel("x", teacher, path, tmp_path)
     assert not any(layer.training for layer in teacher.modules())

@@ -321,14 +321,18 @@ def test_meta_yaml_of_a_distilled_run_with_data_of_others(general_run, tmp_path)
     run = Run(Path(shutil.copytree(general_run, tmp_path / "run")))
     config = run.read_config()
     config["augment"] |= {"dir_path": "/data/MicIRP", "mixstyle_p": 0.0, "mixup_alpha": 0.3}
-    config |= {"distill": {"teacher": "x1,x2"}, "pretrained": "/data/aum_base.pth", "init_from": "x3"}
+    config |= {
+        "distill": {"teacher": "x1,/data/beats.pt,/P/x2/cross_fit/logits.npz"},
+        "pretrained": "/data/aum_base.pth",
+        "init_from": "x3",
+    }
     write_json(run.folder / "config.json", {"config": config})
     module = SceneClassifier.from_checkpoint(load_checkpoint(run.best))
     cost = complexity.measure(module.model, (1, 1, 32, module.frames))
     meta = meta_of("Doe_Uni_task1_1", module.as_checkpoint(), [run], cost, [])
     description = meta["system"]["description"]
     assert description["data_augmentation"] == "mixup, dir augmentation, time rolling, frequency masking, time masking"
-    assert description["external_data_usage"] == "impulse responses of devices, pre-trained model"
+    assert description["external_data_usage"] == "impulse responses of devices, pre-trained model, teachers"
     assert description["complexity_management"] == "network design, knowledge distillation, pruning"
     assert description["pipeline"].startswith(
         "train teachers, train general student model with knowledge distillation ("
@@ -337,7 +341,8 @@ def test_meta_yaml_of_a_distilled_run_with_data_of_others(general_run, tmp_path)
     reported = meta["results"]["development_dataset"]
     assert reported["device_specific"] is None
     assert reported["general"]["overall"]["logloss"] == round(read_results(general_run)["loss"], 4)
-    assert todo_fields(meta["system"]["external_datasets"]) == ["1.name", "1.url", "2.name", "2.url"]
+    data = meta["system"]["external_datasets"]
+    assert todo_fields(data) == ["1.name", "1.url", "2.name", "2.url", "3.name", "3.url"]
     moved = meta_of("Doe_Uni_task1_1", module.as_checkpoint(), [], cost, [])["system"]["description"]
     assert todo_fields(moved) == ["data_augmentation", "pipeline"]  # no run to look them up in
 

@@ -399,3 +399,30 @@ def _next_to_hold_out(
     if nearest is not None and (not taken or abs(taken + n_clips[nearest] - target) < abs(taken - target)):
         return nearest
     return None
+
+
+def location_folds(clips: Clips, n_folds: int) -> np.ndarray:
+    """Return the fold (n,), 0 to ``n_folds`` - 1, of each clip: a location's clips are in one fold.
+
+    Every fold has its share of each scene's and each device's clips, as nearly as whole locations allow. The result
+    depends only on the clips' locations, scenes and devices.
+    Raises `UserError` where a scene's clips would all be in one fold.
+    """
+    names, location = np.unique(clips.location, return_inverse=True)
+    share = np.zeros((len(names), len(SCENES) + len(DEVICES)))  # of the clips of each scene, and of each device
+    np.add.at(share, (location, clips.scene), 1)
+    np.add.at(share, (location, len(SCENES) + clips.device), 1)
+    has_scene = share[:, : len(SCENES)] > 0
+    share /= np.maximum(share.sum(0), 1)
+    taken, fold = np.zeros((n_folds, share.shape[1])), np.zeros(len(names), dtype=np.int64)
+    # The largest first. Each goes where there is least of its kind, which keeps the sum of the squares low.
+    for i in sorted(range(len(names)), key=lambda i: (-share[i].sum(), hashlib.sha256(names[i]).digest())):
+        fold[i] = (taken @ share[i]).argmin()
+        taken[fold[i]] += share[i]
+    for scene in np.unique(clips.scene):
+        if len(np.unique(fold[has_scene[:, scene]])) < 2:
+            raise UserError(
+                f"the training clips of {SCENES[scene]} are from too few recording locations for folds: cross-fitting "
+                "needs two at least (meta.csv's identifier)"
+            )
+    return fold[location]

@@ -4,10 +4,10 @@ import tempfile
 from pathlib import Path
 
 from dcase.errors import one_line
-from dcase.runs.folder import Run
+from dcase.runs.folder import CROSS_FIT, Run
 
 KIND = "checkpoints"  # type of the artifact
-_FILES = ("config.json", "metrics.csv")  # beside the checkpoints: what a run needs to go on
+_FILES = ("config.json", "metrics.csv", f"{CROSS_FIT}/logits.npz")  # beside the checkpoints: what a run needs to go on
 
 
 def name_of(run_id: str) -> str:

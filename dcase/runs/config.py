@@ -140,6 +140,10 @@ class BaseConfig(TrainConfig):
     seeds: int = 1
     """Train and test this many seeds one after another, each in its own run, from --seed upwards; then print mean and
     deviation over them."""
+    cross_fit: int = 0
+    """Train this many teachers of the run's own first, each without one of as many parts of the training clips, by
+    recording location; the model then learns from the logits of the one that has not heard a clip's location. They
+    take about that many times as long as the run itself. 0: none."""
     init_from: str = ""
     """Id of a run of train_base.py to start from its weights. Where that Audio Mamba is wider, deeper or has more
     states, take its most important channels, layers and states (structured pruning)."""
@@ -155,6 +159,13 @@ class BaseConfig(TrainConfig):
     def __post_init__(self):
         super().__post_init__()
         check_range(self, "seeds", least=1)
+        check_range(self, "cross_fit", least=0)
+        if self.cross_fit == 1:
+            raise UserError("--cross_fit must be 0, or at least 2 parts; got 1")
+        if self.cross_fit and self.init_from:
+            raise UserError("--cross_fit and --init_from: that run's model has heard every clip: give one of them")
+        if self.cross_fit and self.distill.teacher_input == "live":
+            raise UserError("--cross_fit needs --teacher_input cached: each teacher knows its own part of the clips")
         if self.fit.seed + self.seeds > 2**32:
             raise UserError(f"--seed {self.fit.seed}: it and the {self.seeds - 1} after it must be below 2^32")
         if self.pretrained_grid is not None:
@@ -217,7 +228,7 @@ Config = TypeVar("Config", bound=EvalConfig)
 FREE_ON_RESUME = {
     "resume", "dataset_dir", "num_workers", "accelerator", "devices", "num_nodes", "strategy", "wandb_mode",
     "scan_backend", "deterministic", "float32_matmul", "compile", "read_from", "pack_dir", "report_audio",
-    "logger", "log_checkpoints",
+    "logger", "log_checkpoints", "teacher",
 }  # fmt: skip
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
@@ -384,8 +395,9 @@ def same_place(config: EvalConfig) -> str:
     return shlex.join(["--project_name", config.run.project_name, *data])
 
 
-def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
-    """Return the run to write to: the resumed one, or a new one with its config.json written."""
+def start_run(config: TrainConfig | TestConfig, run: Run | None, more: dict | None = None) -> Run:
+    """Return the run to write to: the resumed one, or a new one with its config.json written. ``more`` goes into that
+    beside the configuration."""
     if run is not None and (run.folder / "results.json").is_file():
         print(f"run {run.id} is trained to its end: it is only tested again")
     if run is None:
@@ -401,6 +413,7 @@ def start_run(config: TrainConfig | TestConfig, run: Run | None) -> Run:
                 "command": sys.argv,
                 "commit": _commit(),
                 "versions": {"python": platform.python_version(), **versions},
+                **(more or {}),
             },
         )
     print(f"run {run.id}: everything goes to {run.folder}/")

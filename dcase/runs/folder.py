@@ -3,6 +3,7 @@
     config.json          the whole configuration, versions and command, written before the first step
     checkpoints/         last.ckpt (every epoch), previous.ckpt (the one before), best.ckpt (highest validation
                          macro_avg_acc)
+    cross_fit/           teachers of the run's own, and their logits (`training.cross_fit`), with --cross_fit
     stored/              the models in the bits that they are counted with (`runs.stored`), with --weight_bits
     metrics.csv          logged metrics, one row each
     results.json         the figures of the test, plain and repeatable: no times, no paths
@@ -28,6 +29,7 @@ import tyro
 from dcase.errors import UserError, one_line
 
 CHECKPOINTS, STORED = "checkpoints", "stored"  # subfolders of a run that hold models
+CROSS_FIT = "cross_fit"  # subfolder with its own teachers
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,10 @@ class Run:
     def scenes(self) -> list[str] | None:
         """Return the scenes that the run began with; None for runs from before they were recorded."""
         return json.loads((self.folder / "config.json").read_text()).get("scenes")
+
+    def teachers(self) -> list[dict] | None:
+        """Return the teachers that the run began with, each with its "sha256"; None where none were recorded."""
+        return json.loads((self.folder / "config.json").read_text()).get("teachers")
 
     def read_config(self) -> dict:
         """Return config.json's "config". Raises `UserError` where the file is damaged."""

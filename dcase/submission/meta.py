@@ -13,7 +13,7 @@ from dcase.data.labels import DEVICES, SCENES
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
 from dcase.model.named import FIXED
-from dcase.runs.folder import Run
+from dcase.runs.folder import CROSS_FIT, Run
 
 TODO = "TODO"
 AUTHOR = {
@@ -162,7 +162,7 @@ def _description(checkpoint: dict, training: list[dict]) -> dict:
     used = [name for name, flag in AUGMENTATION.items() if any(run["augment"].get(flag) for run in training)]
     management = ["network design", *OF_BITS[bits]]
     stages = ["train general model"]
-    if general and general.get("distill", {}).get("teacher"):
+    if general and (general.get("distill", {}).get("teacher") or general.get("cross_fit")):
         management.append("knowledge distillation")
         stages = ["train teachers", "train general student model with knowledge distillation"]
     if general and general.get("init_from"):
@@ -197,6 +197,9 @@ def _external(configs: list[dict]) -> dict[str, str]:
             used["impulse responses of devices"] = f"{TODO}: the device responses in {Path(path).name}"
         if path := config.get("pretrained"):
             used["pre-trained model"] = f"{TODO}: what {Path(path).name} was trained on"
+        others = [Path(name) for name in config.get("distill", {}).get("teacher", "").split(",") if "/" in name]
+        if others := [path.name for path in others if path.parent.name != CROSS_FIT]:
+            used["teachers"] = f"{TODO}: what the models of {', '.join(others)} were trained on"
     return used
 
 

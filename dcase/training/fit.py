@@ -349,15 +349,16 @@ def train(
     loggers: list[Logger],
     teachers: Teachers | None = None,
     later: Sequence[Plan] = (),
+    earlier: Sequence[Plan] = (),
 ) -> KeepCheckpoints:
     """Train into ``folder``/{last,best}.ckpt, from last.ckpt where it exists. Returns what knows the best epoch.
 
-    ``later`` is what the run trains after this, for the time that is left.
+    ``later`` is what the run trains after this, for the time that is left; ``earlier`` what it has trained before.
     """
     fit = config.fit
-    if teachers is not None:
+    if teachers:
         if config.distill.teacher_input == "cached":
-            teachers.keep(train_clips, config.machine)
+            teachers.keep(train_clips.clips)
         module.teacher = teachers
     module.start_averaging()
     stop = StopRequest()
@@ -375,7 +376,7 @@ def train(
         processes=process_count(),
     )
     module.total_steps = math.ceil(len(batches) / fit.accumulate_grad_batches) * fit.n_epochs
-    trainer.progress_bar_callback.time_left = TimeLeft(planned, later)
+    trainer.progress_bar_callback.time_left = TimeLeft(planned, later, earlier)
     module.clips_per_step = batches.together * fit.accumulate_grad_batches
     validation = loader(val_clips, config.machine, evaluation_batches(val_clips, config.machine)) if val_clips else None
     with stop:

@@ -29,8 +29,9 @@ WARMUP_SHARE = 0.2  # of the run, at most: a longer warm-up would never reach th
 class Teacher(Protocol):
     """What `SceneClassifier` learns from beside the labels: `training.teachers.Teachers`."""
 
-    def logits(self, batch: Batch, waveform: Tensor, length: Tensor) -> Tensor:
-        """Return logits (b, n_classes) of a batch, augmented to ``waveform`` (b, 1, samples) at the model's rate."""
+    def targets(self, batch: Batch, waveform: Tensor, length: Tensor) -> Tensor:
+        """Return probabilities (b, n_classes) at --temperature, of a batch that is augmented to ``waveform``
+        (b, 1, samples) at the model's rate."""
 
 
 class SceneClassifier(Classifier):
@@ -65,7 +66,7 @@ class SceneClassifier(Classifier):
         logits = self.forward_model(x, rounding).float()
         loss = F.cross_entropy(logits, mix(F.one_hot(batch.scene, logits.shape[1]).float()))
         if self.teacher is not None:
-            loss = self.config.distill.loss(loss, logits, self.teacher.logits(batch, waveform, length), mix)
+            loss = self.config.distill.loss(loss, logits, self.teacher.targets(batch, waveform, length), mix)
         loader = self.trainer.train_dataloader
         self._refuse_non_finite(loss, batch, loader)
         self.log(f"{self.log_prefix}train/loss_step", loss, prog_bar=True, batch_size=len(batch.scene))

@@ -45,9 +45,10 @@ class TimeLeft:
     An epoch's first batch, which waits for the loader and follows the checkpoints, is measured apart from the others.
     """
 
-    def __init__(self, plan: Plan, later: Sequence[Plan] = ()):
-        """``later``: what the run trains after this, on the same kind of batches."""
-        self.plan, self.later = plan, later
+    def __init__(self, plan: Plan, later: Sequence[Plan] = (), earlier: Sequence[Plan] = ()):
+        """``later``: what the run trains after this, on the same kind of batches; ``earlier``: what it has trained
+        before, which further runs train, too."""
+        self.plan, self.later, self.earlier = plan, later, earlier
         self.further_runs = int(os.environ.get(FURTHER_RUNS, 0))
         self._first, self._others = deque(maxlen=LATEST), deque(maxlen=LATEST)  # seconds
         self._validation: float | None = None  # seconds per batch
@@ -93,7 +94,7 @@ class TimeLeft:
             return ""
         said = f"about {spoken(left)} left"
         if self.further_runs:
-            whole = sum(self._seconds(*each.left()) for each in (self.plan, *self.later))
+            whole = sum(self._seconds(*each.left()) for each in (*self.earlier, self.plan, *self.later))
             end += self.further_runs * whole
             said += f", {spoken(end)} with the seeds after it"
         return f"{said} (until {clock(end)})"
