@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FIT, RATE, SMALL, assert_same_run, read_results, refusal
+from conftest import DEVICE_FIT, FIT, QUIET, RATE, SMALL, assert_same_run, read_results, refusal
 from data_folder import write_list
 from forked import run_script
-from test_scripts import kill_and_resume
+from test_scripts import copy_general, kill_and_resume
 
 from dcase.data.dataset import TAU22, Sound
 from dcase.data.labels import SCENES
@@ -216,6 +216,19 @@ def student(taught, tmp_path_factory) -> Path:
 def test_a_run_with_a_file_killed_and_resumed_equals_undisturbed(student, taught, general_run, tmp_path):
     assert read_results(student)["loss"] != read_results(general_run)["loss"]
     assert_same_run(kill_and_resume("train_base.py", taught, tmp_path / "P", "checkpoints/last.ckpt", 0.2), student)
+
+
+def test_every_device_of_stage_2_learns_from_its_own_clips_of_the_file(general_run, learnable, teacher_file, tmp_path):
+    ckpt_id = copy_general(general_run, tmp_path / "P")
+    args = ["--ckpt_id", ckpt_id, "--dataset_dir", learnable, "--project_name", "P", *QUIET, *DEVICE_FIT]
+    losses = []
+    for name, more in (("alone", []), ("taught", ["--teacher", teacher_file, "--teacher_weight", 1])):
+        out = run_script("train_device_specific.py", *args, *more, "--run_id", name, cwd=tmp_path).succeeded().out
+        metrics = pd.read_csv(tmp_path / "P" / name / "metrics.csv")
+        losses.append(metrics[metrics["name"].str.endswith("train/loss")].groupby("name")["value"].first())
+    assert out.count("x.csv: right on 8") == 1 and " of the 48 training clips" in out
+    assert list(losses[1].index) == ["a/train/loss", "b/train/loss", "s1/train/loss"]
+    assert (losses[0] != losses[1]).all()
 
 
 def test_another_array_of_a_file_is_another_teacher(clips, names, honest, tmp_path):
