@@ -12,7 +12,7 @@ from dcase.model.named import ModelConfig
 
 Config = TypeVar("Config")
 
-_NANO = {  # chosen on SynthTAU's validation clips, docs/aum_nano.md
+_NANO = {  # measured on SynthTAU, docs/training.md
     "batch_size": 32,
     "lr": 0.005,
     "warmup_steps": 1000,
