@@ -212,6 +212,7 @@ FREE_ON_RESUME = {
     "scan_backend", "deterministic", "float32_matmul", "compile", "read_from", "pack_dir", "report_audio",
     "logger", "log_checkpoints",
 }  # fmt: skip
+LR_SHARE = 0.1  # stage 2's learning rate over the general model's, as in the challenge's baseline
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
 
@@ -256,10 +257,13 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
     artifacts.fetch(given["project_name"], ckpt_id, given["wandb_mode"], given["logger"])
     checkpoint = load_checkpoint(find_checkpoint(given["project_name"], ckpt_id))
     if config is None:
-        default = _like_checkpoint(DeviceConfig, checkpoint)
+        general = from_plain(TrainConfig, checkpoint["config"])
+        default = for_one_device(_like_checkpoint(DeviceConfig, checkpoint), general)
         config = cli.parse(DeviceConfig, description, default, args)
         decided = ("model", "logmel", "data", "split")
         _refuse_changes(default, config, f"the checkpoint of --ckpt_id {ckpt_id}", _FREE_DATA, decided)
+        if is_main():
+            print(_inherited(default, config))
     return config, run, checkpoint
 
 
@@ -306,6 +310,32 @@ def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
     data = DataConfig(orig_sample_rate=saved.data.orig_sample_rate)
     kept = {"split": saved.split} if isinstance(saved, TrainConfig) else {}
     return dataclasses.replace(cls(), model=saved.model, logmel=saved.logmel, data=data, storage=saved.storage, **kept)
+
+
+def for_one_device(default: DeviceConfig, general: TrainConfig) -> DeviceConfig:
+    """Return stage 2's defaults: the general model's augmentation without what imitates other devices (Freq-MixStyle
+    and device responses), its batch size, and a tenth of its learning rate."""
+    return dataclasses.replace(
+        default,
+        augment=dataclasses.replace(general.augment, mixstyle_p=0.0, dir_path=None),
+        machine=dataclasses.replace(default.machine, batch_size=general.machine.batch_size),
+        fit=dataclasses.replace(default.fit, lr=float(f"{general.fit.lr * LR_SHARE:.3g}")),
+    )
+
+
+def _inherited(default: DeviceConfig, config: DeviceConfig) -> str:
+    """Return a line that says what stage 2 takes from the general model, and which flags say otherwise."""
+    augment, before, after = vars(default.augment), _flat(default, None), _flat(config, None)
+    shown = " ".join(
+        f"--{name} {value}" for name, value in augment.items() if value and not name.startswith(("dir_", "mixstyle_"))
+    )
+    given = [f"--{name} {after[name]}" for name in (*augment, "batch_size", "lr") if after[name] != before[name]]
+    instead = f"; given instead: {' '.join(given)}" if given else ""
+    return (
+        f"from the general model {config.ckpt_id}: its augmentation, with Freq-MixStyle and device responses off "
+        f"({shown}), its --batch_size {before['batch_size']}, and a tenth of its learning rate, --lr {before['lr']:g}"
+        f"{instead}"
+    )
 
 
 def _refuse_changes(default, config, what: str, free: set[str], parts: tuple[str, ...] | None = None) -> None:
