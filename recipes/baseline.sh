@@ -3,9 +3,9 @@
 #
 #     bash recipes/baseline.sh /data/TAU22
 #
-# It differs from the published baseline on purpose: the epoch is chosen on clips held out of the training split, the
-# log-mel is normalised, and a device's model is kept only where it is clearly better. Flags after the folder go to both
-# scripts. PROJECT names the folder of the runs. The same command resumes what was interrupted.
+# It differs from the published baseline on purpose: the general model's epoch is chosen on clips held out of the training
+# split, and the log-mel is normalised. Flags after the folder go to both scripts. PROJECT names the folder of the runs.
+# The same command resumes what was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${1:?usage: bash recipes/baseline.sh /data/TAU22 [FLAGS]}
@@ -16,5 +16,4 @@ run train_base.py baseline-general --dataset_dir "$data" --experiment_name CP_Mo
     --model cp_mobile --weight_bits 16 --n_epochs 150 --batch_size 256 --lr 0.005 --warmup_steps 2000 \
     --mixstyle_p 0.4 --mixstyle_alpha 0.3 --freqm 48 --timem 0 "$@"
 run train_device_specific.py baseline-devices --dataset_dir "$data" --experiment_name CP_Mobile_DeviceSpecific \
-    --ckpt_id baseline-general --n_epochs 50 --batch_size 256 --lr 0.0005 --warmup_steps 200 --mixstyle_p 0 \
-    --freqm 48 --timem 0 "$@"
+    --ckpt_id baseline-general --n_epochs 50 --warmup_steps 200 --own_share 1 --keep all "$@"

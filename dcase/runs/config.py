@@ -174,7 +174,15 @@ class DeviceConfig(TrainConfig):
     lora_rank: int = 4
     """Rank of the additions of --finetune lora."""
     lr_choices: str = ""
-    """Learning rates to try for each device, such as 0.0001,0.0005; the device's validation clips decide. "": --lr."""
+    """Learning rates to try, such as 0.0001,0.0005: the one with the lowest validation loss, as a mean over the
+    devices, is taken for all of them. "": --lr."""
+    own_share: float = 0.75
+    """Share of the fine-tuned weights in a device's model, the rest being the general model's: the model lies between
+    the two. 1: the fine-tuned weights alone."""
+    keep: Literal["clear", "all", "none"] = "clear"
+    """Which devices' models are used: every one where their loss on validation clips, as a mean over the devices, falls
+    by more than a standard error, except a device whose own clips clearly say the opposite (clear); every one, whatever
+    validation says (all); or none of them, to see what they would be worth (none)."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(n_epochs=50, warmup_steps=100))
 
     def __post_init__(self):
@@ -182,6 +190,7 @@ class DeviceConfig(TrainConfig):
         if self.finetune != "full" and (self.fit.layer_decay != 1 or self.fit.freeze_epochs):
             raise UserError(f"--layer_decay and --freeze_epochs need --finetune full; got {self.finetune}")
         check_range(self, "lora_rank", least=1)
+        check_range(self, "own_share", above=0, most=1)
         if not all(0 < lr < math.inf for lr in self.learning_rates):
             raise UserError(f"--lr_choices must be learning rates above 0, separated by commas; got {self.lr_choices}")
         if self.lr_choices and self.split.val_split != "test" and self.split.val_fraction == 0:
