@@ -176,7 +176,7 @@ class DeviceConfig(TrainConfig):
     lr_choices: str = ""
     """Learning rates to try, such as 0.0001,0.0005: the one with the lowest validation loss, as a mean over the
     devices, is taken for all of them. "": --lr."""
-    own_share: float = 0.75
+    own_share: float = 0.5
     """Share of the fine-tuned weights in a device's model, the rest being the general model's: the model lies between
     the two. 1: the fine-tuned weights alone."""
     keep: Literal["clear", "all", "none"] = "clear"
