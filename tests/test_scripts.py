@@ -91,7 +91,8 @@ def test_stage_2_judges_the_devices_together_and_says_why(device_run, general_ru
             assert outcome["n_train"] == 16 and outcome["n_val"] == 8
         else:
             assert outcome["reason"] == "no training clip of this device" and not outcome["kept"]
-    mean, error = map(float, re.search(r"mean over 3 devices: .* by (\S+) \(standard error (\S+)\)", out).groups())
+    said = re.search(r"mean over the devices \(a, b, s1\): .* by (\S+) \(standard error (\S+)\)", out)
+    mean, error = map(float, said.groups())
     assert abs(sum(falls.values())) / 3 == pytest.approx(mean, abs=6e-4)
     for device_id, fall in falls.items():
         contradicts = -fall > 2 * fine_tuning[device_id]["gain_error"]

@@ -155,7 +155,7 @@ class FineTuning:
             locations = {device_id: self.clips[1].of_device(device_id).location for device_id in before}
             falls = {device_id: before[device_id].losses - after[lr][device_id].losses for device_id in before}
             verdict = judge(falls, locations)
-            print(f"mean over {len(before)} devices: the validation loss {verdict.together}")
+            print(f"mean over the devices ({', '.join(before)}): the validation loss {verdict.together}")
         return {d: self._outcome(d, lr, verdict, before.get(d), after[lr].get(d)) for d in devices}
 
     def _outcome(
