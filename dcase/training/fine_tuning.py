@@ -182,14 +182,13 @@ class FineTuning:
         if verdict is None:
             return keep != "none", "no validation clip to compare on" + ("" if keep == "clear" else f", --keep {keep}")
         own = verdict.of_device.get(device_id)
-        on_its_own = f"; on its own clips it {own}" if own else "; it has no validation clip of its own"
-        reason = f"over all devices the loss {verdict.together}{on_its_own}"
+        chance = ", which may be chance" if verdict.together.mean > 0 and not verdict.is_gain else ""
+        on_its_own = f"on its own clips it {own}" if own else "it has no validation clip of its own"
+        reason = f"over all devices the loss {verdict.together}{chance}; {on_its_own}"
         if keep != "clear":
             return keep == "all", f"--keep {keep}; {reason}"
         if verdict.is_gain and verdict.contradicts(device_id):
             reason = f"on its own clips the loss {own}, although over all devices it {verdict.together}"
-        elif verdict.together.mean > 0 and not verdict.is_gain:
-            reason += "; this may be chance"
         return verdict.uses(device_id), reason
 
     def _weights(self, device_id: str, lr: float) -> dict[str, Tensor]:
