@@ -7,7 +7,7 @@ The list says how many validation clips of how many locations each device has. T
 as the device's true gain + an effect of the location, shared by the devices + an effect of location and device + noise
 of the clip. The sizes of the last three are estimated from two tested runs, a general model and its devices' models
 (trained with --keep all --own_share 1), on the test clips of the known devices; without --runs they are `MEASURED`.
-They shrink in proportion to --own_share; the rule until now judged the fine-tuned weights alone.
+They shrink in proportion to the share of the fine-tuned weights; the rule until 2026-11-30 judged these alone.
 """
 
 import sys
@@ -26,6 +26,7 @@ from dcase.data.labels import SCENES
 from dcase.data.tau22 import DEVICES, TRAIN_DEVICES, Clips, split_by_location
 from dcase.errors import UserError, run
 from dcase.report.predictions import PREDICTIONS_CSV, read_predictions
+from dcase.runs.config import SHARES
 from dcase.training.verdict import Verdict, judge
 
 
@@ -39,8 +40,6 @@ class VerdictBenchmark:
     """Ids of a general run and its device-specific run, tested on the same clips, such as abc,xyz."""
     project_name: Path = Path("DCASE25_Task1")
     """Folder of these runs."""
-    own_share: float = 0.5
-    """Share of the fine-tuned weights in the models that are judged."""
     tests: int = 2000
     """Simulated fine-tunings for each column."""
     append: bool = False
@@ -54,9 +53,6 @@ class Spread:
     location: float  # of an effect that all devices share at a location
     device: float  # of an effect of location and device
     clip: float
-
-    def times(self, share: float) -> "Spread":
-        return Spread(share * self.location, share * self.device, share * self.clip)
 
 
 # Of aum_nano, fine-tuned for b, c, s1, s2 and s3 on 158 to 175 clips each (12 epochs at 0.0005), on 3,905 test clips of
@@ -131,21 +127,25 @@ def measured(project: Path, runs: str) -> Spread:
     return Spread(*np.sqrt([location, device, clip]))
 
 
-def simulate(clips: Clips, spread: Spread, gains: Gains, rng: np.random.Generator) -> tuple[Verdict, dict[str, float]]:
-    """Return the verdict on made-up models for each device, and their true gains."""
+def simulate(
+    clips: Clips, spread: Spread, gains: Gains, shares: tuple[float, ...], rng: np.random.Generator
+) -> tuple[Verdict, dict[str, float]]:
+    """Return the verdict on made-up models for each device, at the share of the clearest fall, and their true gains,
+    which are the same at every share."""
     names, place = np.unique(clips.location, return_inverse=True)
     of_location = rng.normal(0, spread.location, len(names))
     truth = {device_id: gains.mean + gains.deviation * rng.normal() for device_id in TRAIN_DEVICES}
-    falls, locations = {}, {}
-    for device_id, gain in truth.items():
+    noise, locations = {}, {}
+    for device_id in truth:
         rows = clips.device == DEVICES.index(device_id)
         effect = of_location + rng.normal(0, spread.device, len(names))
-        falls[device_id] = gain + effect[place[rows]] + rng.normal(0, spread.clip, rows.sum())
+        noise[device_id] = effect[place[rows]] + rng.normal(0, spread.clip, rows.sum())
         locations[device_id] = place[rows]
-    return judge(falls, locations), truth
+    falls = [{device_id: gain + share * noise[device_id] for device_id, gain in truth.items()} for share in shares]
+    return max((judge(fall, locations) for fall in falls), key=lambda verdict: verdict.margin), truth
 
 
-def shares(tests: list[tuple[Verdict, dict[str, float]]], rule: Rule) -> str:
+def used_of(tests: list[tuple[Verdict, dict[str, float]]], rule: Rule) -> str:
     """Return how often, in percent, a rule uses a model that is truly better / truly worse."""
     used = {True: [], False: []}
     for verdict, truth in tests:
@@ -154,10 +154,10 @@ def shares(tests: list[tuple[Verdict, dict[str, float]]], rule: Rule) -> str:
     return " / ".join(f"{100 * np.mean(of):.1f}" for of in used.values() if of)
 
 
-def tables(val: Clips, spread: Spread, n_tests: int) -> str:
+def tables(val: Clips, spread: Spread, shares: tuple[float, ...], n_tests: int) -> str:
     """Return the standard errors of the validation clips, and what each rule makes of them."""
     rng = np.random.default_rng(0)
-    tests = {gains: [simulate(val, spread, gains, rng) for _ in range(n_tests)] for gains in COLUMNS}
+    tests = {gains: [simulate(val, spread, gains, shares, rng) for _ in range(n_tests)] for gains in COLUMNS}
     judged = [verdict for some in tests.values() for verdict, _ in some]
     devices = []
     for device_id in TRAIN_DEVICES:
@@ -165,11 +165,9 @@ def tables(val: Clips, spread: Spread, n_tests: int) -> str:
         devices.append([device_id, len(clips), len(np.unique(clips.location)), f"{error:.3f}"])
     error = np.mean([verdict.together.error for verdict in judged])
     devices.append(["together", len(val), len(np.unique(val.location)), f"{error:.3f}"])
-    rules = [[name, *(shares(some, rule) for some in tests.values())] for name, rule in RULES.items()]
+    rules = [[name, *(used_of(some, rule) for some in tests.values())] for name, rule in RULES.items()]
     return "\n\n".join(
         [
-            f"Deviations of a clip's gain in nats: {spread.location:.3f} by location, {spread.device:.3f} by location "
-            f"and device, {spread.clip:.3f} by clip.",
             table(["Device", "Validation Clips", "Locations", "Standard Error, Nats"], devices),
             table(["Models Used, Percent, Where the True Gain Is", *map(str, COLUMNS)], rules),
         ]
@@ -181,10 +179,14 @@ def main() -> None:
     _, val = split_by_location(read_clips(config.split_list), config.val_fraction)
     spread = measured(config.project_name, config.runs) if config.runs else MEASURED
     parts = [
-        f"{config.tests} simulated fine-tunings a column; better / worse where a device's true gain differs in sign."
+        f"{config.tests} simulated fine-tunings a column. x / y: of the models that are truly better / truly worse. "
+        f"Deviations of a clip's gain with the fine-tuned weights alone, in nats: {spread.location:.3f} by location, "
+        f"{spread.device:.3f} by location and device, {spread.clip:.3f} by clip.",
+        "### The fine-tuned weights alone (--own_share 1)",
+        tables(val, spread, (1.0,), config.tests),
+        f"### The share of the clearest fall, of {' and '.join(map(str, SHARES))}",
+        tables(val, spread, SHARES, config.tests),
     ]
-    for what, share in (("The fine-tuned weights alone", 1.0), (f"--own_share {config.own_share:g}", config.own_share)):
-        parts += [f"### {what}", tables(val, spread.times(share), config.tests)]
     publish("\n\n".join(parts), config.append)
 
 

@@ -114,6 +114,23 @@ def test_planted_gains_are_used_between_the_two_models(tuning, capsys):
     assert "own model kept: over all devices the loss falls by" in capsys.readouterr().out
 
 
+def test_the_share_of_the_clearest_fall_is_taken_for_all_devices(tuning, capsys):
+    stage = tuning(dict.fromkeys(("a", "b", "s1"), BETTER))
+    outcomes, _ = stage.tune()
+    tried = {share: stage._test("a", stage.config.fit.lr, share).losses.mean() for share in (0.5, 0.75)}
+    assert {outcome.share for outcome in outcomes.values()} == {min(tried, key=tried.get)} == {0.75}
+    out = capsys.readouterr().out
+    assert out.count(" (chosen): the validation loss falls by") == 1 and "--own_share 0.75 (chosen)" in out
+
+
+def test_without_clips_that_are_held_out_the_share_is_the_mean_of_both(tuning):
+    stage = tuning({"a": 3.0, "b": 3.0, "s1": 3.0})
+    stage = dataclasses.replace(stage, clips=(stage.clips[0], None))
+    outcomes, states = stage.tune()
+    assert {(outcome.kept, outcome.share) for outcome in outcomes.values()} == {(True, 0.5)}
+    torch.testing.assert_close(states["b"]["head.weight"], 2 * stage.general.model.state_dict()["head.weight"])
+
+
 def test_planted_losses_are_not_used(tuning, capsys):
     outcomes, states = tuning(dict.fromkeys(("a", "b", "s1"), WORSE)).tune()
     assert not states and not any(outcome.kept for outcome in outcomes.values())

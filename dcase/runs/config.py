@@ -174,11 +174,12 @@ class DeviceConfig(TrainConfig):
     lora_rank: int = 4
     """Rank of the additions of --finetune lora."""
     lr_choices: str = ""
-    """Learning rates to try, such as 0.0001,0.0005: the one with the lowest validation loss, as a mean over the
-    devices, is taken for all of them. "": --lr."""
-    own_share: float = 0.5
-    """Share of the fine-tuned weights in a device's model, the rest being the general model's: the model lies between
-    the two. 1: the fine-tuned weights alone."""
+    """Learning rates to try, such as 0.0001,0.0005: the one with the clearest fall of the validation loss, as a mean
+    over the devices, is taken for all of them. "": --lr."""
+    own_share: float | None = None
+    """Share of the fine-tuned weights in a device's model, the rest being the general model's; 1: the fine-tuned
+    weights alone. None: 0.5 or 0.75, whichever has the clearer fall of the validation loss, for all devices; 0.5 where
+    no clips are held out."""
     keep: Literal["clear", "all", "none"] = "clear"
     """Which devices' models are used: every one where their loss on validation clips, as a mean over the devices, falls
     by more than a standard error, except a device whose own clips clearly say the opposite (clear); every one, whatever
@@ -208,6 +209,11 @@ class DeviceConfig(TrainConfig):
             return [math.nan]
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """Those to try: --own_share, or `SHARES`."""
+        return SHARES if self.own_share is None else (self.own_share,)
+
+    @property
     def devices_to_tune(self) -> list[str]:
         named = self.only_devices.split(",")
         return [device_id for device_id in TRAIN_DEVICES if not self.only_devices or device_id in named]
@@ -221,6 +227,7 @@ FREE_ON_RESUME = {
     "scan_backend", "deterministic", "float32_matmul", "compile", "read_from", "pack_dir", "report_audio",
     "logger", "log_checkpoints",
 }  # fmt: skip
+SHARES = (0.5, 0.75)  # of the fine-tuned weights, to choose from; the first where nothing can choose
 LR_SHARE = 0.1  # stage 2's learning rate over the general model's, as in the challenge's baseline
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 

@@ -44,6 +44,7 @@ class Outcome:
     fine_tuned_loss: float | None = None
     gain_error: float | None = None  # standard error of the difference of these losses, over recording locations
     lr: float | None = None
+    share: float | None = None  # of the fine-tuned weights in the device's model
 
     def __str__(self) -> str:
         said = f"{'own model kept' if self.kept else 'general model stays'}: {self.reason}"
@@ -86,7 +87,7 @@ class FineTuning:
             print(f"device {device_id}: {outcome}")
             if is_main():
                 write_json(self._folder(device_id) / "outcome.json", dataclasses.asdict(outcome))
-        return outcomes, {d: self._weights(d, outcomes[d].lr) for d in tuned if outcomes[d].kept}
+        return outcomes, {d: self._weights(d, outcomes[d].lr, outcomes[d].share) for d in tuned if outcomes[d].kept}
 
     # Training
 
@@ -145,25 +146,38 @@ class FineTuning:
     # Verdict
 
     def _judged(self, devices: Sequence[str]) -> dict[str, Outcome]:
-        """Return the outcomes of the devices that were fine-tuned, with the learning rate of the lowest loss."""
-        before = {device_id: tested for device_id in devices if (tested := self._test(device_id, None))}
-        choices = self.config.learning_rates
-        after = {lr: {device_id: self._test(device_id, lr) for device_id in before} for lr in choices}
-        lr = min(choices, key=lambda lr: np.mean([tested.losses.mean() for tested in after[lr].values()] or [0]))
-        verdict = None
-        if before:
-            locations = {device_id: self.clips[1].of_device(device_id).location for device_id in before}
-            falls = {device_id: before[device_id].losses - after[lr][device_id].losses for device_id in before}
-            verdict = judge(falls, locations)
-            print(f"mean over the devices ({', '.join(before)}): the validation loss {verdict.together}")
-        return {d: self._outcome(d, lr, verdict, before.get(d), after[lr].get(d)) for d in devices}
+        """Return the outcomes of the devices that were fine-tuned, at the learning rate and share of the clearest
+        fall."""
+        before = {device_id: tested for device_id in devices if (tested := self._test(device_id))}
+        choices = [(lr, share) for lr in self.config.learning_rates for share in self.config.shares]
+        if not before:
+            return {d: self._outcome(d, choices[0], None, None, None) for d in devices}
+        locations = {device_id: self.clips[1].of_device(device_id).location for device_id in before}
+        found = {}
+        for choice in choices:
+            after = {device_id: self._test(device_id, *choice) for device_id in before}
+            falls = {device_id: before[device_id].losses - after[device_id].losses for device_id in before}
+            found[choice] = judge(falls, locations), after
+        best = max(choices, key=lambda choice: found[choice][0].margin)
+        for choice in choices:
+            lr, share = choice
+            chosen = " (chosen)" if choice == best and len(choices) > 1 else ""
+            print(f"--lr {lr:g} --own_share {share:g}{chosen}: the validation loss {found[choice][0].together}")
+        verdict, after = found[best]
+        print(f"mean over the devices ({', '.join(before)}): the validation loss {verdict.together}")
+        return {d: self._outcome(d, best, verdict, before.get(d), after.get(d)) for d in devices}
 
     def _outcome(
-        self, device_id: str, lr: float, verdict: Verdict | None, before: Tested | None, after: Tested | None
+        self,
+        device_id: str,
+        choice: tuple[float, float],
+        verdict: Verdict | None,
+        before: Tested | None,
+        after: Tested | None,
     ) -> Outcome:
         is_used, reason = self._decide(device_id, verdict)
         n_train, n_val = (len(part.of_device(device_id)) if part is not None else 0 for part in self.clips)
-        outcome = Outcome(is_used, reason, n_train, n_val, lr=lr)
+        outcome = Outcome(is_used, reason, n_train, n_val, lr=choice[0], share=choice[1])
         if before is None:
             return outcome
         error = verdict.of_device[device_id].error
@@ -191,22 +205,22 @@ class FineTuning:
             reason = f"on its own clips the loss {own}, although over all devices it {verdict.together}"
         return verdict.uses(device_id), reason
 
-    def _weights(self, device_id: str, lr: float) -> dict[str, Tensor]:
-        """Return the weights of the device's model: --own_share of the way from the general ones to its own."""
+    def _weights(self, device_id: str, lr: float, share: float) -> dict[str, Tensor]:
+        """Return the weights of the device's model: ``share`` of the way from the general ones to its own."""
         own = load_checkpoint(self._folder(device_id, lr) / TUNED)["state_dict"]
         general = {name: value.cpu() for name, value in self.general.model.state_dict().items()}
-        return interpolated(general, own, self.config.own_share)
+        return interpolated(general, own, share)
 
-    def _test(self, device_id: str, lr: float | None) -> Tested | None:
-        """Return the figures of the device's model, or without ``lr`` of the general one, on the device's validation
-        clips; None where there are none."""
+    def _test(self, device_id: str, *choice: float) -> Tested | None:
+        """Return the figures of the device's model of a learning rate and a share, or without them of the general one,
+        on the device's validation clips; None where there are none."""
         val_set = self._set(self.clips[1], device_id)
         if val_set is None:
             return None
         module = self.general
-        if lr is not None:
+        if choice:
             module = self._copy(self.config)
-            module.model.load_state_dict(self._weights(device_id, lr))
+            module.model.load_state_dict(self._weights(device_id, *choice))
         batches = loader(val_set, self.config.machine, evaluation_batches(val_set, self.config.machine))
         with no_silent_exit():
             trainer = make_trainer(self.config.machine, self._folder(device_id), [])

@@ -34,8 +34,13 @@ class Verdict:
     together: Fall  # mean over these devices
 
     @property
+    def margin(self) -> float:
+        """By how much the mean fall exceeds what chance may be."""
+        return self.together.mean - CERTAINTY * self.together.error
+
+    @property
     def is_gain(self) -> bool:
-        return self.together.mean > CERTAINTY * self.together.error
+        return self.margin > 0
 
     def contradicts(self, device_id: str) -> bool:
         """Return whether a device's own clips clearly say that its model is worse."""
