@@ -203,7 +203,7 @@ def test_a_run_killed_in_its_last_validation_does_it_again(batch, general_run, l
 def test_stage_2_in_parts_merges_into_what_it_is_as_a_whole(general_run, learnable, script, tmp_path):
     data = ["--dataset_dir", learnable, *QUIET]
     args = ["--ckpt_id", copy_general(general_run, tmp_path / "P"), "--project_name", "P", *data, *DEVICE_FIT]
-    args += ["--keep", "all"]  # a part's verdict hears only its own devices
+    args += ["--keep", "all", "--own_share", "0.5"]  # a part hears only its own devices
     script("train_device_specific.py", *args, "--run_id", "whole").succeeded()
     device_run = tmp_path / "P" / "whole"
     parts = {"one": "s1,b", "two": "a"}
