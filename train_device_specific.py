@@ -5,8 +5,9 @@
     python train_device_specific.py --ckpt_id RUN_ID --only_devices a,b     # one of several parts
 
 RUN_ID of --ckpt_id is the run id that train_base.py printed. Model, front end and split are the general model's; a
-flag that contradicts them stops the script. A device's model is kept only if it is clearly better than the general one
-on that device's validation clips; unknown devices always use the general model.
+flag that contradicts them stops the script. Augmentation and batch size are the general model's, too, and the learning
+rate is a tenth of its rate, unless flags say otherwise; --help with --ckpt_id shows that run's. The validation clips of
+all devices together decide whether the devices' models are used (--keep); unknown devices always use the general model.
 """
 
 import dataclasses
@@ -50,19 +51,13 @@ def main() -> None:
 
     with open_loggers(config, run) as loggers:
         teachers.hear(train, config.machine)
-        tuning = FineTuning(module, clips, train, config, run, loggers, teachers)
-        outcomes, weights = {}, {}
-        for device_id in config.devices_to_tune:
-            outcome, kept = tuning.tune(device_id)
-            outcomes[device_id] = dataclasses.asdict(outcome)
-            if kept:
-                weights[device_id] = kept
+        outcomes, weights = FineTuning(module, clips, train, config, run, loggers, teachers).tune()
         module.set_device_models(weights)
         if is_main():
             save_checkpoint(module.as_checkpoint(), run.best)
         if not config.only_devices:
             optimistic = config.split.val_split == "test"
-            more = {"fine_tuning": outcomes}
+            more = {"fine_tuning": {device_id: dataclasses.asdict(outcome) for device_id, outcome in outcomes.items()}}
             evaluation.evaluate(module, source, test, config, run, loggers, more, optimistic)
     others = ",..." if config.only_devices else ""
     print(f"next: python test_only.py --ckpt_path {shlex.quote(str(run.best))}{others} {same_place(config)}")

@@ -20,8 +20,7 @@ python train_base.py --project_name "$project" --experiment_name demo_general --
 general=$(run_of "$log/general")
 
 python train_device_specific.py --project_name "$project" --experiment_name demo_device_specific \
-    --ckpt_id "$general" --wandb_mode disabled --mixstyle_p 0 --freqm 8 --timem 8 --n_epochs 4 --batch_size 32 --lr 0.0005 \
-    --warmup_steps 10 --check_val_every_n_epoch 1 | tee "$log/specific"
+    --ckpt_id "$general" --wandb_mode disabled --n_epochs 4 | tee "$log/specific"
 specific=$(run_of "$log/specific")
 
 python test_only.py --project_name "$project" --ckpt_path "$project/$specific/stored" \

@@ -25,7 +25,7 @@ run train_base.py nano-student --dataset_dir "$data" --model aum_nano_8bit --dir
 
 # One model per device, each stored like the general one.
 run train_device_specific.py nano-devices --dataset_dir "$data" --ckpt_id nano-student --finetune lora \
-    --lr_choices 0.0003,0.001 --mixstyle_p 0 --timem 8 --n_epochs 50 "$@"
+    --lr_choices 0.0003,0.001 --n_epochs 50 "$@"
 
 # Test the stored files once more, and count their bytes and MACs.
 python test_only.py --dataset_dir "$data" --ckpt_path "$project/nano-devices/stored" --project_name "$project"

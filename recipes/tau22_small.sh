@@ -14,4 +14,4 @@ source recipes/run.sh
 run train_base.py small-general --dataset_dir "$data" --experiment_name AUM_Small_Scratch \
     --model aum_small "$@"
 run train_device_specific.py small-devices --dataset_dir "$data" --experiment_name AUM_Small_DeviceSpecific \
-    --ckpt_id small-general --n_epochs 50 --lr 0.0005 "$@"
+    --ckpt_id small-general --n_epochs 50 "$@"

@@ -47,7 +47,7 @@ EVALUATION = f"project_name experiment_name run_id wandb_mode logger log_checkpo
 TRAINING = f"{EVALUATION} resume subset val_fraction val_split roll_sec mixstyle_p mixstyle_alpha freqm timem timem_max_fraction mask_on dir_path dir_p mixup_alpha teacher teacher_input teacher_weight temperature n_epochs lr warmup_steps weight_decay accumulate_grad_batches gradient_clip_val check_val_every_n_epoch layer_decay freeze_epochs ema_decay qat_epochs compile seed"  # noqa: E501
 FLAGS = {
     "train_base.py": f"{TRAINING} seeds cross_fit init_from pretrained pretrained_grid normalise",
-    "train_device_specific.py": f"{TRAINING} ckpt_id only_devices finetune lora_rank lr_choices",
+    "train_device_specific.py": f"{TRAINING} ckpt_id only_devices finetune lora_rank lr_choices own_share keep",
     "test_only.py": f"{EVALUATION} ckpt_path",
 }
 DOCUMENT_DEFAULTS = (

@@ -115,7 +115,7 @@ def test_stage_2_stands_in_the_group_of_its_stage_1(offline, learnable):
     run_script("train_device_specific.py", *args, cwd=offline.parent.parent).succeeded()
     kept = kept_of(offline.parent / "tuned")
     assert (kept.run.run_group, kept.run.job_type) == ("general", "device-specific")
-    assert kept.config["ckpt_id"] == "general" and kept.summary["a/best/epoch"] in (1, 2)
+    assert kept.config["ckpt_id"] == "general" and "a/best/epoch" not in kept.summary  # the last one is taken
     assert not [artifact for artifact in kept.artifacts if artifact.type == artifacts.KIND]  # nobody asked
 
 

@@ -1,5 +1,6 @@
 """From one script to the next: the commands that are printed can be run as they are, and measure the same data."""
 
+import dataclasses
 import shlex
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import train_base
 import train_device_specific
 from dcase import errors, export
 from dcase.runs.checkpoints import load_checkpoint
-from dcase.runs.config import find_dataset_dir
+from dcase.runs.config import DeviceConfig, TrainConfig, find_dataset_dir, for_one_device, from_plain, to_plain
 from dcase.runs.folder import resume_command
 
 ON_CPU = "--num_workers 0 --wandb_mode disabled --accelerator cpu --report_audio False".split()
@@ -135,3 +136,29 @@ def test_ctrl_c_names_a_command_where_there_is_something_to_go_on_with(command, 
     with pytest.raises(SystemExit) as end:
         errors.run(resumable if command else pressed)
     assert end.value.code == 130 and capsys.readouterr().err == f"\nstopped by the keyboard{said}\n"
+
+
+# What stage 2 takes from the general model
+
+
+def test_stage_2_takes_augmentation_batch_and_a_tenth_of_the_rate_from_the_general_model(
+    general_run, learnable, call_main, monkeypatch
+):
+    monkeypatch.setattr(train_device_specific.fit, "check_machine", lambda machine: exit(0))
+    args = ["--ckpt_id", general_run.name, "--project_name", str(general_run.parent), "--dataset_dir", learnable]
+    out = call_main(train_device_specific.main, *args, "--lr", "0.004", "--freqm", "2").succeeded().out
+    assert f"from the general model {general_run.name}: its augmentation, with Freq-MixStyle and device" in out
+    assert "--freqm 4" in out and "--batch_size 16" in out and "--lr 0.001;" in out
+    assert "given instead: --freqm 2 --lr 0.004" in out
+    shown = call_main(train_device_specific.main, *args, "--help").succeeded().out
+    for flag, default in {"lr": 0.001, "mixstyle_p": 0.0, "freqm": 4, "timem": 4, "batch_size": 16}.items():
+        assert f"--{flag}" in shown and f"(default: {default})" in shown.partition(f"--{flag} ")[2][:400], flag
+
+
+def test_what_imitates_other_devices_is_off():
+    augment = dataclasses.replace(TrainConfig().augment, mixstyle_p=0.4, dir_path="/somewhere", mixup_alpha=0.3)
+    general = dataclasses.replace(TrainConfig(), augment=augment)
+    stage_2 = for_one_device(DeviceConfig(), general)
+    assert (stage_2.augment.mixstyle_p, stage_2.augment.dir_path, stage_2.augment.mixup_alpha) == (0.0, None, 0.3)
+    assert stage_2.fit.lr == 5e-5 and stage_2.fit.n_epochs == 50
+    assert from_plain(DeviceConfig, to_plain(stage_2)) == stage_2

@@ -679,7 +679,7 @@ def test_a_page_tells_the_stages_apart(page, tuned_page):
     assert '<p class="facts">device-specific models · run tried ·' in device_specific
     assert "<title>aum_small (device-specific): run tried</title>" in device_specific
     header = device_specific.partition("</header>")[0]
-    assert "No device has a model of its own: none was clearly better than the general one. " in header
+    assert "No device has a model of its own: the general model stays for all of them. " in header
     assert 'href="#fine-tuning"' in header
     own = {"a": {"kept": True}, "b": {"kept": False}, "s1": {"kept": True}}
     assert own_models(own) == "2 of 3 fine-tuned devices have a model of their own: A, S1."

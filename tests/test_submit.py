@@ -301,7 +301,8 @@ def test_meta_yaml_says_what_the_runs_say(made, general_run):
     assert description["complexity_management"] == "network design, weight quantization"
     assert description["pipeline"] == (
         "train general model (4 epochs of AdamW; lr 0.01; batch 16; split25), "
-        "per-device low-rank fine-tuning, merged into the weights (4 epochs of AdamW; lr 0.01; batch 16; split25)"
+        "per-device low-rank fine-tuning, merged into the weights (4 epochs of AdamW; lr 0.01; batch 16; split25), "
+        "weight interpolation with the general model"
     )
     assert description["external_data_usage"] is None and meta["system"]["external_datasets"] is None
     results = read_results(made.run)

@@ -200,9 +200,12 @@ def test_a_run_killed_in_its_last_validation_does_it_again(batch, general_run, l
 # Parts
 
 
-def test_stage_2_in_parts_merges_into_what_it_is_as_a_whole(device_run, general_run, learnable, script, tmp_path):
+def test_stage_2_in_parts_merges_into_what_it_is_as_a_whole(general_run, learnable, script, tmp_path):
     data = ["--dataset_dir", learnable, *QUIET]
     args = ["--ckpt_id", copy_general(general_run, tmp_path / "P"), "--project_name", "P", *data, *DEVICE_FIT]
+    args += ["--keep", "all", "--own_share", "0.5"]  # a part hears only its own devices
+    script("train_device_specific.py", *args, "--run_id", "whole").succeeded()
+    device_run = tmp_path / "P" / "whole"
     parts = {"one": "s1,b", "two": "a"}
     for run_id, only in parts.items():
         script("train_device_specific.py", *args, "--only_devices", only, "--run_id", run_id).succeeded()
@@ -210,11 +213,11 @@ def test_stage_2_in_parts_merges_into_what_it_is_as_a_whole(device_run, general_
     paths = ",".join(f"P/{run_id}/checkpoints/best.ckpt" for run_id in parts)
     script("test_only.py", "--ckpt_path", paths, *data, "--project_name", "T").succeeded()
     merged = only_run(tmp_path / "T")
-    states = [load_checkpoint(run / "checkpoints" / "best.ckpt") for run in (merged, device_run[0])]
+    states = [load_checkpoint(run / "checkpoints" / "best.ckpt") for run in (merged, device_run)]
     assert states[0]["device_ids"] == states[1]["device_ids"]
     assert states[0]["state_dict"].keys() == states[1]["state_dict"].keys()
     assert all(torch.equal(value, states[1]["state_dict"][name]) for name, value in states[0]["state_dict"].items())
-    again, before = read_results(merged), read_results(device_run[0])
+    again, before = read_results(merged), read_results(device_run)
     before.pop("fine_tuning")
     assert again.pop("loss") == pytest.approx(before.pop("loss"), rel=1e-6) and again == before
 

@@ -59,6 +59,19 @@ class WeightAverage:
         self.average = {name: value.clone() for name, value in state["average"].items()}
 
 
+@torch.no_grad()
+def interpolated(start: Mapping[str, Tensor], end: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
+    """Return the state dict that lies ``share`` of the way from ``start`` to ``end``: 0 is ``start``, 1 is ``end``.
+
+    BatchNorm's statistics lie between theirs, too; its counts of batches, integers, are those of ``end``.
+    Source: interpolation of a model and its fine-tuned version, arXiv:2109.01903.
+    """
+    return {
+        name: torch.lerp(start[name], value, share) if value.is_floating_point() else value
+        for name, value in end.items()
+    }
+
+
 def _floats(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
 

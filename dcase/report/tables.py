@@ -48,7 +48,7 @@ def own_models(outcomes: dict[str, dict]) -> str:
     """Return a sentence: which devices stage 2 gave their own model; ``outcomes`` as in `fine_tuning_rows`."""
     kept = [device_id.upper() for device_id, outcome in outcomes.items() if outcome["kept"]]
     if not kept:
-        return "No device has a model of its own: none was clearly better than the general one."
+        return "No device has a model of its own: the general model stays for all of them."
     have = "has a model of its own" if len(kept) == 1 else "have a model of their own"
     return f"{len(kept)} of {len(outcomes)} fine-tuned devices {have}: {', '.join(kept)}."
 

@@ -192,7 +192,16 @@ class DeviceConfig(TrainConfig):
     lora_rank: int = 4
     """Rank of the additions of --finetune lora."""
     lr_choices: str = ""
-    """Learning rates to try for each device, such as 0.0001,0.0005; the device's validation clips decide. "": --lr."""
+    """Learning rates to try, such as 0.0001,0.0005: the one with the clearest fall of the validation loss, as a mean
+    over the devices, is taken for all of them. "": --lr."""
+    own_share: float | None = None
+    """Share of the fine-tuned weights in a device's model, the rest being the general model's; 1: the fine-tuned
+    weights alone. None: 0.5 or 0.75, whichever has the clearer fall of the validation loss, for all devices; 0.5 where
+    no clips are held out."""
+    keep: Literal["clear", "all", "none"] = "clear"
+    """Which devices' models are used: every one where their loss on validation clips, as a mean over the devices, falls
+    by more than a standard error, except a device whose own clips clearly say the opposite (clear); every one, whatever
+    validation says (all); or none of them, to see what they would be worth (none)."""
     fit: FitConfig = field(default_factory=lambda: FitConfig(n_epochs=50, warmup_steps=100))
 
     def __post_init__(self):
@@ -200,6 +209,7 @@ class DeviceConfig(TrainConfig):
         if self.finetune != "full" and (self.fit.layer_decay != 1 or self.fit.freeze_epochs):
             raise UserError(f"--layer_decay and --freeze_epochs need --finetune full; got {self.finetune}")
         check_range(self, "lora_rank", least=1)
+        check_range(self, "own_share", above=0, most=1)
         if not all(0 < lr < math.inf for lr in self.learning_rates):
             raise UserError(f"--lr_choices must be learning rates above 0, separated by commas; got {self.lr_choices}")
         if self.lr_choices and self.split.val_split != "test" and self.split.val_fraction == 0:
@@ -217,6 +227,11 @@ class DeviceConfig(TrainConfig):
             return [math.nan]
 
     @property
+    def shares(self) -> tuple[float, ...]:
+        """Those to try: --own_share, or `SHARES`."""
+        return SHARES if self.own_share is None else (self.own_share,)
+
+    @property
     def devices_to_tune(self) -> list[str]:
         named = self.only_devices.split(",")
         return [device_id for device_id in TRAIN_DEVICES if not self.only_devices or device_id in named]
@@ -230,6 +245,8 @@ FREE_ON_RESUME = {
     "scan_backend", "deterministic", "float32_matmul", "compile", "read_from", "pack_dir", "report_audio",
     "logger", "log_checkpoints", "teacher",
 }  # fmt: skip
+SHARES = (0.5, 0.75)  # of the fine-tuned weights, to choose from; the first where nothing can choose
+LR_SHARE = 0.1  # stage 2's learning rate over the general model's, as in the challenge's baseline
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
 
 
@@ -276,10 +293,13 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
     artifacts.fetch(given["project_name"], ckpt_id, given["wandb_mode"], given["logger"])
     checkpoint = load_checkpoint(find_checkpoint(given["project_name"], ckpt_id))
     if config is None:
-        default = _like_checkpoint(DeviceConfig, checkpoint)
+        general = from_plain(TrainConfig, checkpoint["config"])
+        default = for_one_device(_like_checkpoint(DeviceConfig, checkpoint), general)
         config = cli.parse(DeviceConfig, description, default, args)
         decided = ("model", "logmel", "data", "split")
         _refuse_changes(default, config, f"the checkpoint of --ckpt_id {ckpt_id}", _FREE_DATA, decided)
+        if is_main():
+            print(_inherited(default, config))
     return config, run, checkpoint
 
 
@@ -326,6 +346,32 @@ def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
     data = DataConfig(orig_sample_rate=saved.data.orig_sample_rate)
     kept = {"split": saved.split} if isinstance(saved, TrainConfig) else {}
     return dataclasses.replace(cls(), model=saved.model, logmel=saved.logmel, data=data, storage=saved.storage, **kept)
+
+
+def for_one_device(default: DeviceConfig, general: TrainConfig) -> DeviceConfig:
+    """Return stage 2's defaults: the general model's augmentation without what imitates other devices (Freq-MixStyle
+    and device responses), its batch size, and a tenth of its learning rate."""
+    return dataclasses.replace(
+        default,
+        augment=dataclasses.replace(general.augment, mixstyle_p=0.0, dir_path=None),
+        machine=dataclasses.replace(default.machine, batch_size=general.machine.batch_size),
+        fit=dataclasses.replace(default.fit, lr=float(f"{general.fit.lr * LR_SHARE:.3g}")),
+    )
+
+
+def _inherited(default: DeviceConfig, config: DeviceConfig) -> str:
+    """Return a line that says what stage 2 takes from the general model, and which flags say otherwise."""
+    augment, before, after = vars(default.augment), _flat(default, None), _flat(config, None)
+    shown = " ".join(
+        f"--{name} {value}" for name, value in augment.items() if value and not name.startswith(("dir_", "mixstyle_"))
+    )
+    given = [f"--{name} {after[name]}" for name in (*augment, "batch_size", "lr") if after[name] != before[name]]
+    instead = f"; given instead: {' '.join(given)}" if given else ""
+    return (
+        f"from the general model {config.ckpt_id}: its augmentation, with Freq-MixStyle and device responses off "
+        f"({shown}), its --batch_size {before['batch_size']}, and a tenth of its learning rate, --lr {before['lr']:g}"
+        f"{instead}"
+    )
 
 
 def _refuse_changes(default, config, what: str, free: set[str], parts: tuple[str, ...] | None = None) -> None:

@@ -173,6 +173,8 @@ def _description(checkpoint: dict, training: list[dict]) -> dict:
             stages.append("quantization-aware training")
     if tuning:
         stages.append(f"{FINE_TUNING[finetune]} ({_fit(tuning)})")
+        if tuning.get("own_share", 1) != 1:
+            stages.append("weight interpolation with the general model")
     is_cnn = config["model"]["model"] in FIXED
     return {
         "input_sampling_rate": f"{config['logmel']['sample_rate'] / 1000:g}kHz",

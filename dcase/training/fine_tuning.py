@@ -1,12 +1,12 @@
-"""Stage 2: one recording device's model from the general one, kept only where it is clearly better."""
+"""Stage 2: a model for each recording device from the general one, used where validation clips speak for it."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.loggers.logger import Logger
@@ -17,19 +17,17 @@ from dcase.data.loading import evaluation_batches, loader, mixed_seed
 from dcase.data.tau22 import DEVICES, Clips
 from dcase.files import write_json
 from dcase.machine import is_main, main_first
-from dcase.model.metrics import mean_and_error
+from dcase.model.averaging import interpolated
 from dcase.runs.checkpoints import FORMAT, final_state, load_checkpoint, save_checkpoint
 from dcase.runs.config import DeviceConfig
-from dcase.runs.folder import Run, trained_checkpoint
+from dcase.runs.folder import Run
 from dcase.training.fit import MONITOR, make_trainer, no_silent_exit, plan, seed_everything, train
 from dcase.training.lit import SceneClassifier
 from dcase.training.pace import Plan
 from dcase.training.teachers import Teachers
+from dcase.training.verdict import Verdict, judge
 
-TUNED = "tuned.ckpt"  # a device's own model, ready for use
-# Standard errors by which it must be better. With few locations that is a weak test: with three, chance passes one time
-# in eleven, and epoch and learning rate were chosen on the same clips.
-CERTAINTY = 2
+TUNED = "tuned.ckpt"  # a device's fine-tuned weights, before --own_share
 
 
 @dataclass(frozen=True)
@@ -46,13 +44,21 @@ class Outcome:
     fine_tuned_loss: float | None = None
     gain_error: float | None = None  # standard error of the difference of these losses, over recording locations
     lr: float | None = None
-    epoch: int | None = None
+    share: float | None = None  # of the fine-tuned weights in the device's model
 
     def __str__(self) -> str:
         said = f"{'own model kept' if self.kept else 'general model stays'}: {self.reason}"
         if self.general is None:
             return said
         return f"{said} ({100 * self.general:.2f} -> {100 * self.fine_tuned:.2f} % on {self.n_val} validation clips)"
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A model's figures on one device's validation clips."""
+
+    accuracy: float  # macro average
+    losses: np.ndarray  # (n,)
 
 
 @dataclass(frozen=True)
@@ -67,90 +73,64 @@ class FineTuning:
     loggers: Sequence[Logger]
     teachers: Teachers | None = None
 
-    def tune(self, device_id: str) -> tuple[Outcome, dict[str, Tensor] | None]:
-        """Fine-tune the general model on one device's clips. Return (outcome, the model's weights if kept).
+    def tune(self) -> tuple[dict[str, Outcome], dict[str, dict[str, Tensor]]]:
+        """Fine-tune the general model for each device. Return (outcomes, weights of the models that are used).
 
-        Where a run is resumed, a finished device is not trained again, and an interrupted one goes on where it was.
+        Where a run is resumed, a finished training is not done again, and an interrupted one goes on where it was.
         """
-        folder = self.run.checkpoints / device_id
-        decision = folder / "outcome.json"
-        if decision.is_file():
-            outcome = Outcome(**json.loads(decision.read_text()))
-        else:
-            outcome = self._decide(device_id, folder)
+        tuned = [device_id for device_id in self.config.devices_to_tune if self._plans(device_id)]
+        for device_id in tuned:
+            self._train(device_id)
+        outcomes = dict.fromkeys(self.config.devices_to_tune, Outcome(False, "no training clip of this device"))
+        outcomes |= self._judged(tuned)
+        for device_id, outcome in outcomes.items():
+            print(f"device {device_id}: {outcome}")
             if is_main():
-                write_json(decision, dataclasses.asdict(outcome))
-        print(f"device {device_id}: {outcome}")
-        return outcome, load_checkpoint(folder / TUNED)["state_dict"] if outcome.kept else None
+                write_json(self._folder(device_id) / "outcome.json", dataclasses.asdict(outcome))
+        return outcomes, {d: self._weights(d, outcomes[d].lr, outcomes[d].share) for d in tuned if outcomes[d].kept}
 
-    def _decide(self, device_id: str, folder: Path) -> Outcome:
-        train_clips, val_clips = (part.of_device(device_id) if part is not None else None for part in self.clips)
-        if not len(train_clips):
-            return Outcome(False, "no training clip of this device")
-        if val_clips is not None and not len(val_clips):
-            return Outcome(False, "no validation clip of this device to compare on", len(train_clips))
-        train_set = TAU22(train_clips, self.like.sound, self.like)
-        val_set = TAU22(val_clips, self.like.sound, self.like) if val_clips is not None else None
-        lr, best_epoch = self._train(device_id, train_set, val_set, folder)
+    # Training
 
-        counts = {"n_train": len(train_set), "n_val": len(val_set) if val_set else 0, "lr": lr}
-        if val_set is None:
-            return Outcome(True, "nothing was held out to compare on (--val_fraction 0)", **counts)
-        before, loss_before = self._test(self.general, val_set, folder)
-        tuned = self._copy(self.config)
-        tuned.model.load_state_dict(load_checkpoint(folder / TUNED)["state_dict"])
-        after, loss_after = self._test(tuned, val_set, folder)
-        # Not the accuracy: a few clips from two or three places hardly move it, and often by chance.
-        gain, error = mean_and_error(loss_before - loss_after, val_clips.location)
-        is_clear, no_worse = gain > CERTAINTY * error, after[MONITOR] >= before[MONITOR]
-        reason = f"the loss {'falls' if gain > 0 else 'rises'} by {abs(gain):.3f} with a standard error of {error:.3f}"
-        if is_clear and not no_worse:
-            reason = f"the accuracy falls, although {reason}"
-        elif gain > 0 and not is_clear:
-            reason += ", which may be chance"
-        return Outcome(
-            is_clear and no_worse,
-            reason,
-            **counts,
-            general=before[MONITOR],
-            fine_tuned=after[MONITOR],
-            general_loss=before["loss"],
-            fine_tuned_loss=after["loss"],
-            gain_error=error if math.isfinite(error) else None,
-            epoch=best_epoch,
-        )
-
-    def _train(self, device_id: str, train_set: TAU22, val_set: TAU22 | None, folder: Path) -> tuple[float, int | None]:
-        """Write the device's model to `TUNED`. Return (the best learning rate, its best epoch)."""
+    def _train(self, device_id: str) -> None:
+        """Write the device's fine-tuned weights, for each learning rate, to `TUNED`."""
+        train_set, val_set = (self._set(part, device_id) for part in self.clips)
         # Each device has its own seed, so that its result does not depend on which were trained before it.
         seed = mixed_seed(self.config.fit.seed, DEVICES.index(device_id)) % 2**32
         print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
-        tried = []
         for i, lr in enumerate(self.config.learning_rates, 1):
+            folder = self._folder(device_id, lr)
+            if (folder / TUNED).is_file():
+                continue
             config = dataclasses.replace(self.config, fit=dataclasses.replace(self.config.fit, seed=seed, lr=lr))
             seed_everything(seed)
             module = self._copy(config)
             module.choose_trained(config.finetune, config.lora_rank)
             module.augment.responses = self.general.augment.responses
             module.clips_id = self.general.clips_id
-            part = f"lr_{lr:g}/" if len(config.learning_rates) > 1 else ""
-            module.log_prefix = f"{device_id}/{part}"
+            module.log_prefix = f"{folder.relative_to(self.run.checkpoints)}/"
             later = self._plans(device_id)[i:] + self._after(device_id)
-            best = train(module, train_set, val_set, config, folder / part, list(self.loggers), self.teachers, later)
-            tried.append((lr, best, module))
-        lr, best, module = max(tried, key=lambda one: (one[1].best_score or 0, -(one[1].best_loss or 0)))
-        with main_first():  # the others read it
-            if is_main():
-                module.load_state_dict(final_state(load_checkpoint(trained_checkpoint(best.folder))))
-                save_checkpoint({"dcase_format": FORMAT, "state_dict": module.merged()}, folder / TUNED)
-        return lr, best.best_epoch
+            loggers = list(self.loggers)
+            train(module, train_set, val_set, config, folder, loggers, self.teachers, later, keep_best=False)
+            with main_first():  # the others read it
+                if is_main():
+                    # The last epoch's, not the best one's of a few validation clips: they are left for the verdict.
+                    module.load_state_dict(final_state(load_checkpoint(folder / "last.ckpt")))
+                    save_checkpoint({"dcase_format": FORMAT, "state_dict": module.merged()}, folder / TUNED)
+
+    def _folder(self, device_id: str, lr: float | None = None) -> Path:
+        """Return the folder of a device's checkpoints, or of one of its learning rates'."""
+        several = lr is not None and len(self.config.learning_rates) > 1
+        return self.run.checkpoints / device_id / (f"lr_{lr:g}" if several else "")
+
+    def _set(self, clips: Clips | None, device_id: str) -> TAU22 | None:
+        """Return the device's clips with their sound; None where there are none."""
+        own = clips.of_device(device_id) if clips is not None else ()
+        return TAU22(own, self.like.sound, self.like) if len(own) else None
 
     def _plans(self, device_id: str) -> list[Plan]:
-        """Return the trainings of a device, one per learning rate; none where it lacks clips."""
-        n_train, n_val = (len(part.of_device(device_id)) if part is not None else None for part in self.clips)
-        if not n_train or n_val == 0:
-            return []
-        return [plan(n_train, n_val or 0, self.config)] * len(self.config.learning_rates)
+        """Return the trainings of a device, one per learning rate; none where it has no training clip."""
+        n_train, n_val = (len(part.of_device(device_id)) if part is not None else 0 for part in self.clips)
+        return [plan(n_train, n_val, self.config)] * len(self.config.learning_rates) if n_train else []
 
     def _after(self, device_id: str) -> list[Plan]:
         """Return the trainings of the devices after this one."""
@@ -163,10 +143,87 @@ class FineTuning:
         module.load_state_dict(self.general.state_dict())
         return module
 
-    def _test(self, module: SceneClassifier, val_set: TAU22, folder: Path) -> tuple[dict, Tensor]:
-        """Return (results on the validation clips, each clip's loss (n,))."""
+    # Verdict
+
+    def _judged(self, devices: Sequence[str]) -> dict[str, Outcome]:
+        """Return the outcomes of the devices that were fine-tuned, at the learning rate and share of the clearest
+        fall."""
+        before = {device_id: tested for device_id in devices if (tested := self._test(device_id))}
+        choices = [(lr, share) for lr in self.config.learning_rates for share in self.config.shares]
+        if not before:
+            return {d: self._outcome(d, choices[0], None, None, None) for d in devices}
+        locations = {device_id: self.clips[1].of_device(device_id).location for device_id in before}
+        found = {}
+        for choice in choices:
+            after = {device_id: self._test(device_id, *choice) for device_id in before}
+            falls = {device_id: before[device_id].losses - after[device_id].losses for device_id in before}
+            found[choice] = judge(falls, locations), after
+        best = max(choices, key=lambda choice: found[choice][0].margin)
+        for choice in choices:
+            lr, share = choice
+            chosen = " (chosen)" if choice == best and len(choices) > 1 else ""
+            print(f"--lr {lr:g} --own_share {share:g}{chosen}: the validation loss {found[choice][0].together}")
+        verdict, after = found[best]
+        print(f"mean over the devices ({', '.join(before)}): the validation loss {verdict.together}")
+        return {d: self._outcome(d, best, verdict, before.get(d), after.get(d)) for d in devices}
+
+    def _outcome(
+        self,
+        device_id: str,
+        choice: tuple[float, float],
+        verdict: Verdict | None,
+        before: Tested | None,
+        after: Tested | None,
+    ) -> Outcome:
+        is_used, reason = self._decide(device_id, verdict)
+        n_train, n_val = (len(part.of_device(device_id)) if part is not None else 0 for part in self.clips)
+        outcome = Outcome(is_used, reason, n_train, n_val, lr=choice[0], share=choice[1])
+        if before is None:
+            return outcome
+        error = verdict.of_device[device_id].error
+        return dataclasses.replace(
+            outcome,
+            general=before.accuracy,
+            fine_tuned=after.accuracy,
+            general_loss=float(before.losses.mean()),
+            fine_tuned_loss=float(after.losses.mean()),
+            gain_error=error if math.isfinite(error) else None,
+        )
+
+    def _decide(self, device_id: str, verdict: Verdict | None) -> tuple[bool, str]:
+        """Return (whether the device's model is used, why)."""
+        keep = self.config.keep
+        if verdict is None:
+            return keep != "none", "no validation clip to compare on" + ("" if keep == "clear" else f", --keep {keep}")
+        own = verdict.of_device.get(device_id)
+        chance = ", which may be chance" if verdict.together.mean > 0 and not verdict.is_gain else ""
+        on_its_own = f"on its own clips it {own}" if own else "it has no validation clip of its own"
+        reason = f"over all devices the loss {verdict.together}{chance}; {on_its_own}"
+        if keep != "clear":
+            return keep == "all", f"--keep {keep}; {reason}"
+        if verdict.is_gain and verdict.contradicts(device_id):
+            reason = f"on its own clips the loss {own}, although over all devices it {verdict.together}"
+        return verdict.uses(device_id), reason
+
+    def _weights(self, device_id: str, lr: float, share: float) -> dict[str, Tensor]:
+        """Return the weights of the device's model: ``share`` of the way from the general ones to its own."""
+        own = load_checkpoint(self._folder(device_id, lr) / TUNED)["state_dict"]
+        general = {name: value.cpu() for name, value in self.general.model.state_dict().items()}
+        return interpolated(general, own, share)
+
+    def _test(self, device_id: str, *choice: float) -> Tested | None:
+        """Return the figures of the device's model of a learning rate and a share, or without them of the general one,
+        on the device's validation clips; None where there are none."""
+        val_set = self._set(self.clips[1], device_id)
+        if val_set is None:
+            return None
+        module = self.general
+        if choice:
+            module = self._copy(self.config)
+            module.model.load_state_dict(self._weights(device_id, *choice))
         batches = loader(val_set, self.config.machine, evaluation_batches(val_set, self.config.machine))
         with no_silent_exit():
-            make_trainer(self.config.machine, folder, []).validate(module, batches, verbose=False)
+            trainer = make_trainer(self.config.machine, self._folder(device_id), [])
+            trainer.validate(module, batches, verbose=False)
         losses = F.cross_entropy(module.logits, torch.from_numpy(val_set.clips.scene), reduction="none")
-        return module.results, losses
+        return Tested(module.results[MONITOR], losses.double().numpy())

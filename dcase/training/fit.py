@@ -52,15 +52,15 @@ NORMALISATION_CLIPS = 5000  # at most: enough for four digits of the mean
 
 
 class KeepCheckpoints(Checkpoint):
-    """Writes last.ckpt after every epoch, and within one where a signal ends the run; best.ckpt, weights only, when
-    validation accuracy reaches a new maximum.
+    """Writes last.ckpt after every epoch, and within one where a signal ends the run; with ``keep_best`` also
+    best.ckpt, weights only, when validation accuracy reaches a new maximum.
 
     Lightning's ModelCheckpoint would forget the best score of a run whose folder was moved. Validation is started here
     and not by Lightning, so that last.ckpt holds an epoch's training before its validation begins.
     """
 
-    def __init__(self, folder: Path, planned: Plan, stop: StopRequest):
-        self.folder, self.planned, self.stop = folder, planned, stop
+    def __init__(self, folder: Path, planned: Plan, stop: StopRequest, keep_best: bool = True):
+        self.folder, self.planned, self.stop, self.keep_best = folder, planned, stop, keep_best
         self.best_score: float | None = None
         self.best_loss: float | None = None  # on the same clips
         self.best_epoch: int | None = None
@@ -124,7 +124,7 @@ class KeepCheckpoints(Checkpoint):
             loop.run()
             trainer.training = True
             epoch, score, loss = epochs_done(trainer), module.results[MONITOR], module.results["loss"]
-            better = self.best_score is None or score > self.best_score
+            better = self.keep_best and (self.best_score is None or score > self.best_score)
             if better:
                 self.best_score, self.best_loss, self.best_epoch = score, loss, epoch - 1
                 trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
@@ -136,8 +136,9 @@ class KeepCheckpoints(Checkpoint):
         self._save(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, Wandb):
-                best = {MONITOR: self.best_score, "loss": self.best_loss, "epoch": self.best_epoch + 1}
-                logger.summarise({f"{module.log_prefix}best/{name}": value for name, value in best.items()})
+                if self.keep_best:
+                    best = {MONITOR: self.best_score, "loss": self.best_loss, "epoch": self.best_epoch + 1}
+                    logger.summarise({f"{module.log_prefix}best/{name}": value for name, value in best.items()})
                 logger.keep_checkpoints()
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args) -> None:
@@ -350,8 +351,10 @@ def train(
     teachers: Teachers | None = None,
     later: Sequence[Plan] = (),
     earlier: Sequence[Plan] = (),
-) -> KeepCheckpoints:
-    """Train into ``folder``/{last,best}.ckpt, from last.ckpt where it exists. Returns what knows the best epoch.
+    keep_best: bool = True,
+) -> None:
+    """Train into ``folder``/{last,best}.ckpt, from last.ckpt where it exists; without ``keep_best``, validation clips
+    choose no epoch.
 
     ``later`` is what the run trains after this, for the time that is left; ``earlier`` what it has trained before.
     """
@@ -363,7 +366,7 @@ def train(
     module.start_averaging()
     stop = StopRequest()
     planned = plan(len(train_clips), len(val_clips) if val_clips else 0, config)
-    checkpoints = KeepCheckpoints(folder, planned, stop)
+    checkpoints = KeepCheckpoints(folder, planned, stop, keep_best)
     trainer = make_trainer(config.machine, folder, loggers, config, checkpoints)
     _prepare_model(module, trainer, config)
     batches = Batches(
@@ -391,4 +394,3 @@ def train(
         number = largest_of_all(stop.received, trainer.strategy.root_device)
         if number:  # it came after the last step's end
             raise Stopped(number, f"stopped by {signal.Signals(number).name} after training")
-    return checkpoints

@@ -182,7 +182,7 @@ def bad_checkpoints(task: Training) -> Iterator[Fault]:
     """Checkpoints and config.json that are damaged between a stop and going on."""
     yield _stopped_at_a_step(task)
     rng, lasts = task.rng, task.run.glob("checkpoints/**/last.ckpt")
-    (last,) = (path for path in lasts if not (path.parent / "outcome.json").exists())
+    (last,) = (path for path in lasts if not (path.parent / "tuned.ckpt").exists())
     previous, bests = last.with_name("previous.ckpt"), sorted(task.run.glob("checkpoints/**/best.ckpt"))
     paths = [rng.choice([last, last, last, *bests[:1], task.run / "config.json"])]
     how = rng.choice(("truncated", "emptied", "with a flipped bit"))
