@@ -22,4 +22,4 @@ source recipes/run.sh
 run train_base.py baseline-general --dataset_dir "$data" --experiment_name CP_Mobile \
     --model cp_mobile "$@"
 run train_device_specific.py baseline-devices --dataset_dir "$data" --experiment_name CP_Mobile_DeviceSpecific \
-    --ckpt_id baseline-general --n_epochs 50 --warmup_steps 200 --gradient_clip_val 0 --own_share 1 --keep all "$@"
+    --ckpt_id baseline-general --n_epochs 50 --warmup_steps 200 --own_share 1 --keep all "$@"

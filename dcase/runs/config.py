@@ -350,18 +350,20 @@ def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
 
 def for_one_device(default: DeviceConfig, general: TrainConfig) -> DeviceConfig:
     """Return stage 2's defaults: the general model's augmentation without what imitates other devices (Freq-MixStyle
-    and device responses), its batch size, and a tenth of its learning rate."""
+    and device responses), its batch size and clipping, and a tenth of its learning rate."""
     return dataclasses.replace(
         default,
         augment=dataclasses.replace(general.augment, mixstyle_p=0.0, dir_path=None),
         machine=dataclasses.replace(default.machine, batch_size=general.machine.batch_size),
-        fit=dataclasses.replace(default.fit, lr=float(f"{general.fit.lr * LR_SHARE:.3g}")),
+        fit=dataclasses.replace(
+            default.fit, lr=float(f"{general.fit.lr * LR_SHARE:.3g}"), gradient_clip_val=general.fit.gradient_clip_val
+        ),
     )
 
 
 def _inherited(default: DeviceConfig, config: DeviceConfig) -> str:
     """Return a line that says what stage 2 takes from the general model, and which flags say otherwise."""
-    augment, before, after = vars(default.augment), _flat(default, None), _flat(config, None)
+    augment, before, after = vars(default.augment), cli.flags_of(default), cli.flags_of(config)
     shown = " ".join(
         f"--{name} {value}" for name, value in augment.items() if value and not name.startswith(("dir_", "mixstyle_"))
     )
