@@ -1,5 +1,5 @@
 # Sourced by the recipes: `run SCRIPT ID FLAGS...` starts the run ID, resumes it, or leaves it where it is finished. A
-# resumed run refuses a flag that changes its figures.
+# resumed run refuses a flag that changes its figures. `result ID NAME` prints an entry of a finished run's results.json.
 
 project=${PROJECT:-DCASE25_Task1}
 export PYTHONUNBUFFERED=1 # lines appear when they are printed, also through a pipe
@@ -14,4 +14,8 @@ run() {
     else
         python "$script" --project_name "$project" --run_id "$id" "$@"
     fi
+}
+
+result() {
+    python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$project/$1/results.json" "$2"
 }

@@ -1,32 +1,43 @@
 #!/usr/bin/env bash
-# AuM-Nano in 8 bits for the challenge: two teachers, the student, one model per device, the test of what is stored.
+# AuM-Nano in 8 bits for the challenge, from the recordings to a submission.
 #
 #     bash recipes/tau22_nano.sh /data/TAU22 /data/MicIRP
+#     TEACHER=logits.npz LABEL=Doe_Uni AUTHORS=authors.yaml EVAL=/data/TAU25_eval bash recipes/tau22_nano.sh ...
 #
-# The second folder holds impulse responses of devices, as MicIRP's. docs/challenge.md says what each step is for.
-# Flags after the folders go to the training scripts. PROJECT names the folder of the runs. The same command resumes what
-# was interrupted.
+# The second folder holds impulse responses of devices, as MicIRP's. TEACHER is what --teacher takes, such as a file of
+# logits; TEACHER=own trains four of its own, cross-fitted; without it the labels are all. LABEL adds the submission.
+# docs/challenge.md says what each step was worth where it was measured. Flags after the folders go to the training
+# scripts. PROJECT names the folder of the runs. The same command resumes what was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 usage='usage: bash recipes/tau22_nano.sh /data/TAU22 /data/MicIRP [FLAGS]'
 data=${1:?$usage} responses=${2:?$usage}
 shift 2
 source recipes/run.sh
+student=(--dataset_dir "$data" --model aum_nano_8bit --dir_path "$responses" "$@")
+case ${TEACHER:-} in
+    '') search=() final=() ;;
+    own) search=(--cross_fit 4) final=(--teacher "$project/nano-search/cross_fit/logits.npz") ;;
+    *) search=(--teacher "$TEACHER") final=("${search[@]}") ;;
+esac
 
-# Teachers: any models, the more different the better. They train on the student's clips.
-run train_base.py teacher-small --dataset_dir "$data" --model aum_small --dir_path "$responses" --n_epochs 150 "$@"
-run train_base.py teacher-mobile --dataset_dir "$data" --model cp_mobile --dir_path "$responses" --n_epochs 150 \
-    --batch_size 256 --lr 0.005 --warmup_steps 2000 --mixstyle_p 0.4 --mixstyle_alpha 0.3 --timem 0 "$@"
+python -m dcase.prepare --dataset_dir "$data" --pack # one file, which training reads much faster
 
-# The student learns from both, and trains with rounded weights in the last epochs.
-run train_base.py nano-student --dataset_dir "$data" --model aum_nano_8bit --dir_path "$responses" --n_epochs 150 \
-    --lr 0.005 --mixstyle_p 0.4 --mixstyle_alpha 0.3 --timem 8 --ema_decay 0.999 \
-    --teacher teacher-small,teacher-mobile --weight_bits 8 --qat_epochs 10 "$@"
+# With a tenth of the clips held out: how many epochs are best, and whether one model per device is better?
+run train_base.py nano-search "${student[@]}" "${search[@]}"
+run train_device_specific.py nano-search-devices --dataset_dir "$data" --ckpt_id nano-search "$@"
+epochs=$(result nano-search epochs)
+keep=all
+[ "$(result nano-search-devices device_models)" != "[]" ] || keep=none
 
-# One model per device, each stored like the general one.
-run train_device_specific.py nano-devices --dataset_dir "$data" --ckpt_id nano-student --finetune lora \
-    --lr_choices 0.0003,0.001 --n_epochs 50 "$@"
+# The same on every clip: nothing is left to choose by.
+run train_base.py nano-student "${student[@]}" "${final[@]}" --val_fraction 0 --n_epochs "$epochs"
+run train_device_specific.py nano-devices --dataset_dir "$data" --ckpt_id nano-student "$@" --keep "$keep"
 
-# Test the stored files once more, and count their bytes and MACs.
-python test_only.py --dataset_dir "$data" --ckpt_path "$project/nano-devices/stored" --project_name "$project"
+# Test the stored files once more, count their bytes and MACs, and make the submission.
+stored=$project/nano-devices/stored
+python test_only.py --dataset_dir "$data" --ckpt_path "$stored" --project_name "$project"
 python -m dcase.complexity --model aum_nano_8bit --weight_bits 8 --enforce
+submit=(python -m dcase.submit --ckpt_path "$stored" --label "${LABEL:-Doe_Uni}" --dataset_dir "$data"
+    ${AUTHORS:+--authors "$AUTHORS"} ${EVAL:+--eval_dir "$EVAL"})
+if [ -n "${LABEL:-}" ]; then "${submit[@]}"; else echo "to submit it, with your own label: ${submit[*]}"; fi
