@@ -37,7 +37,6 @@ from benchmarks import timing
 from benchmarks.full_size import SAMPLE_RATE, make_full_size
 from benchmarks.timing import CPU, median, milliseconds, progress, race, ratio, spread
 from dcase import cli
-from dcase.data.augment import freq_mixstyle, roll
 from dcase.data.dataset import TAU22, Batch, Sound
 from dcase.data.loading import Batches, loader, shuffled
 from dcase.data.logmel import LOG_OFFSET, LogMel, LogMelConfig, frames_of
@@ -205,14 +204,13 @@ def measure_step(data: Data) -> list[Row]:
     module = SceneClassifier(config, frames_of(config.logmel, packed.n_samples, packed.sound.sample_rate)).train()
     module.logmel.fit([module.sound(packed.__getitems__(range(BATCH)))])
     module.total_steps = 10**6
-    made, augment = module.configure_optimizers(), config.augment
+    made = module.configure_optimizers()
 
     def step(batch: Batch) -> None:
         """Do what `SceneClassifier.training_step` and the Trainer do, without Lightning's own time."""
         waveform, length = module.sound(batch)
-        x = module.logmel(roll(waveform, round(augment.roll_sec * config.logmel.sample_rate), length), length)
-        x = freq_mixstyle(x, augment.mixstyle_p, augment.mixstyle_alpha)
-        F.cross_entropy(module.model(module.masking(x)), batch.scene).backward()
+        x, _ = module.augment.log_mel(module.logmel(module.augment.waveform(waveform, batch.device, length), length))
+        F.cross_entropy(module.model(x), batch.scene).backward()
         made["optimizer"].step()
         made["lr_scheduler"]["scheduler"].step()
         made["optimizer"].zero_grad()
