@@ -48,6 +48,7 @@ def main() -> None:
     module.clips_id = clips_id(train_clips, val_clips)
     module.augment.load_responses()
     teachers = load_teachers(config, module, train, run)
+    earlier = plans(train_clips, config)
     begins = run is None or not fit.checkpoint_to_resume(run.checkpoints)
     if config.pretrained and begins:
         module.start_from_file(config.pretrained, config.pretrained_grid)
@@ -64,7 +65,7 @@ def main() -> None:
         teachers.hear(train, config.machine)
         if begins and config.normalise:
             fit.fit_normalisation(module, train, config.machine)
-        fit.train(module, train, val, config, run.checkpoints, loggers, teachers, earlier=plans(train_clips, config))
+        fit.train(module, train, val, config, run.checkpoints, loggers, teachers, earlier=earlier)
         best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))
         module = SceneClassifier.from_checkpoint(best, config)
         more, optimistic = {"epochs": best["epoch"] + 1}, config.split.val_split == "test"

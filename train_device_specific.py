@@ -2,7 +2,7 @@
 
     python train_device_specific.py --ckpt_id RUN_ID --dataset_dir /data/TAU22
     python train_device_specific.py --resume RUN_ID            # continue after an interruption
-    python train_device_specific.py --ckpt_id RUN_ID --only_devices a,b     # one of several parts
+    python train_device_specific.py --ckpt_id RUN_ID --only_devices a,b --own_share 0.5 --keep all    # a part
 
 RUN_ID of --ckpt_id is the run id that train_base.py printed. Model, front end and split are the general model's; a
 flag that contradicts them stops the script. Augmentation and batch size are the general model's, too, and the learning
@@ -18,7 +18,7 @@ from dcase.data.loading import clips_id, find_source, open_sound, training_clips
 from dcase.errors import UserError
 from dcase.machine import is_main
 from dcase.runs.checkpoints import save_checkpoint
-from dcase.runs.config import parse_device_specific, same_place, start_run, with_data_of
+from dcase.runs.config import inherited, parse_device_specific, same_place, start_run, with_data_of
 from dcase.runs.loggers import open_loggers
 from dcase.training import evaluation, fit
 from dcase.training.fine_tuning import FineTuning
@@ -31,6 +31,8 @@ def main() -> None:
     if checkpoint["device_ids"]:
         raise UserError(f"--ckpt_id {config.ckpt_id} is a device-specific run: give the id of a run of train_base.py")
     fit.check_machine(config.machine)
+    if run is None:
+        print(inherited(config, checkpoint))
     config = with_data_of(checkpoint, config)
     source = find_source(config.data, config.split.subset)
     clips = training_clips(source, config.split)

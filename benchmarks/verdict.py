@@ -72,6 +72,11 @@ class Gains:
         return f"{self.mean:+g}" + (f" ± {self.deviation:g}" if self.deviation else "")
 
 
+GROWTHS: dict[str, Callable[[float], float]] = {  # share of the fine-tuned weights -> of the true gain that is there
+    "the same at each share": lambda share: 1.0,
+    "1 - (1 - share)^2 of it, as in a parabola with its minimum at the fine-tuned weights": lambda s: 1 - (1 - s) ** 2,
+    "in proportion to the share": lambda share: share,
+}
 COLUMNS = [Gains(0.2), Gains(0.1), Gains(0.06), Gains(0.06, 0.04), Gains(0.0), Gains(-0.03), Gains(-0.03, 0.04)]
 
 
@@ -128,10 +133,15 @@ def measured(project: Path, runs: str) -> Spread:
 
 
 def simulate(
-    clips: Clips, spread: Spread, gains: Gains, shares: tuple[float, ...], rng: np.random.Generator
+    clips: Clips,
+    spread: Spread,
+    gains: Gains,
+    shares: tuple[float, ...],
+    grows: Callable[[float], float],
+    rng: np.random.Generator,
 ) -> tuple[Verdict, dict[str, float]]:
-    """Return the verdict on made-up models for each device, at the share of the clearest fall, and their true gains,
-    which are the same at every share."""
+    """Return the verdict on made-up models for each device, at the share of the clearest fall, and their true gains
+    with the fine-tuned weights alone."""
     names, place = np.unique(clips.location, return_inverse=True)
     of_location = rng.normal(0, spread.location, len(names))
     truth = {device_id: gains.mean + gains.deviation * rng.normal() for device_id in TRAIN_DEVICES}
@@ -141,7 +151,7 @@ def simulate(
         effect = of_location + rng.normal(0, spread.device, len(names))
         noise[device_id] = effect[place[rows]] + rng.normal(0, spread.clip, rows.sum())
         locations[device_id] = place[rows]
-    falls = [{device_id: gain + share * noise[device_id] for device_id, gain in truth.items()} for share in shares]
+    falls = [{d: grows(share) * gain + share * noise[d] for d, gain in truth.items()} for share in shares]
     return max((judge(fall, locations) for fall in falls), key=lambda verdict: verdict.margin), truth
 
 
@@ -154,10 +164,10 @@ def used_of(tests: list[tuple[Verdict, dict[str, float]]], rule: Rule) -> str:
     return " / ".join(f"{100 * np.mean(of):.1f}" for of in used.values() if of)
 
 
-def tables(val: Clips, spread: Spread, shares: tuple[float, ...], n_tests: int) -> str:
+def tables(val: Clips, spread: Spread, shares: tuple[float, ...], n_tests: int, grows: Callable[[float], float]) -> str:
     """Return the standard errors of the validation clips, and what each rule makes of them."""
     rng = np.random.default_rng(0)
-    tests = {gains: [simulate(val, spread, gains, shares, rng) for _ in range(n_tests)] for gains in COLUMNS}
+    tests = {gains: [simulate(val, spread, gains, shares, grows, rng) for _ in range(n_tests)] for gains in COLUMNS}
     judged = [verdict for some in tests.values() for verdict, _ in some]
     devices = []
     for device_id in TRAIN_DEVICES:
@@ -183,10 +193,11 @@ def main() -> None:
         f"Deviations of a clip's gain with the fine-tuned weights alone, in nats: {spread.location:.3f} by location, "
         f"{spread.device:.3f} by location and device, {spread.clip:.3f} by clip.",
         "### The fine-tuned weights alone (--own_share 1)",
-        tables(val, spread, (1.0,), config.tests),
-        f"### The share of the clearest fall, of {' and '.join(map(str, SHARES))}",
-        tables(val, spread, SHARES, config.tests),
+        tables(val, spread, (1.0,), config.tests, lambda share: 1.0),
     ]
+    for what, grows in GROWTHS.items():
+        parts.append(f"### The share of the clearest fall, of {' and '.join(map(str, SHARES))}; the gain is {what}")
+        parts.append(tables(val, spread, SHARES, config.tests, grows))
     publish("\n\n".join(parts), config.append)
 
 

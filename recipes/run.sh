@@ -1,5 +1,6 @@
 # Sourced by the recipes: `run SCRIPT ID FLAGS...` starts the run ID, resumes it, or leaves it where it is finished. A
-# resumed run refuses a flag that changes its figures. `result ID NAME` prints an entry of a finished run's results.json.
+# resumed run refuses a flag that changes its figures. `result ID NAME...` prints an entry of a finished
+# run's results.json, or an entry of an entry.
 
 project=${PROJECT:-DCASE25_Task1}
 export PYTHONUNBUFFERED=1 # lines appear when they are printed, also through a pipe
@@ -17,5 +18,8 @@ run() {
 }
 
 result() {
-    python -c 'import json, sys; print(json.load(open(sys.argv[1]))[sys.argv[2]])' "$project/$1/results.json" "$2"
+    local file=$project/$1/results.json
+    shift
+    python -c 'import functools, json, sys
+print(functools.reduce(dict.get, sys.argv[2:], json.load(open(sys.argv[1]))))' "$file" "$@"
 }

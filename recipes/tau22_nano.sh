@@ -23,19 +23,24 @@ esac
 
 python -m dcase.prepare --dataset_dir "$data" --pack # one file, which training reads much faster
 
-# With a tenth of the clips held out: how many epochs are best, and whether one model per device is better?
+# With a tenth of the clips held out: how many epochs are best, and is one model per device better, with which share of its
+# own weights?
 run train_base.py nano-search "${student[@]}" "${search[@]}"
 run train_device_specific.py nano-search-devices --dataset_dir "$data" --ckpt_id nano-search "$@"
 epochs=$(result nano-search epochs)
-keep=all
-[ "$(result nano-search-devices device_models)" != "[]" ] || keep=none
+share=$(result nano-search-devices fine_tuning a share)
+devices=$(result nano-search-devices device_models)
 
-# The same on every clip: nothing is left to choose by.
+# The same on every clip: nothing is left to choose by. Where one model per device is better, each device gets one.
 run train_base.py nano-student "${student[@]}" "${final[@]}" --val_fraction 0 --n_epochs "$epochs"
-run train_device_specific.py nano-devices --dataset_dir "$data" --ckpt_id nano-student "$@" --keep "$keep"
+stored=$project/nano-student/stored
+if [ "$devices" != "[]" ]; then
+    run train_device_specific.py nano-devices --dataset_dir "$data" --ckpt_id nano-student "$@" --val_fraction 0 \
+        --keep all --own_share "$share"
+    stored=$project/nano-devices/stored
+fi
 
 # Test the stored files once more, count their bytes and MACs, and make the submission.
-stored=$project/nano-devices/stored
 python test_only.py --dataset_dir "$data" --ckpt_path "$stored" --project_name "$project"
 python -m dcase.complexity --model aum_nano_8bit --weight_bits 8 --enforce
 submit=(python -m dcase.submit --ckpt_path "$stored" --label "${LABEL:-Doe_Uni}" --dataset_dir "$data"

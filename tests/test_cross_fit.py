@@ -13,11 +13,14 @@ from test_scripts import kill_and_resume
 
 from dcase.data.dataset import TAU22, Sound
 from dcase.data.labels import DEVICES, SCENES
-from dcase.data.tau22 import Clips, load_clips, location_folds, split_by_location
+from dcase.data.logmel import frames_of
+from dcase.data.tau22 import Clips, DataConfig, load_clips, location_folds, split_by_location
 from dcase.machine import MachineConfig
 from dcase.model.distillation import DistillConfig
+from dcase.model.named import ModelConfig
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import BaseConfig
+from dcase.runs.stored import save_stored
 from dcase.training.lit import SceneClassifier
 from dcase.training.pace import Plan, TimeLeft
 from dcase.training.teachers import outputs
@@ -52,6 +55,7 @@ def test_folds_have_whole_locations_and_a_share_of_every_scene_and_device():
 def test_a_scene_of_one_place_cannot_be_cross_fitted():
     said = refusal(location_folds, made_up(1), 3)
     assert SCENES[0] in said and "too few recording locations" in said
+    assert "--cross_fit 25" in refusal(location_folds, made_up(2), 25)
 
 
 @pytest.mark.parametrize(
@@ -144,17 +148,37 @@ def test_killed_and_resumed_equals_undisturbed(student, learnable, tmp_path):
 
 
 def test_teachers_do_not_start_from_a_run_which_may_have_heard_the_clips(student, learnable, tmp_path):
-    args = [
-        "--dataset_dir",
-        learnable,
-        *SMALL,
-        *FIT,
-        "--cross_fit",
-        2,
-        "--pretrained",
-        student / "checkpoints/best.ckpt",
-    ]
-    run_script("train_base.py", *args, "--project_name", "P", cwd=tmp_path).refused("--cross_fit and --pretrained")
+    checkpoint = student / "checkpoints/best.ckpt"
+    save_stored(load_checkpoint(checkpoint), tmp_path / "stored", 16)
+    for file in (checkpoint, tmp_path / "stored" / "general.safetensors"):
+        args = ["--dataset_dir", learnable, *SMALL, *FIT, "--cross_fit", 2, "--pretrained", file]
+        run_script("train_base.py", *args, "--project_name", "P", cwd=tmp_path).refused("--cross_fit and --pretrained")
+    assert not (tmp_path / "P").is_dir()  # refused before the run begins
+
+
+def test_other_clips_than_a_teacher_judged_are_refused(student, learnable, tmp_path):
+    """Where the run was interrupted after its first teacher, and a clip is another one now."""
+    interrupted = Path(shutil.copytree(student, tmp_path / "P" / "s"))
+    for left in ("results.json", "cross_fit/logits.npz"):
+        (interrupted / left).unlink()
+    file = interrupted / "cross_fit" / "fold_1" / "outputs.pt"
+    kept = torch.load(file, weights_only=True)
+    torch.save(kept | {"clips": ["another", *kept["clips"][1:]]}, file)
+    args = ["--resume", "s", "--project_name", "P", "--dataset_dir", learnable]
+    run_script("train_base.py", *args, cwd=tmp_path).refused("judged other clips")
+
+
+def test_a_teachers_logits_do_not_depend_on_the_clips_beside_them(learnable, parts):
+    """BatchNorm and dropout are in evaluation mode, whatever mode training has left the model in."""
+    shape = {"depth": 1, "embed_dim": 16, "head": "patch", "cls_position": "none"}
+    config = BaseConfig(model=ModelConfig("aum_tiny", **shape), data=DataConfig(orig_sample_rate=RATE))
+    clips = TAU22(parts[0], Sound(RATE))
+    teacher = SceneClassifier(config, frames_of(config.logmel, clips.n_samples, RATE)).train()
+    every, two = (
+        outputs(teacher.train(), TAU22(parts[0].select(np.arange(n)), Sound(RATE)), MachineConfig(num_workers=0), "")
+        for n in (len(clips), 2)
+    )
+    assert torch.allclose(every[:2], two, atol=1e-5)
 
 
 def test_a_later_run_on_every_clip_takes_the_file(student, learnable, tmp_path):

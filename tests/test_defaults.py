@@ -89,7 +89,7 @@ def test_help_shows_the_models_defaults(model, capsys):
 
 def test_the_line_names_what_no_flag_has_changed():
     line = taken(parse_base("", ["--model", "aum_nano", "--lr", "0.1", "--freqm", "3"])[0])
-    assert line.startswith("defaults of aum_nano, which belong to the model: ")
+    assert line.startswith("defaults of aum_nano (measured, docs/training.md): ")
     expected = own("aum_nano")
     named_there = dict(pair.split() for pair in line.partition(": --")[2].split(" --"))
     assert named_there == {name: str(expected[name]) for name in NAMES if name not in ("lr", "freqm")}

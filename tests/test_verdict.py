@@ -60,6 +60,24 @@ def test_one_place_is_no_evidence():
     assert not verdict.is_gain and not judge({"a": -np.ones(5)}, {"a": np.zeros(5)}).contradicts("a")
 
 
+def test_a_device_of_one_location_neither_counts_nor_hides_what_is_uncertain():
+    rng = np.random.default_rng(0)
+    noise, places = rng.normal(0, 0.2, 150), np.repeat(np.arange(15), 10)
+    alone, both = judge({"a": noise}, {"a": places}), judge({"a": noise, "b": np.ones(1)}, {"a": places, "b": [0]})
+    assert both.together == alone.together and both.heard == ["a"]
+    assert both.uses("b") == both.uses("a")
+
+
+def test_no_gain_is_seldom_used_with_few_locations():
+    """One standard error: 16 % of the time; with two locations Student's t has 25 %."""
+    rng, used = np.random.default_rng(0), []
+    for _ in range(400):
+        places = {"a": np.repeat(np.arange(15), 10), "b": np.arange(2), "c": np.arange(2)}
+        noise = {d: rng.normal(0, 1, 15)[place] for d, place in places.items()}
+        used.append(judge(noise, places).is_gain)
+    assert np.mean(used) < 0.3
+
+
 # Weights between two models
 
 

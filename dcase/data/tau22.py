@@ -406,7 +406,7 @@ def location_folds(clips: Clips, n_folds: int) -> np.ndarray:
 
     Every fold has its share of each scene's and each device's clips, as nearly as whole locations allow. The result
     depends only on the clips' locations, scenes and devices.
-    Raises `UserError` where a scene's clips would all be in one fold.
+    Raises `UserError` where there are too few locations: a scene's clips would all be in one fold, or a fold empty.
     """
     names, location = np.unique(clips.location, return_inverse=True)
     share = np.zeros((len(names), len(SCENES) + len(DEVICES)))  # of the clips of each scene, and of each device
@@ -419,6 +419,8 @@ def location_folds(clips: Clips, n_folds: int) -> np.ndarray:
     for i in sorted(range(len(names)), key=lambda i: (-share[i].sum(), hashlib.sha256(names[i]).digest())):
         fold[i] = (taken @ share[i]).argmin()
         taken[fold[i]] += share[i]
+    if len(np.unique(fold)) < n_folds:
+        raise UserError(f"--cross_fit {n_folds}: {len(names)} recording locations do not make so many parts: give less")
     for scene in np.unique(clips.scene):
         if len(np.unique(fold[has_scene[:, scene]])) < 2:
             raise UserError(

@@ -44,15 +44,6 @@ def load_checkpoint(path: Path | str) -> dict:
     return checkpoint
 
 
-def is_checkpoint(path: Path | str) -> bool:
-    """Return whether a file is a checkpoint of this code."""
-    try:
-        load_checkpoint(path)
-    except UserError:
-        return False
-    return True
-
-
 def refuse_other_scenes(scenes: list[str] | None, what: str) -> None:
     """Raise `UserError` where ``what`` was trained on other scenes than SCENES, or on these in another order.
 

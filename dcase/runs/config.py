@@ -143,7 +143,7 @@ class BaseConfig(TrainConfig):
     cross_fit: int = 0
     """Train this many teachers of the run's own first, each without one of as many parts of the training clips, by
     recording location; the model then learns from the logits of the one that has not heard a clip's location. They
-    take about that many times as long as the run itself. 0: none."""
+    take about one time less than that as long as the run itself. 0: none."""
     init_from: str = ""
     """Id of a run of train_base.py to start from its weights. Where that Audio Mamba is wider, deeper or has more
     states, take its most important channels, layers and states (structured pruning)."""
@@ -298,8 +298,6 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
         config = cli.parse(DeviceConfig, description, default, args)
         decided = ("model", "logmel", "data", "split")
         _refuse_changes(default, config, f"the checkpoint of --ckpt_id {ckpt_id}", _FREE_DATA, decided)
-        if is_main():
-            print(_inherited(default, config))
     return config, run, checkpoint
 
 
@@ -361,18 +359,24 @@ def for_one_device(default: DeviceConfig, general: TrainConfig) -> DeviceConfig:
     )
 
 
-def _inherited(default: DeviceConfig, config: DeviceConfig) -> str:
+def inherited(config: DeviceConfig, checkpoint: dict) -> str:
     """Return a line that says what stage 2 takes from the general model, and which flags say otherwise."""
+    default = for_one_device(config, from_plain(TrainConfig, checkpoint["config"]))
     augment, before, after = vars(default.augment), cli.flags_of(default), cli.flags_of(config)
     shown = " ".join(
         f"--{name} {value}" for name, value in augment.items() if value and not name.startswith(("dir_", "mixstyle_"))
     )
-    given = [f"--{name} {after[name]}" for name in (*augment, "batch_size", "lr") if after[name] != before[name]]
+    given = [
+        f"--{name} {after[name]}"
+        for name in (*augment, "batch_size", "gradient_clip_val", "lr")
+        if after[name] != before[name]
+    ]
+    given += [f"--lr_choices {config.lr_choices}"] if config.lr_choices else []
     instead = f"; given instead: {' '.join(given)}" if given else ""
     return (
         f"from the general model {config.ckpt_id}: its augmentation, with Freq-MixStyle and device responses off "
-        f"({shown}), its --batch_size {before['batch_size']}, and a tenth of its learning rate, --lr {before['lr']:g}"
-        f"{instead}"
+        f"({shown}), its --batch_size {before['batch_size']} and --gradient_clip_val "
+        f"{before['gradient_clip_val']:g}, and a tenth of its learning rate, --lr {before['lr']:g}{instead}"
     )
 
 

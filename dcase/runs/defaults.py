@@ -1,7 +1,8 @@
 """The defaults that belong to a model, by flag: what differs for it from those of the configuration's dataclasses.
 
 The dataclasses hold AuM-Small's, which every model without an entry here shares. They also stand in for a field that a
-saved configuration lacks, whatever its model: the run is older than the field, and these values are as it was.
+saved configuration lacks, whatever its model: the run is older than the field, and in stage 1 these values are as it
+was.
 """
 
 import dataclasses
@@ -20,6 +21,11 @@ _NANO = {  # measured on SynthTAU, docs/training.md
     "mixstyle_alpha": 0.3,
     "freqm": 16,
     "timem": 8,
+}
+ORIGINS = {  # of the other models': the document that this project began with
+    "aum_nano": "measured, docs/training.md",
+    "aum_nano_8bit": "measured, docs/training.md",
+    "cp_mobile": "the DCASE2025 baseline's",
 }
 DEFAULTS = {
     "aum_nano": {**_NANO, "weight_bits": 16},
@@ -57,4 +63,5 @@ def taken(config: Config) -> str:
     model = config.model.model
     values, own = cli.flags_of(config), cli.flags_of(with_defaults(type(config)(), model))
     flags = [f"--{name} {own[name]}" for name in NAMES if values[name] == own[name]]
-    return f"defaults of {model}, which belong to the model: {' '.join(flags) or 'none, flags set them all'}"
+    origin = ORIGINS.get(model, "from the document that this project began with")
+    return f"defaults of {model} ({origin}): {' '.join(flags) or 'none, flags set them all'}"

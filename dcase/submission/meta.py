@@ -199,10 +199,16 @@ def _external(configs: list[dict]) -> dict[str, str]:
             used["impulse responses of devices"] = f"{TODO}: the device responses in {Path(path).name}"
         if path := config.get("pretrained"):
             used["pre-trained model"] = f"{TODO}: what {Path(path).name} was trained on"
-        others = [Path(name) for name in config.get("distill", {}).get("teacher", "").split(",") if "/" in name]
-        if others := [path.name for path in others if path.parent.name != CROSS_FIT]:
+        # Neither the id of a run, nor what a run's own teachers say.
+        given = config.get("distill", {}).get("teacher", "").split(",")
+        others = [Path(name) for name in given if "/" in name or "." in name]
+        if others := [path.name for path in others if not _is_cross_fitted(path)]:
             used["teachers"] = f"{TODO}: what the models of {', '.join(others)} were trained on"
     return used
+
+
+def _is_cross_fitted(path: Path) -> bool:
+    return path.parent.name == CROSS_FIT and Run(path.parent.parent).has_config()
 
 
 def _fit(config: dict) -> str:

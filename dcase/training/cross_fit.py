@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aum.pretrained import PretrainedError
+from aum.pretrained.source import AUM, VIM, read_source
 from dcase.data.dataset import TAU22
 from dcase.data.labels import SCENES
 from dcase.data.loading import clips_id, mixed_seed
@@ -24,10 +26,11 @@ from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.machine import is_main, main_first
 from dcase.model.distillation import DistillConfig
-from dcase.runs.checkpoints import is_checkpoint, load_checkpoint
+from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import BaseConfig, StorageConfig
 from dcase.runs.folder import CROSS_FIT, Run, trained_checkpoint
 from dcase.runs.loggers import MetricsCsv
+from dcase.runs.stored import load_stored
 from dcase.training import fit
 from dcase.training.lit import SceneClassifier
 from dcase.training.pace import Plan
@@ -35,8 +38,16 @@ from dcase.training.teachers import LogitsFile, outputs
 
 
 def plans(train: Clips, config: BaseConfig) -> list[Plan]:
-    """Return the trainings of the teachers; none without --cross_fit."""
-    folds = location_folds(train, config.cross_fit) if config.cross_fit else np.zeros(0)
+    """Return the trainings of the teachers; none without --cross_fit.
+
+    Raises `UserError` where the recordings are from too few locations, and where --pretrained is a model of these
+    scenes, which may have heard the clips.
+    """
+    if not config.cross_fit:
+        return []
+    folds = location_folds(train, config.cross_fit)
+    if config.pretrained and not _is_of_other_data(config.pretrained):
+        raise UserError("--cross_fit and --pretrained: that model may have heard the clips: leave one of them out")
     return [fit.plan(int((folds != fold).sum()), 0, config) for fold in range(config.cross_fit)]
 
 
@@ -44,10 +55,8 @@ def cross_fit(student: SceneClassifier, train: TAU22, val: TAU22 | None, config:
     """Return the cross-fitted logits of the training clips; train the teachers first, as far as that is left to do.
 
     A teacher is trained as ``student`` will be, in 32 bits, without teachers and to its last epoch: no clip chooses it.
-    Raises `UserError` where --pretrained is a run, which may have heard these clips.
+    Raises `UserError` where the run was interrupted and the clips are not those that its teachers have heard.
     """
-    if config.pretrained and is_checkpoint(config.pretrained):
-        raise UserError("--cross_fit and --pretrained: a run's model may have heard the clips: leave one of them out")
     folder = run.folder / CROSS_FIT
     file = folder / "logits.npz"
     folds = location_folds(train.clips, config.cross_fit)
@@ -64,6 +73,19 @@ def cross_fit(student: SceneClassifier, train: TAU22, val: TAU22 | None, config:
                 _write(file, folds, found, train.clips, unheard)
     fit.seed_everything(config.fit.seed)  # what follows is the same where the teachers were there already
     return LogitsFile(str(file), train, config.split.subset, made_here=True)
+
+
+def _is_of_other_data(path: str) -> bool:
+    """Return whether a file is a published checkpoint of Vim or AuM, and no model of these scenes."""
+    try:
+        load_stored(path)
+        return False
+    except UserError:
+        pass
+    try:
+        return read_source(path).kind in (VIM, AUM)
+    except PretrainedError as error:
+        raise UserError(f"--pretrained: {error}") from error
 
 
 def _judge(
@@ -88,8 +110,12 @@ def _judge(
             if is_main():
                 shown = f"outputs of teacher {fold + 1} of {config.cross_fit}"
                 found = [outputs(module, TAU22(part, train.sound, train), config.machine, shown) for part in parts]
-                replace_file(file, lambda beside: torch.save(found, beside))
-    return torch.load(file, weights_only=True)
+                kept = {"clips": [part.fingerprint() for part in parts], "logits": found}
+                replace_file(file, lambda beside: torch.save(kept, beside))
+    kept = torch.load(file, weights_only=True)
+    if kept["clips"] != [part.fingerprint() for part in parts]:
+        raise UserError(f"{folder}: this teacher judged other clips: give the --dataset_dir that the run began with")
+    return kept["logits"]
 
 
 def _train(
@@ -106,7 +132,8 @@ def _train(
     if not fit.checkpoint_to_resume(folder):
         if config.pretrained:
             module.start_from_file(config.pretrained, config.pretrained_grid)
-        fit.fit_normalisation(module, clips, config.machine)  # of these clips alone
+        if config.normalise:
+            fit.fit_normalisation(module, clips, config.machine)  # of these clips alone
     folder.mkdir(parents=True, exist_ok=True)
     loggers = [MetricsCsv(folder / "metrics.csv")] if is_main() else []
     fit.train(module, clips, None, config, folder, loggers, later=later[fold + 1 :], earlier=later[:fold])

@@ -40,10 +40,8 @@ class ClipLogits:
         rows = pd.Index(ours).get_indexer(wanted)
         if (rows < 0).all():
             wanted, ours = _without_folders(wanted), _without_folders(ours)
-            if len(set(ours)) < len(ours):
-                raise UserError(
-                    "names no training clip as the data folder does; its names without folders are not unique"
-                )
+            if len(set(ours)) < len(ours) or len(set(wanted)) < len(wanted):
+                raise UserError("names no training clip as the data folder does; without folders, names are not unique")
             rows = pd.Index(ours).get_indexer(wanted)
         missing = (rows < 0) | ~np.isfinite(self.logits).all(1)[rows]
         if missing.any():
@@ -66,7 +64,7 @@ def read_logits(given: str, folder: Path, subset: int = 25) -> ClipLogits:
         raise UserError("does not exist")
     try:
         filenames, logits = {".npz": _npz, ".pt": _tensor}.get(path.suffix, _table)(path, key, folder, subset)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot be read ({one_line(error)})") from error
     if len(set(filenames)) < len(filenames):
         names, counts = np.unique(filenames, return_counts=True)
@@ -136,7 +134,7 @@ def _tensor(path: Path, key: str, folder: Path, subset: int) -> tuple[np.ndarray
     first, *others = found.values()
     if any(not np.array_equal(first, names) for names in others):
         raise ValueError(f"its rows have no names, and {' and '.join(found)} have as many: give an .npz with filename")
-    return first, logits.float().numpy()
+    return first, logits.detach().float().numpy()
 
 
 def _by_scene(table: pd.DataFrame) -> np.ndarray:

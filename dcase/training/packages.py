@@ -50,13 +50,12 @@ def find_package(given: str) -> Path | None:
 
 
 def content_of(module: Path) -> str:
-    """Return the SHA-256 of a package's files, code and weights."""
+    """Return the SHA-256 of a package's files, code and weights; of a module outside any package, that file's."""
     root, name = _root_and_name(module)
-    top = root / name.split(".")[0]
     sha256 = hashlib.sha256(name.encode())
-    files = [path for path in sorted((top if top.is_dir() else root).rglob("*")) if path.is_file()]
+    files = sorted((root / name.split(".")[0]).rglob("*")) if "." in name else [module.absolute()]
     for path in files:
-        if "__pycache__" not in path.parts:
+        if path.is_file() and "__pycache__" not in path.parts:
             sha256.update(str(path.relative_to(root)).encode() + hashlib.sha256(path.read_bytes()).digest())
     return sha256.hexdigest()
 

@@ -260,7 +260,7 @@ def _right(logits: Tensor, clips: Clips) -> float:
 def outputs(module: SceneClassifier, clips: TAU22, machine: MachineConfig, what: str) -> Tensor:
     """Return a model's logits (clips, n_classes) of unaugmented clips, computed in this process alone."""
     on = _on(machine)
-    module.to(on)
+    module.to(on).eval()  # else a clip's logits would depend on those beside it
     batches = loader(clips, machine, Batches(len(clips), machine.batch_size))  # every clip, in any process
     found = []
     for batch in progress(batches, desc=what, leave=False):

@@ -6,6 +6,7 @@ the loss is more than its standard error, and a device is left out where its own
 `benchmarks/verdict.py` simulates how often that is right.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,7 +32,12 @@ class Fall:
 @dataclass(frozen=True)
 class Verdict:
     of_device: Mapping[str, Fall]  # device_id -> on its own validation clips
-    together: Fall  # mean over these devices
+    together: Fall  # mean over those devices whose clips are from more than one location
+
+    @property
+    def heard(self) -> list[str]:
+        """Return these devices."""
+        return [device_id for device_id, own in self.of_device.items() if math.isfinite(own.error)]
 
     @property
     def margin(self) -> float:
@@ -48,7 +54,7 @@ class Verdict:
         return own is not None and -own.mean > CONTRADICTION * own.error
 
     def uses(self, device_id: str) -> bool:
-        """Return whether the device's model is used; a device without validation clips follows the others."""
+        """Return whether the device's model is used; a device that is not heard follows the others."""
         return self.is_gain and not self.contradicts(device_id)
 
 
@@ -59,8 +65,13 @@ def judge(falls: Mapping[str, np.ndarray], locations: Mapping[str, np.ndarray]) 
     ``locations``: device_id -> where these clips were recorded (n,). The error counts a location once, for all devices.
     """
     own = {device_id: Fall(*mean_and_error(fall, locations[device_id])) for device_id, fall in falls.items()}
-    n_clips = sum(map(len, falls.values()))
-    # Each device's clips weigh as much as another's; their deviations from its own mean are what is uncertain.
-    deviations = [(fall - own[device].mean) * n_clips / (len(falls) * len(fall)) for device, fall in falls.items()]
-    _, error = mean_and_error(np.concatenate(deviations), np.concatenate([locations[device] for device in falls]))
-    return Verdict(own, Fall(float(np.mean([fall.mean for fall in own.values()])), error))
+    heard = Verdict(own, Fall(0.0, math.inf)).heard
+    if not heard:  # a single location says nothing about others
+        return Verdict(own, Fall(float(np.mean([fall.mean for fall in own.values()])), math.inf))
+    parts = []
+    for device_id in heard:  # as `mean_and_error`, with a device's weight: each counts the same
+        fall, n = falls[device_id], len(np.unique(locations[device_id]))
+        parts.append((fall - own[device_id].mean) * math.sqrt(n / (n - 1)) / (len(heard) * len(fall)))
+    _, place = np.unique(np.concatenate([locations[device_id] for device_id in heard]), return_inverse=True)
+    error = math.sqrt(np.square(np.bincount(place, np.concatenate(parts))).sum())
+    return Verdict(own, Fall(float(np.mean([own[device_id].mean for device_id in heard])), error))
