@@ -144,7 +144,7 @@ def test_ctrl_c_names_a_command_where_there_is_something_to_go_on_with(command, 
 def test_stage_2_takes_augmentation_batch_and_a_tenth_of_the_rate_from_the_general_model(
     general_run, learnable, call_main, monkeypatch
 ):
-    monkeypatch.setattr(train_device_specific.fit, "check_machine", lambda machine: exit(0))
+    monkeypatch.setattr(train_device_specific, "with_data_of", lambda *_: exit(0))  # what follows
     args = ["--ckpt_id", general_run.name, "--project_name", str(general_run.parent), "--dataset_dir", learnable]
     out = call_main(train_device_specific.main, *args, "--lr", "0.004", "--freqm", "2").succeeded().out
     assert f"from the general model {general_run.name}: its augmentation, with Freq-MixStyle and device" in out
