@@ -68,8 +68,8 @@ def main() -> None:
         fit.train(module, train, val, config, run.checkpoints, loggers, teachers, earlier=earlier)
         best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))
         module = SceneClassifier.from_checkpoint(best, config)
-        more, optimistic = {"epochs": best["epoch"] + 1}, config.split.val_split == "test"
-        evaluation.evaluate(module, source, test, config, run, loggers, more, optimistic)
+        optimistic = config.split.val_split == "test"
+        evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
     print(f"next: python train_device_specific.py --ckpt_id {run.id} {same_place(config)}")
 
 

@@ -27,7 +27,7 @@ python -m dcase.prepare --dataset_dir "$data" --pack # one file, which training 
 # own weights?
 run train_base.py nano-search "${student[@]}" "${search[@]}"
 run train_device_specific.py nano-search-devices --dataset_dir "$data" --ckpt_id nano-search "$@"
-epochs=$(result nano-search epochs)
+epochs=$(epochs nano-search)
 share=$(result nano-search-devices fine_tuning a share)
 devices=$(result nano-search-devices device_models)
 

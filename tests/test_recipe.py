@@ -149,7 +149,7 @@ def test_the_stored_file_gives_the_runs_figures_and_has_the_counted_size(student
     assert tensors == results["complexity"]["total_param_bytes"] == sum(results["complexity"]["param_bytes"].values())
     assert set(results["complexity"]["param_bytes"]) == {"int8", "float16"}
     script("test_only.py", "--ckpt_path", path, "--dataset_dir", learnable, "--project_name", "T", *QUIET).succeeded()
-    assert {"epochs": 3, **read_results(only_run(tmp_path / "T"))} == results  # the test alone does not know the epoch
+    assert read_results(only_run(tmp_path / "T")) == results
 
 
 def test_the_checkpoint_is_tested_as_stored_or_in_32_bit(student, learnable, script, tmp_path):
@@ -157,7 +157,7 @@ def test_the_checkpoint_is_tested_as_stored_or_in_32_bit(student, learnable, scr
     script("test_only.py", *args, "--project_name", "T8").succeeded()
     script("test_only.py", *args, "--project_name", "T32", "--weight_bits", "32").succeeded()
     results = read_results(student)
-    assert {"epochs": 3, **read_results(only_run(tmp_path / "T8"))} == results
+    assert read_results(only_run(tmp_path / "T8")) == results
     file = "stored/general.safetensors"
     assert (only_run(tmp_path / "T8") / file).read_bytes() == (student / file).read_bytes()
     unrounded = read_results(only_run(tmp_path / "T32"))
