@@ -141,9 +141,9 @@ class BaseConfig(TrainConfig):
     """Train and test this many seeds one after another, each in its own run, from --seed upwards; then print mean and
     deviation over them."""
     cross_fit: int = 0
-    """Train this many teachers of the run's own first, each without one of as many parts of the training clips, by
-    recording location; the model then learns from the logits of the one that has not heard a clip's location. They
-    take about one time less than that as long as the run itself. 0: none."""
+    """Train this many teachers first, each on all but one of as many parts of the training clips, by recording
+    location. The model then learns each clip's logits from the teacher that has not heard its location. N teachers take
+    about N - 1 times as long as the run itself. 0: none."""
     init_from: str = ""
     """Id of a run of train_base.py to start from its weights. Where that Audio Mamba is wider, deeper or has more
     states, take its most important channels, layers and states (structured pruning)."""
