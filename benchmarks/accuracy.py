@@ -33,6 +33,7 @@ import numpy as np
 from benchmarks.timing import ROOT, commit, publish
 from dcase import cli, errors, report
 from dcase.data import synth
+from dcase.data.logmel import LogMelConfig
 from dcase.data.tau22 import DEVICES, TRAIN_DEVICES
 from dcase.errors import UserError
 from dcase.files import replace_file
@@ -78,8 +79,8 @@ ALIKE = "--mask_on log_mel --normalise True --gradient_clip_val 1"  # as AuM-Nan
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. ``args`` may name {dir_path}, {teacher}, {project}, and the run of the row in ``after`` with
-    the same fold and seed."""
+    """A line of the table. ``args`` may name {dir_path}, {teacher}, {project}, {half_hop}, and the run of the row in
+    ``after`` with the same fold and seed; they come after --flags."""
 
     name: str
     label: str
@@ -101,6 +102,7 @@ class Row:
         return self.trains and not self.after
 
 
+FINE = "--n_mels 128 --hop_length {half_hop} --freqm 8 --timem 16"  # twice the frames, half the mel bins: equal MACs
 CONTROLS = "benchmarks/controls.py"
 STAGE_2 = "train_device_specific.py"
 ROWS = {row.name: row for row in (
@@ -110,6 +112,10 @@ ROWS = {row.name: row for row in (
     Row("cp_norm", "the same, with AuM-Nano's input norm", f"--model cp_mobile_norm {COMMON}", 3, CONTROLS),
     Row("nano", "AuM-Nano, 16-bit", f"--model aum_nano {COMMON}", 30),
     Row("nano_conv", "the same without a scan: gated convolutions", f"--model aum_nano_conv {COMMON}", 30, CONTROLS),
+    Row("nano_fine", "AuM-Nano, rows of 33 tokens for 17", f"--model aum_nano {COMMON} {FINE}", 31),
+    Row("nano_fine_conv", "the same without a scan", f"--model aum_nano_fine_conv {COMMON} {FINE}", 31, CONTROLS),
+    Row("nano_states", "AuM-Nano, one set of weights for both directions, 16 states for 4",
+        f"--model aum_nano --direction fo_bi --d_state 16 {COMMON}", 32),
     Row("nano8", "AuM-Nano, 8-bit",
         f"--model aum_nano_8bit --weight_bits 8 --qat_epochs 8 {RATES} {AUGMENTED}", 30),
     Row("nano8_as_32", "the same models in 32 bit",
@@ -130,6 +136,10 @@ GOALS = (  # what, a row, the row that it is compared with, figure, goal in poin
     ("AuM-Nano against CP-Mobile with its input norm", "nano", "cp_norm", ALL, None),
     ("AuM-Nano against CP-Mobile, the baseline's augmentation", "nano", "cp", ALL, None),
     ("AuM-Nano against its control without a scan", "nano", "nano_conv", ALL, 1.0),
+    ("rows of 33 tokens, with a scan against without", "nano_fine", "nano_fine_conv", ALL, 1.0),
+    ("the same against AuM-Nano", "nano_fine", "nano", ALL, None),
+    ("shared directions and 16 states against the control", "nano_states", "nano_conv", ALL, 1.0),
+    ("the same against AuM-Nano", "nano_states", "nano", ALL, None),
     ("an outside teacher's logits against none", "taught", "nano", ALL, 3.0),
     ("own cross-fitted teachers against none", "cross_fit", "nano", ALL, 1.5),
     ("one model per device against general, known devices", "devices", "nano", KNOWN, 1.5),
@@ -203,14 +213,16 @@ class Runs:
     def train(self, row: Row, fold: Fold, seed: int) -> None:
         """Run a row's script for a fold and a seed, or continue it; at its end it writes results.json."""
         folder, note, config = folder_of(row, fold, seed), self.note(row, fold, seed), self.config
-        after = f"{row.after}-{seed}"
-        args = row.args.format(dir_path=self.dir_path, teacher=fold.teacher, project=fold.project, after=after).split()
+        given = shlex.split(config.flags)
+        hop = dict(zip(given, given[1:], strict=False)).get("--hop_length", LogMelConfig.hop_length)
+        words = {"dir_path": self.dir_path, "teacher": fold.teacher, "project": fold.project, "half_hop": int(hop) // 2}
+        args = row.args.format(**words, after=f"{row.after}-{seed}").split()
         if row.trains:
             args += ["--n_epochs", config.n_epochs if row.is_general else config.device_epochs, "--seed", seed]
         else:
             shutil.rmtree(folder, ignore_errors=True)  # an interrupted test starts again
         if row.is_general:
-            args += ["--check_val_every_n_epoch", config.n_epochs, "--val_fraction", 0.1, *shlex.split(config.flags)]
+            args = [*given, *args, "--check_val_every_n_epoch", config.n_epochs, "--val_fraction", 0.1]
         args = ["--resume", folder.name] if (folder / "config.json").is_file() else [*args, "--run_id", folder.name]
         command = [sys.executable, ROOT / row.script, "--project_name", fold.project, *fold.data, *args]
         command += ["--wandb_mode", "disabled", "--num_workers", 0, "--accelerator", "auto"]

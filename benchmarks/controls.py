@@ -4,12 +4,14 @@
 
 - ``aum_nano_conv``: `aum_nano` without a scan. Its mixers are gated convolutions over the same rows of tokens, with as
   many bytes and 6 % fewer MACs.
+- ``aum_nano_fine_conv``: the same for log-mels of 128 x 129, where a row has 33 tokens.
 - ``cp_mobile_norm``: CP-Mobile after `aum_nano`'s norm of the input, half of each mel bin's mean over time subtracted.
 
 The models exist only here: a run of them can be trained, tested and compared, not exported or fine-tuned.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ D_INNER, TAPS = 104, 17  # of the gated convolutions: with both aum_nano's bytes
 class GatedConvolutions(nn.Module):
     """Two depthwise convolutions along time, gated as Mamba's mixer is: (b, l, d_model) -> (b, l, d_model).
 
-    Two of 17 taps see 33 tokens, so that every token of a row of 17 sees the whole row.
+    Two of 17 taps reach 16 tokens either way, so that every token of a row of 17 sees the whole row.
     """
 
     def __init__(self, d_model: int):
@@ -46,9 +48,9 @@ class GatedConvolutions(nn.Module):
         return self.out_proj(y.transpose(1, 2))
 
 
-def without_scan(n_classes: int) -> aum.AudioMamba:
-    """Return `aum_nano` for log-mels of 256 x 65 with `GatedConvolutions` for mixers."""
-    model = aum.create_model("aum_nano", n_classes=n_classes)
+def without_scan(n_classes: int, **shape: int) -> aum.AudioMamba:
+    """Return `aum_nano`, for log-mels of 256 x 65 or another ``shape``, with `GatedConvolutions` for mixers."""
+    model = aum.create_model("aum_nano", n_classes=n_classes, **shape)
     for block in model.layers:
         block.mixer = GatedConvolutions(model.config.embed_dim)
         scale_out_proj(block.mixer.out_proj, model.config.depth)
@@ -61,5 +63,6 @@ def with_input_norm(n_classes: int) -> nn.Module:
 
 
 if __name__ == "__main__":
-    FIXED.update(aum_nano_conv=without_scan, cp_mobile_norm=with_input_norm)
+    fine = partial(without_scan, n_mels=128, target_length=129)
+    FIXED.update(aum_nano_conv=without_scan, aum_nano_fine_conv=fine, cp_mobile_norm=with_input_norm)
     errors.run(train_base.main)
