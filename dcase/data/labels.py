@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from torch import nn
+
 from dcase.errors import UserError
 
 # TAU22's, in the order of its numbers, so that an index means the same in every checkpoint and on every subset.
@@ -29,10 +31,10 @@ DEVICE_GROUPS = {"real": ("a", "b", "c"), "seen": ("s1", "s2", "s3"), "unseen": 
 
 LABELS_JSON = "labels.json"  # in a data folder
 _MOST = 1000  # scenes or devices; more are a mistake, and tables of scenes by scenes would fill the memory
-# Names with a meaning of their own: columns of predictions, folders of models, parts of a page.
+# Names with a meaning of their own: columns of predictions, folders of models, parts of a page and of torch's modules.
 _TAKEN = {
     "scenes": {"filename", "scene_label", "device_id", "location", "file", "seconds", "windows"},
-    "devices": {"general", "unknown", "auto", "all", *DEVICE_GROUPS},
+    "devices": {"general", "unknown", "auto", "all", *DEVICE_GROUPS, *dir(nn.ModuleDict())},
 }
 
 

@@ -221,7 +221,8 @@ def _read_meta(path: Path) -> tuple[pd.DataFrame, Labels]:
         labels = _read_labels(path.with_name(LABELS_JSON))
     else:  # of all clips, also those that meta_clean.csv leaves out: an index means the same with it and without
         whole = path.with_name("meta.csv")
-        of_all = _read_list(whole, _META_COLUMNS) if path != whole and whole.name in names else meta
+        is_part = path != whole and whole.name in names and set(meta["scene_label"]) != set(SCENES)
+        of_all = _read_list(whole, _META_COLUMNS) if is_part else meta
         labels = _labels_in(of_all, path)
     _refuse_unknown(path, meta, labels)
     return meta, labels

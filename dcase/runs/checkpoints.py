@@ -111,5 +111,5 @@ def merged_checkpoint(checkpoints: Mapping[str, dict]) -> dict:
             raise UserError(f"--ckpt_path: {name} holds a model for device {min(twice)}, and so does one before it")
         merged["state_dict"] |= {key: value for key, value in state.items() if key.startswith("device_models.")}
         merged["device_ids"] += checkpoint["device_ids"]
-    merged["device_ids"].sort(key=Labels.from_plain(first, first_name).devices.index)
+    merged["device_ids"].sort(key=Labels.from_plain(first, first_name).device_index)
     return merged
