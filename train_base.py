@@ -45,9 +45,8 @@ def main() -> None:
     test = with_sound(source.test, sound, like=train)
 
     frames = frames_of(config.logmel, train.n_samples, sound.sample_rate)
-    config = dataclasses.replace(
-        config, model=models.fill(config.model, config.logmel.n_mels, frames, len(source.labels.scenes))
-    )
+    n_scenes = len(source.labels.scenes)
+    config = dataclasses.replace(config, model=models.fill(config.model, config.logmel.n_mels, frames, n_scenes))
     fit.seed_everything(config.fit.seed)
     module = SceneClassifier(config, frames, labels=source.labels)
     module.clips_id = clips_id(train_clips, val_clips)

@@ -1,4 +1,4 @@
-"""Make a data folder of recordings of your own: copies of the sound files, their lists, and a test part.
+"""Make a data folder of recordings of your own: copies of the sound files, and lists with a test part.
 
     python -m dcase.adopt recordings/ --out DIR           # recordings/<scene>/*.wav, or <scene>/<place>/*.wav
     python -m dcase.adopt recordings/list.csv --out DIR   # filename,scene_label[,identifier][,source_label]
@@ -90,7 +90,7 @@ def of_list(path: Path) -> pd.DataFrame:
     if lost := [name for name in names if leaves_folder(name) or not (path.parent / name).is_file()]:
         raise UserError(f"{path}: {len(lost):,} of its {len(table):,} files are not in {path.parent}, as {lost[0]!r}")
     if table.empty or names.duplicated().any():
-        raise UserError(f"{path}: {'it lists no file' if table.empty else 'it lists a file twice'}")
+        raise UserError(f"{path} lists no file, or one of them twice")
     return table.replace({"source_label": {"": AdoptConfig.devices}})
 
 
@@ -140,11 +140,9 @@ def counts(training: Clips, test: Clips) -> str:
     return markdown(["Recordings (Places)", "Training", "Test"], rows)
 
 
-def adopt(config: AdoptConfig) -> None:
-    """Make the data folder, all of it or nothing. Raises `UserError` where that cannot be done."""
+def main() -> None:
+    config = parse(AdoptConfig, __doc__)
     given, out = Path(config.recordings).expanduser(), Path(config.out).expanduser()
-    if not given.exists():
-        raise UserError(f"{given} does not exist: give a folder of recordings, or a list of them")
     table = of_folder(given, config.devices.split(",")) if given.is_dir() else of_list(given)
     for name in table.to_numpy().ravel():
         if not name.isprintable() or leaves_folder(name):
@@ -176,10 +174,6 @@ def adopt(config: AdoptConfig) -> None:
     print(f"\n{counts(training, test)}\n\n{out}: a data folder of {len(table):,} recordings")
     print(f"check: {shlex.join(['python', '-m', 'dcase.doctor', '--dataset_dir', str(out)])}")
     print(f"next: {shlex.join(['python', 'train_base.py', '--dataset_dir', str(out), '--model', 'aum_nano', *more])}")
-
-
-def main() -> None:
-    adopt(parse(AdoptConfig, __doc__))
 
 
 if __name__ == "__main__":

@@ -133,11 +133,8 @@ def choose(module: SceneClassifier, device_id: str, weight_bits: int | None) -> 
     if device_id != GENERAL:
         if device_id not in module.device_models:
             there = ", ".join([GENERAL, *module.device_models])
-            instead = (
-                "; the general model serves that device: leave --device_id out"
-                if device_id in module.labels.devices
-                else ""
-            )
+            known = device_id in module.labels.devices
+            instead = "; the general model serves that device: leave --device_id out" if known else ""
             raise UserError(
                 f"--device_id {device_id}: there is no model of that name in the checkpoint, only {there}{instead}"
             )

@@ -82,11 +82,6 @@ class Labels:
         """The devices that training clips are of."""
         return tuple(device for device in self.devices if device not in self.device_groups.get("unseen", ()))
 
-    @property
-    def group_of(self) -> dict[str, str]:
-        """The group of each device."""
-        return {device: group for group, devices in self.device_groups.items() for device in devices}
-
     def device_index(self, device_id: str) -> int:
         """Return the number of a device; -1 for any other name."""
         return self.devices.index(device_id) if device_id in self.devices else -1

@@ -70,8 +70,7 @@ class Clips:
         """Return the clips where the mask ``rows`` is true, or those with the indices ``rows``, in that order."""
         rows = np.asarray(rows)
         rows = rows if rows.dtype == bool else rows.astype(np.int64)  # an empty list would be float
-        columns = {name: getattr(self, name)[rows] for name in ("filenames", "scene", "device", "location")}
-        return replace(self, **columns)
+        return replace(self, **{name: getattr(self, name)[rows] for name in "filenames scene device location".split()})
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change when a clip is added, lost or moved."""
@@ -245,10 +244,10 @@ def _labels_in(meta: pd.DataFrame, path: Path) -> Labels:
 
     They are TAU22's where its scenes and devices are TAU22's, or most of both: then another name is a mistake.
     """
-    known, strange = zip(*((set(meta[c]) & set(n), set(meta[c]) - set(n)) for c, n in _TAU22_NAMES), strict=True)
-    if all(len(ours) > len(others) for ours, others in zip(known, strange, strict=True)):
+    names = [(set(meta[column]), set(known)) for column, known in _TAU22_NAMES]
+    if all(len(found & known) > len(found - known) for found, known in names):
         return TAU22_LABELS
-    scenes, devices = (sorted(set(meta[column])) for column, _ in _TAU22_NAMES)
+    scenes, devices = (sorted(found) for found, _ in names)
     training = [path.parent / "split_setup" / f"{split}.csv" for split in SPLITS if split != "test"]
     heard = [read_split(file)["filename"] for file in training if file.is_file()]
     seen = set(meta["source_label"][meta["filename"].isin(pd.concat(heard))] if heard else devices) or set(devices)
@@ -260,8 +259,8 @@ def _refuse_unknown(path: Path, table: pd.DataFrame, labels: Labels) -> None:
     """Raise `UserError` where a list has a scene or a device that is not the folder's."""
     for what, column, names in (("scene", "scene_label", labels.scenes), ("device", "source_label", labels.devices)):
         if column in table:
-            own = f"; {what}s of your own are named in the folder's {LABELS_JSON} (docs/data.md)"
-            known = f"not one of {', '.join(names)}{own}"
+            known = ", ".join(names).replace("{", "{{").replace("}", "}}")  # `_refuse` formats it
+            known = f"not one of {known}; {what}s of your own go into {LABELS_JSON} there (docs/data.md)"
             _refuse(path, table, ~table[column].isin(names), f"unknown {what} {{{column}!r}} ({column}), {known}")
 
 
@@ -465,10 +464,8 @@ def location_folds(clips: Clips, n_folds: int) -> np.ndarray:
     Raises `UserError` where there are too few locations: a scene's clips would all be in one fold, or a fold empty.
     """
     names, location = np.unique(clips.location, return_inverse=True)
-    n_scenes = len(clips.labels.scenes)
-    share = np.zeros(
-        (len(names), n_scenes + len(clips.labels.devices))
-    )  # of the clips of each scene, and of each device
+    n_scenes, n_devices = len(clips.labels.scenes), len(clips.labels.devices)
+    share = np.zeros((len(names), n_scenes + n_devices))  # of the clips of each scene, and of each device
     np.add.at(share, (location, clips.scene), 1)
     np.add.at(share, (location, n_scenes + clips.device), 1)
     has_scene = share[:, :n_scenes] > 0

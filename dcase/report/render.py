@@ -31,7 +31,8 @@ for _name in ("group", "simulated"):  # these need the labels
 
 def write(template: str, path: Path, labels: Labels, **values: object) -> Path:
     """Render a page of data with these labels into ``path`` and return that. Raise `UserError` where that fails."""
-    names = {"LABELS": labels, "SCENES": labels.scenes, "KINDS": labels.group_of}
+    kinds = {device: group for group, devices in labels.device_groups.items() for device in devices}
+    names = {"LABELS": labels, "SCENES": labels.scenes, "KINDS": kinds}
     text = ENVIRONMENT.get_template(template, globals=names).render(values)
     replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
     return path

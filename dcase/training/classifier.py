@@ -133,9 +133,8 @@ class Classifier(pl.LightningModule):
     ) -> Tensor:
         """Return logits (b, scenes) of ``waveform`` (b, 1, samples) at the model's rate; ``general`` is the general
         model, or a function of the log-mel in its place."""
-        return forward_by_device(
-            general, self.device_models, self.logmel(waveform, length), device, self.labels.devices
-        )
+        x, devices = self.logmel(waveform, length), self.labels.devices
+        return forward_by_device(general, self.device_models, x, device, devices)
 
     def sound(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (waveform (b, 1, samples), length (b,)) at the model's rate."""

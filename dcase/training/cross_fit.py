@@ -153,8 +153,7 @@ def _write(file: Path, folds: np.ndarray, found: list[list[Tensor]], train: Clip
 
     def write(beside: Path) -> None:
         with open(beside, "wb") as out:  # np.savez adds .npz to a name
-            np.savez(
-                out, filename=np.char.decode(filenames), scenes=train.labels.scenes, logits=logits.numpy(), fold=part
-            )
+            scenes, names = train.labels.scenes, np.char.decode(filenames)
+            np.savez(out, filename=names, scenes=scenes, logits=logits.numpy(), fold=part)
 
     replace_file(file, write)

@@ -64,9 +64,8 @@ def read_logits(given: str, folder: Path, subset: int = 25, labels: Labels = TAU
     if not path.is_file():
         raise UserError("does not exist")
     try:
-        filenames, logits = {".npz": _npz, ".pt": _tensor}.get(path.suffix, _table)(
-            path, key, labels.scenes, folder, subset
-        )
+        read = {".npz": _npz, ".pt": _tensor}.get(path.suffix, _table)
+        filenames, logits = read(path, key, labels.scenes, folder, subset)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot be read ({one_line(error)})") from error
     if len(set(filenames)) < len(filenames):
