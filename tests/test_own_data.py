@@ -155,6 +155,7 @@ def test_places_stay_whole_and_a_device_may_be_new_in_the_test(two_devices, reco
         ({"scenes": ["airport", "-tram"], "devices": ["a"]}, "'-tram' in its scenes is no name"),
         ({"scenes": ["airport", "tram"], "devices": ["../a"]}, "'../a' in its devices is no name"),
         ({"scenes": ["airport", "tram"], "devices": ["general"]}, "'general' in its devices is taken"),
+        ({"scenes": [f"x{i}" for i in range(601)], "devices": ["a"]}, "it has 601 scenes, and 600 are the most"),
         ({"scenes": ["airport"], "devices": ["a"]}, "two scenes and one device at least"),
         ({"scenes": ["airport", "a"], "devices": ["a"]}, "'a' is a scene and a device"),
         ({"scenes": ["x", "y"], "devices": ["a"], "device_groups": {"loud": ["a"]}}, "real, seen, unseen"),

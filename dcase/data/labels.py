@@ -30,7 +30,7 @@ TRAIN_DEVICES = DEVICES[:6]
 DEVICE_GROUPS = {"real": ("a", "b", "c"), "seen": ("s1", "s2", "s3"), "unseen": ("s4", "s5", "s6")}
 
 LABELS_JSON = "labels.json"  # in a data folder
-_MOST = 1000  # scenes or devices; more are a mistake, and tables of scenes by scenes would fill the memory
+_MOST = {"scenes": 600, "devices": 100}  # more are a mistake, and counts by device, scene and scene would be large
 # Names with a meaning of their own: columns of predictions, folders of models, parts of a page and of torch's modules.
 _TAKEN = {
     "scenes": {"filename", "scene_label", "device_id", "location", "file", "seconds", "windows"},
@@ -103,8 +103,8 @@ def _checked(names: object, kind: str, what: str) -> tuple[str, ...]:
     """Return a list of names of one ``kind``, "scenes" or "devices"."""
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{what}: {kind} are no list of names")
-    if len(names) > _MOST:
-        raise UserError(f"{what}: it has {len(names):,} {kind}, and {_MOST:,} are the most: is it the right column?")
+    if len(names) > _MOST[kind]:
+        raise UserError(f"{what}: it has {len(names):,} {kind}, and {_MOST[kind]} are the most: is that column right?")
     pattern = r"\w[\w-]{0,39}" if kind == "devices" else r"[^\s-](.{0,58}\S)?"  # a device's name is a folder's, too
     for name, times in Counter(names).items():
         if times > 1 or name in _TAKEN[kind]:

@@ -91,7 +91,7 @@ class Classifier(pl.LightningModule):
 
     def set_device_models(self, states: dict[str, dict[str, Tensor]]) -> None:
         """Make device models of the general model's shape from their state dicts, in the order of the devices."""
-        self.device_models = nn.ModuleDict()
+        self.device_models, self.trained_labels = nn.ModuleDict(), self.labels
         for device_id in filter(states.get, self.labels.devices):
             model = copy.deepcopy(self.model)
             model.load_state_dict(states[device_id])
