@@ -23,9 +23,9 @@ def main() -> None:
     source = find_source(config.data)
     config, sound = open_sound(config, source.folder)
     test = with_sound(source.test, sound)
-    module = SceneClassifier.from_checkpoint(checkpoint, config)
+    module = SceneClassifier.from_checkpoint(checkpoint, config, source.labels)
     module.refuse_other_frames(test)
-    run = start_run(config, None)
+    run = start_run(config, None, source.labels)
     if "," in config.ckpt_path and is_main():
         save_checkpoint(module.as_checkpoint(), run.best)
     with open_loggers(config, run) as loggers:

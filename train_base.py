@@ -13,12 +13,13 @@ The run goes to <project_name>/<run_id>/; its id is what train_device_specific.p
 import dataclasses
 
 from dcase import errors
+from dcase.data.labels import refuse_other_scenes
 from dcase.data.loading import clips_id, find_source, open_sound, training_clips, with_sound
 from dcase.data.logmel import frames_of
 from dcase.model import named as models
 from dcase.runs import defaults
 from dcase.runs.checkpoints import load_checkpoint
-from dcase.runs.config import parse_base, same_place, start_run
+from dcase.runs.config import next_after, parse_base, start_run
 from dcase.runs.folder import find_checkpoint
 from dcase.runs.loggers import open_loggers
 from dcase.training import evaluation, fit, seeds
@@ -35,6 +36,8 @@ def main() -> None:
     if run is None:
         print(defaults.taken(config))
     source = find_source(config.data, config.split.subset)
+    if run:
+        refuse_other_scenes(run.labels(), source.labels, f"the run --resume {run.id}")
     train_clips, val_clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
     train = with_sound(train_clips, sound)
@@ -42,9 +45,10 @@ def main() -> None:
     test = with_sound(source.test, sound, like=train)
 
     frames = frames_of(config.logmel, train.n_samples, sound.sample_rate)
-    config = dataclasses.replace(config, model=models.fill(config.model, config.logmel.n_mels, frames))
+    n_scenes = len(source.labels.scenes)
+    config = dataclasses.replace(config, model=models.fill(config.model, config.logmel.n_mels, frames, n_scenes))
     fit.seed_everything(config.fit.seed)
-    module = SceneClassifier(config, frames)
+    module = SceneClassifier(config, frames, labels=source.labels)
     module.clips_id = clips_id(train_clips, val_clips)
     module.augment.load_responses()
     teachers = load_teachers(config, module, train, run)
@@ -57,7 +61,7 @@ def main() -> None:
         module.refuse_other_clips(source_run, f"the run --init_from {config.init_from}")
         module.start_from(source_run)
     evaluation.warn_if_over(module)
-    run = start_run(config, run, teachers.record())
+    run = start_run(config, run, source.labels, teachers.record())
 
     with open_loggers(config, run) as loggers:
         if config.cross_fit:
@@ -67,10 +71,10 @@ def main() -> None:
             fit.fit_normalisation(module, train, config.machine)
         fit.train(module, train, val, config, run.checkpoints, loggers, teachers, earlier=earlier)
         best = load_checkpoint(find_checkpoint(config.run.project_name, run.id))
-        module = SceneClassifier.from_checkpoint(best, config)
+        module = SceneClassifier.from_checkpoint(best, config, source.labels)
         optimistic = config.split.val_split == "test"
         evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
-    print(f"next: python train_device_specific.py --ckpt_id {run.id} {same_place(config)}")
+    print(next_after(config, run, len(set(source.training.device.tolist()))))
 
 
 if __name__ == "__main__":

@@ -42,14 +42,14 @@ def main() -> None:
         with_sound(clips[1], sound, like=train)  # mistakes are found now, not at the first device
     test = with_sound(source.test, sound, like=train)
 
-    module = SceneClassifier.from_checkpoint(checkpoint, config)
+    module = SceneClassifier.from_checkpoint(checkpoint, config, source.labels)
     module.refuse_other_frames(train)
     module.clips_id = clips_id(*clips)
     module.refuse_other_clips(checkpoint, f"the general model --ckpt_id {config.ckpt_id}")
     module.augment.load_responses()
     teachers = load_teachers(config, module, train, run)
     evaluation.warn_if_over(module)
-    run = start_run(config, run, teachers.record())
+    run = start_run(config, run, source.labels, teachers.record())
 
     with open_loggers(config, run) as loggers:
         teachers.hear(train, config.machine)

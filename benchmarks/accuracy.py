@@ -33,8 +33,8 @@ import numpy as np
 from benchmarks.timing import ROOT, commit, publish
 from dcase import cli, errors, report
 from dcase.data import synth
+from dcase.data.labels import DEVICES, TRAIN_DEVICES
 from dcase.data.logmel import LogMelConfig
-from dcase.data.tau22 import DEVICES, TRAIN_DEVICES
 from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.report.bootstrap import Estimate, Figures

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import publish, table
 from dcase import cli
-from dcase.data.labels import SCENES
-from dcase.data.tau22 import DEVICES, TRAIN_DEVICES, Clips, split_by_location
+from dcase.data.labels import DEVICES, SCENES, TRAIN_DEVICES
+from dcase.data.tau22 import Clips, split_by_location
 from dcase.errors import UserError, run
 from dcase.report.predictions import PREDICTIONS_CSV, read_predictions
 from dcase.runs.config import SHARES

@@ -1,5 +1,6 @@
 """Runs side by side on the terminal: ``python -m dcase.compare RUN_ID RUN_ID ... --project_name P``."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,6 +49,8 @@ def main() -> None:
     if config.csv:
         write_csv(groups, Path(config.csv))
         print(f"\nwritten: {config.csv}")
+    if said and not config.all:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

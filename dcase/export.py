@@ -24,7 +24,6 @@ from torch.export import Dim
 
 from dcase import cli, errors
 from dcase.data.dataset import TAU22
-from dcase.data.labels import DEVICES, SCENES
 from dcase.data.loading import find_source, open_sound, with_sound
 from dcase.data.tau22 import DataConfig
 from dcase.deployment import onnx_format
@@ -134,7 +133,8 @@ def choose(module: SceneClassifier, device_id: str, weight_bits: int | None) -> 
     if device_id != GENERAL:
         if device_id not in module.device_models:
             there = ", ".join([GENERAL, *module.device_models])
-            instead = "; the general model serves that device: leave --device_id out" if device_id in DEVICES else ""
+            known = device_id in module.labels.devices
+            instead = "; the general model serves that device: leave --device_id out" if known else ""
             raise UserError(
                 f"--device_id {device_id}: there is no model of that name in the checkpoint, only {there}{instead}"
             )
@@ -190,7 +190,7 @@ def traced(module: SceneClassifier, config: ExportConfig, bits: int, samples: in
     with torch.no_grad(), onnx_format.quiet():
         program = torch.export.export(exported, (example,), dynamic_shapes=({0: Dim("batch")},), strict=False)
     values = {
-        "scenes": SCENES,
+        "scenes": module.labels.scenes,
         "input": config.input,
         "device_id": config.device_id,
         "weight_bits": bits,

@@ -26,7 +26,8 @@ import tyro
 
 from aum.allocator import keep_freed_memory
 from dcase.cli import parse
-from dcase.data.tau22 import DEVICES, SCENES, leaves_folder
+from dcase.data.labels import TAU22_LABELS, Labels
+from dcase.data.tau22 import leaves_folder
 from dcase.deployment.prediction import UNKNOWN, Prediction, Recording, Skipped, load_module, predict, span_of_module
 from dcase.errors import UserError, run
 from dcase.files import replace_file
@@ -38,8 +39,6 @@ ENDINGS = (".wav", ".flac", ".ogg")
 TOP = 3  # scenes that are named
 SHOWN = 40  # rows on the terminal where --out has all of them
 MANY = 20  # files from which on a progress bar is shown
-# airport-lisbon-1000-40000-0-a: scene, city, location, segments, device
-_TAU_NAME = re.compile(rf"(?:{'|'.join(SCENES)})-[a-z]+-\d+-\d+(?:-\d+)?-({'|'.join(DEVICES)})")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ class PredictConfig:
     ckpt_path: str = ""
     """Checkpoint of either stage, stored model or published folder, as test_only.py takes it."""
     device_id: str = "auto"
-    """Device that recorded: a, b, c, s1 ... s6, or unknown for the general model. auto: read it from names like TAU22's
-    (airport-lisbon-1000-40000-0-a.wav); other names are unknown. It matters only where devices have models."""
+    """Device that recorded: a, b, c, s1 ... s6 or one of your own, or unknown for the general model. auto: read it from
+    names like TAU22's (airport-lisbon-1000-40000-0-a.wav); other names are unknown. It matters only where devices have
+    models."""
     list: str = ""
     """Tab-separated list with the column filename and optionally device_id: read only its files in the folder, with its
     devices where --device_id is auto."""
@@ -66,8 +66,6 @@ class PredictConfig:
     """Where to calculate; auto: on a GPU where there is one."""
 
     def __post_init__(self):
-        if self.device_id not in ("auto", UNKNOWN, *DEVICES):
-            raise UserError(f"--device_id is auto, {UNKNOWN}, or one of {', '.join(DEVICES)}; got {self.device_id!r}")
         if not 0 <= self.overlap < 1:
             raise UserError(f"--overlap is at least 0 and below 1; got {self.overlap}")
         if self.out and Path(self.out).suffix.lower() not in WRITERS:
@@ -76,16 +74,20 @@ class PredictConfig:
             raise UserError(f"--batch_size is at least 1; got {self.batch_size}")
 
 
-def find_recordings(config: PredictConfig) -> list[Recording]:
-    """Return the recordings of --list, or of the paths, each once. Raises `UserError` where there is none."""
+def find_recordings(config: PredictConfig, labels: Labels = TAU22_LABELS) -> list[Recording]:
+    """Return the recordings of --list, or of the paths, each once. Raises `UserError` where there is none, and where
+    --device_id is none of the model's devices."""
+    if config.device_id not in ("auto", UNKNOWN, *labels.devices):
+        known = ", ".join(labels.devices)
+        raise UserError(f"--device_id is auto, {UNKNOWN}, or one of {known}; got {config.device_id!r}")
     if config.list:
-        return _listed(config)
+        return _listed(config, labels)
     paths = [path for given in config.paths for path in _files(Path(given).expanduser())]
     if not paths:
         where = ", ".join(config.paths)
         none = "which recordings? Give files or folders"
         raise UserError(f"{where} holds no .wav, .flac or .ogg file: check the folder" if where else none)
-    return [Recording(path, _device_of(path, config.device_id)) for path in dict.fromkeys(paths)]
+    return [Recording(path, _device_of(path, config.device_id, labels)) for path in dict.fromkeys(paths)]
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -104,14 +106,16 @@ def _refuse_folder(error: OSError) -> None:
     raise UserError(f"folder {error.filename} cannot be read ({error.strerror}): check its rights") from error
 
 
-def _device_of(path: Path, device_id: str) -> str:
+def _device_of(path: Path, device_id: str, labels: Labels) -> str:
     if device_id != "auto":
         return device_id
-    found = _TAU_NAME.fullmatch(path.stem)
+    # airport-lisbon-1000-40000-0-a: scene, city, location, segments, device
+    scenes, devices = ("|".join(map(re.escape, names)) for names in (labels.scenes, labels.devices))
+    found = re.fullmatch(rf"(?:{scenes})-[a-z]+-\d+-\d+(?:-\d+)?-({devices})", path.stem)
     return found[1] if found else UNKNOWN
 
 
-def _listed(config: PredictConfig) -> list[Recording]:
+def _listed(config: PredictConfig, labels: Labels) -> list[Recording]:
     if len(config.paths) != 1:
         raise UserError("--list needs one folder that holds its files, and no other path")
     path, folder = Path(config.list).expanduser(), Path(config.paths[0]).expanduser()
@@ -130,7 +134,7 @@ def _listed(config: PredictConfig) -> list[Recording]:
         raise UserError(f"--list {path}: {out!r} leaves the folder {folder}")
     given = [config.device_id if config.device_id != "auto" else row.get("device_id") for row in rows]
     return [
-        Recording(folder / name, device_id or _device_of(Path(name), "auto"))
+        Recording(folder / name, device_id or _device_of(Path(name), "auto", labels))
         for name, device_id in zip(names, given, strict=True)
     ]
 
@@ -141,6 +145,7 @@ def table(predictions: list[Prediction]) -> str:
     for one in predictions:
         (scene, probability), *others = one.best(TOP)
         named = [f"{other} {100 * share:.1f}" for other, share in others]
+        named += ["-"] * (TOP - 1 - len(named))
         rows.append([_shown(one.recording.path), scene, f"{100 * probability:.1f}", *named])
     return markdown(["File", "Scene", "%", "Second", "Third"], rows)
 
@@ -153,8 +158,10 @@ def _write_csv(file: Path, predictions: list[Prediction], skipped: list[Skipped]
     """Write a row per prediction; skipped files are left out."""
     with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
         writer = csv.writer(opened, lineterminator="\n")
-        top = [column for n in range(1, TOP + 1) for column in (f"scene_{n}", f"probability_{n}")]
-        writer.writerow(["file", *top, *SCENES, "seconds", "device_id", "windows"])
+        scenes = predictions[0].scenes if predictions else ()
+        named = range(1, min(TOP, len(scenes)) + 1)
+        top = [column for n in named for column in (f"scene_{n}", f"probability_{n}")]
+        writer.writerow(["file", *top, *scenes, "seconds", "device_id", "windows"])
         for one in predictions:
             best = [value for pair in one.best(TOP) for value in pair]
             last = [one.seconds, one.recording.device_id, one.n_windows]
@@ -167,7 +174,7 @@ def _write_json(file: Path, predictions: list[Prediction], skipped: list[Skipped
         {
             "file": str(one.recording.path),
             "top": [{"scene": scene, "probability": probability} for scene, probability in one.best(TOP)],
-            "probabilities": dict(zip(SCENES, one.probabilities, strict=True)),
+            "probabilities": dict(zip(one.scenes, one.probabilities, strict=True)),
             "seconds": one.seconds,
             "device_id": one.recording.device_id,
             "windows": one.n_windows,
@@ -207,8 +214,8 @@ def main() -> None:
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: torch finds no GPU here; use cpu or auto")
     where = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
-    recordings = find_recordings(config)
     module = load_module(config.ckpt_path).to(where)
+    recordings = find_recordings(config, module.labels)
     if where == "cpu":
         keep_freed_memory()
     span, rate = span_of_module(module), module.logmel.orig_sample_rate

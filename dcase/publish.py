@@ -12,12 +12,11 @@ from pathlib import Path
 
 from dcase import complexity
 from dcase.cli import parse
-from dcase.data.tau22 import DEVICES
 from dcase.deployment import card
 from dcase.deployment.prediction import load_module, span_of_module
 from dcase.errors import UserError, run
 from dcase.runs.folder import run_of
-from dcase.runs.published import WEIGHTS, front_end_of, save_published
+from dcase.runs.published import WEIGHTS, front_end_of, parts_of, save_published
 from dcase.runs.stored import GENERAL
 from dcase.training.lit import SceneClassifier
 
@@ -63,7 +62,7 @@ def publish(config: PublishConfig) -> list[Path]:
     out = Path(config.out).expanduser()
     single = config.device_id or (GENERAL if len(models) == 1 else "")
     folders = {single: out} if single else {model_of: out / model_of for model_of in models}
-    for part in (out, *(out / name for name in (GENERAL, *DEVICES))):
+    for part in (out, *parts_of(out).values()):
         if (part / WEIGHTS).is_file() and part not in folders.values():
             raise UserError(f"--out {out}: {part} holds a model that is not one of these: give a new folder")
     for model_of, folder in folders.items():

@@ -15,7 +15,7 @@ import torch
 
 from dcase import complexity
 from dcase.cli import parse
-from dcase.data.labels import DEVICES
+from dcase.data.labels import SCENES, Labels
 from dcase.data.loading import Source, find_source
 from dcase.data.tau22 import DataConfig, missing_files
 from dcase.errors import UserError, run
@@ -93,7 +93,7 @@ def to_predict(
         names, device_ids = evaluation_list(folder).T.values.tolist()
     else:
         folder, clips = source.folder, source.test
-        names, device_ids = [clips.name(i) for i in range(len(clips))], [DEVICES[i] for i in clips.device]
+        names, device_ids = [clips.name(i) for i in range(len(clips))], [clips.labels.devices[i] for i in clips.device]
     if missing := missing_files(folder, names):
         lost = f"{len(missing)} of {len(names)} recordings are missing in {folder}, as {missing[0]}"
         if config.eval_dir:
@@ -113,6 +113,8 @@ def trained(path: str) -> tuple[dict, complexity.Complexity]:
     Raises `UserError` as `load_trained`, and where a model is over a limit.
     """
     checkpoint = load_trained(path)
+    if Labels.from_plain(checkpoint, path).scenes != SCENES:
+        raise UserError(f"--ckpt_path {path}: the challenge is about TAU22's ten scenes, and this model has others")
     module = SceneClassifier.from_checkpoint(checkpoint, from_plain(EvalConfig, checkpoint["config"]))
     cost = evaluation.measure(module)
     if not cost.memory_within_limit:

@@ -8,8 +8,7 @@ import aum
 from benchmarks.accuracy import ALL, KNOWN, UNSEEN, Pooled
 from benchmarks.controls import GatedConvolutions, with_input_norm, without_scan
 from dcase import complexity
-from dcase.data.labels import DEVICES, SCENES
-from dcase.data.tau22 import TRAIN_DEVICES
+from dcase.data.labels import DEVICES, SCENES, TRAIN_DEVICES
 from dcase.errors import UserError
 from dcase.model.cp_mobile import CPMobile
 from dcase.report.predictions import Predictions

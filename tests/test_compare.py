@@ -171,7 +171,7 @@ def test_runs_that_cannot_be_compared_get_a_line(capsys, monkeypatch):
     (make_run("broken", {}) / "config.json").write_text("{")
     code, out, _ = run_compare(capsys, monkeypatch, "good", "unfinished", "damaged", "broken", "nowhere")
     said = out.splitlines()[:4]
-    assert code == 0 and cells(out, "1 aum_small")[1] == "good"
+    assert code == 1 and cells(out, "1 aum_small")[1] == "good"
     for line, parts in zip(
         said,
         [

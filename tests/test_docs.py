@@ -1,15 +1,19 @@
 """What docs/ shows works: the changes of docs/extending.md apply to this repository, and the commands run then."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import numpy as np
 import pytest
 import soundfile
 from conftest import FIT, RATE, ROOT, SMALL, only_run, read_results
+
+from dcase.data.labels import Labels
 
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 LIGHT = [*SMALL, *FIT, "--n_epochs", "1", "--report_audio", "False"]
@@ -72,23 +76,35 @@ def test_a_backbone_is_added_as_the_docs_say(changed, learnable):
     assert subprocess.run(imports, cwd=copy, capture_output=True).returncode == 0
 
 
-def test_a_data_set_is_added_as_the_docs_say(changed, tmp_path):
-    copy, folder = changed("A data set"), tmp_path / "data"
+def test_the_labels_file_of_the_docs_is_one():
+    (text,) = re.findall(r"^```json\n(.*?)^```$", (ROOT / "docs/data.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    labels = Labels.from_plain(json.loads(text), "docs/data.md")
+    assert labels.plain() == json.loads(text) and labels.train_devices == ("recorder", "phone")
+
+
+def test_a_data_set_is_added_as_the_docs_say(tmp_path):
     rng = np.random.default_rng(0)
-    places = {"kitchen": 3, "office": 4, "street": 4}  # of all scenes together, every third one is not p2 of each
-    for scene, n_places in places.items():
-        for place in (f"p{i}" for i in range(n_places)):
-            (folder / "audio" / scene / place).mkdir(parents=True)
-            for clip in range(4):
-                soundfile.write(folder / "audio" / scene / place / f"{clip}.wav", rng.normal(0, 0.1, RATE // 2), RATE)
-    (code,) = blocks("A data set", "python")
-    (folder / "audio" / ".DS_Store").write_text("of a Mac")
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
-    tested = (folder / "split_setup" / "test.csv").read_text().splitlines()[1:]
-    assert {row.rpartition("/")[0] for row in tested} == {f"audio/{scene}/p2" for scene in places}
-    results = run("A data set", copy, folder, *LIGHT)
-    assert list(results["scene_acc"]) == ["kitchen", "office", "street"] and results["n_clips"] == 12
-    assert results["device_acc"]["a"] == pytest.approx(results["acc"])
+    for scene, place, clip in product(("kitchen", "office", "street"), ("p0", "p1", "p2", "p3"), range(4)):
+        path = tmp_path / "recordings" / scene / place / f"{clip}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, rng.normal(0, 0.1, RATE // 2), RATE)
+    adopting, training = blocks("A data set", "bash")
+    place = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in (
+        adopting,
+        f"{training.strip()} {' '.join(LIGHT)} --project_name P".replace(" train", f" {ROOT}/train"),
+    ):
+        python, *args = command.split()
+        subprocess.run([sys.executable, *args], cwd=tmp_path, env=place, check=True, capture_output=True)
+    tested = (tmp_path / "DIR" / "split_setup" / "test.csv").read_text().splitlines()[1:]
+    assert {row.rpartition("/")[0].partition("/")[2].partition("/")[0] for row in tested} == {
+        "kitchen",
+        "office",
+        "street",
+    }
+    results = read_results(only_run(tmp_path / "P"))
+    assert list(results["scene_acc"]) == ["kitchen", "office", "street"] and results["n_clips"] == len(tested) == 12
+    assert results["device_acc"] == {"own": pytest.approx(results["acc"])}
 
 
 def test_the_readmes_example_of_the_backbone_runs():

@@ -337,7 +337,7 @@ def test_a_data_folder_that_is_not_there_or_has_no_meta(data, diagnose):
         path.unlink()
     found = diagnose("data")
     assert found.state == "FAIL" and "meta.csv is missing" in found.found and not found.fix
-    assert 'docs/extending.md, "A data set"' in found.found
+    assert "python -m dcase.adopt" in found.found
     shutil.rmtree(data)
     found = diagnose("data")
     assert found.state == "FAIL" and f"{data} does not exist" in found.found and found.fix.startswith(f"ls {data}")

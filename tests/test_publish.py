@@ -341,6 +341,8 @@ EDITS = {
     "rate": (lambda f: f.update(sample_rate=-1), "--sample_rate is at least 1"),
     "n_mels": (lambda f: f.update(n_mels=64), "64 mel bins, and the model has 32"),
     "scenes": (lambda f: f.update(scenes=[1, 2]), "scenes are no list of names"),
+    "fewer scenes": (lambda f: f.update(scenes=["forest", "kitchen"]), "2 scenes, and the model has 10"),
+    "device": (lambda f: f.update(devices=["a", "../b"]), "'../b' in its devices is no name"),
     "run": (lambda f: f.update(run=3), "config.json was not written by dcase.publish"),
 }
 
@@ -351,13 +353,6 @@ def test_a_front_end_that_cannot_be_is_refused(name, pub):
     edit(pub / "config.json", change)
     message = refusal(load_trained, "pub")
     assert part in message and "pub/config.json" in message
-
-
-def test_a_published_model_of_other_scenes_is_refused(pub):
-    edit(pub / "config.json", lambda f: f.update(scenes=["forest", "kitchen"]))
-    message = refusal(load_trained, "pub")
-    assert message.startswith("published model pub was trained on the scenes forest, kitchen; this copy's dcase/data/")
-    assert "not written by" not in message
 
 
 def test_damaged_and_foreign_folders(pub, general_run):

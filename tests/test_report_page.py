@@ -21,7 +21,7 @@ from conftest import RATE, refusal, tone
 from made_up_run import COMPLEXITY, made_up, write_run
 from matplotlib.image import imread
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.data.labels import DEVICE_GROUPS, DEVICES, SCENES
 from dcase.model.metrics import mean_and_error
 from dcase.report import bootstrap, comparison, mistakes, sounds, tested
 from dcase.report import page as page_module

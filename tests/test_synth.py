@@ -14,7 +14,8 @@ from conftest import refusal
 
 from dcase import synth as command
 from dcase.data import synth
-from dcase.data.tau22 import DEVICES, SCENES, TRAIN_DEVICES, load_clips
+from dcase.data.labels import DEVICES, SCENES, TRAIN_DEVICES
+from dcase.data.tau22 import load_clips
 
 NAME = re.compile(r"audio/([a-z_]+)-([a-z]+)-(\d+)-(\d+)-(\d)-(\w+)\.wav")
 

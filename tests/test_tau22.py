@@ -240,7 +240,7 @@ def test_folder_that_is_none_or_has_no_meta(folder, tmp_path):
     assert "is no folder" in refusal(load_clips, folder / "meta.csv", "test")
     (folder / "meta.csv").unlink()
     message = refusal(load_clips, folder, "test")
-    assert f"{folder / 'meta.csv'} is missing" in message and "meta.zip" in message and "docs/extending.md" in message
+    assert f"{folder / 'meta.csv'} is missing" in message and "meta.zip" in message and "dcase.adopt" in message
 
 
 def test_folder_one_level_too_high(tmp_path):

@@ -8,8 +8,9 @@ import torch
 from conftest import refusal
 
 from dcase.data.dataset import Sound
+from dcase.data.labels import TRAIN_DEVICES
 from dcase.data.loading import with_sound
-from dcase.data.tau22 import TRAIN_DEVICES, load_splits, split_by_location
+from dcase.data.tau22 import load_splits, split_by_location
 from dcase.model.averaging import interpolated
 from dcase.runs.checkpoints import FORMAT, load_checkpoint, save_checkpoint
 from dcase.runs.config import DeviceConfig, TrainConfig, _like_checkpoint, from_plain

@@ -39,9 +39,9 @@ class AugmentConfig:
     before its logarithm and before Freq-MixStyle, with silence, as the DCASE2025 baseline does."""
     dir_path: str | None = None
     """Folder of impulse responses of recording devices (WAV or FLAC files of any rate, such as MicIRP's,
-    micirp.blogspot.com) to filter clips of device a with; None: no filter."""
+    micirp.blogspot.com) to filter clips of the first device (a) with; None: no filter."""
     dir_p: float = 0.4
-    """Probability that a clip of device a is filtered with one of --dir_path's responses."""
+    """Probability that a clip of the first device is filtered with one of --dir_path's responses."""
     mixup_alpha: float = 0.0
     """Mixup's weights are drawn from Beta(alpha, alpha), such as 0.3; 0: no mixup."""
 

@@ -21,8 +21,8 @@ class Batch(NamedTuple):
     scale: torch.Tensor  # (b,), float32: factor of the waveform
     sample_rate: int  # of the waveform, Hz
     length: torch.Tensor  # (b,) samples of each waveform; the rest of a shorter one is zeros
-    scene: torch.Tensor  # (b,), in SCENES
-    device: torch.Tensor  # (b,), in DEVICES
+    scene: torch.Tensor  # (b,), in the labels' scenes
+    device: torch.Tensor  # (b,), in their devices
     index: torch.Tensor  # (b,), row in the data set's Clips
 
 

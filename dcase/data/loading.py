@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from dcase.data import pack, synth
 from dcase.data.dataset import TAU22, Batch, Sound
+from dcase.data.labels import Labels
 from dcase.data.logmel import samples_for
 from dcase.data.pack import Pack, Rates
 from dcase.data.tau22 import (
@@ -44,6 +45,10 @@ class Source:
     name: str  # for tables and charts
     comparable: bool  # with published figures: TAU22, the whole test split
     note: str  # why they are not; "" where they are
+
+    @property
+    def labels(self) -> Labels:
+        return self.test.labels
 
 
 @doctor_tells_more

@@ -1,4 +1,4 @@
-"""Augmentation that filters clips of device a with the impulse responses of other devices."""
+"""Augmentation that filters clips of the first device (TAU22's a) with the impulse responses of other devices."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from dcase.data.sound import CHECK, read_samples, resampler
-from dcase.data.tau22 import DEVICES
 from dcase.errors import UserError
 
 SUFFIXES = (".wav", ".flac")
@@ -15,7 +14,7 @@ RESAMPLER_REACH = 7  # samples at the lower rate, to either side; torchaudio's f
 
 
 class DeviceResponses(nn.Module):
-    """Filter each clip of device a in a waveform (b, 1, samples), with probability ``p``, with one of the responses.
+    """Filter clips of the first device in a waveform (b, 1, samples), with probability ``p``, with one of these.
 
     The training clips of other devices already have the colour of theirs.
 
@@ -51,12 +50,12 @@ class DeviceResponses(nn.Module):
         return cls([_read(file, sample_rate) for file in files], p)
 
     def forward(self, waveform: Tensor, device: Tensor, length: Tensor) -> Tensor:
-        """``device`` (b,): index in DEVICES; ``length`` (b,): samples of each clip; padding follows.
+        """``device`` (b,): 0 is the first one; ``length`` (b,): samples of each clip; padding follows.
 
         Draws two random numbers for every clip, on the CPU, so that a GPU takes the same responses.
         """
         coin, choice = torch.rand(len(waveform)), torch.randint(len(self.responses), (len(waveform),))
-        rows = ((device == DEVICES.index("a")) & (coin < self.p).to(device.device)).nonzero()[:, 0]
+        rows = ((device == 0) & (coin < self.p).to(device.device)).nonzero()[:, 0]
         if not len(rows):
             return waveform
         filtered = self._filter(waveform[rows, 0], choice.to(waveform.device)[rows])

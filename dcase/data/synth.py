@@ -448,7 +448,7 @@ def make(out: Path, **options: int | None) -> Path:
     Raises UserError where ``out`` is not empty or cannot be written.
     """
     config = SynthConfig(str(out), **options)
-    with _new_folder(Path(out), "SynthTAU", "--out") as folder:
+    with new_folder(Path(out), "SynthTAU", "--out") as folder:
         write_all(folder, config)
     return Path(out).absolute()
 
@@ -458,7 +458,7 @@ def make_responses(out: Path) -> Path:
 
     Raises UserError where ``out`` is not empty or cannot be written.
     """
-    with _new_folder(Path(out), "responses", "--responses") as folder:
+    with new_folder(Path(out), "responses", "--responses") as folder:
         folder.mkdir(parents=True)
         for k in range(N_RESPONSES):  # not float: libsndfile would write the time into the file
             soundfile.write(folder / f"synthetic{k:02}.wav", further_response(k), SAMPLE_RATE, subtype="PCM_24")
@@ -466,7 +466,7 @@ def make_responses(out: Path) -> Path:
 
 
 @contextmanager
-def _new_folder(path: Path, what: str, flag: str) -> Iterator[Path]:
+def new_folder(path: Path, what: str, flag: str) -> Iterator[Path]:
     """Yield a folder beside ``path`` to make and fill; it is renamed at the end, and removed where that fails.
 
     Raises UserError, naming the flag, where ``path`` is not empty or cannot be written.

@@ -4,39 +4,41 @@ A data folder holds ``audio/*.wav``, ``meta.csv`` (filename, scene_label, identi
 ``split_setup/split{5,10,25,50,100}.csv`` and ``split_setup/test.csv`` (filename, scene_label), all tab-separated.
 ``meta_clean.csv``, written by ``python -m dcase.prepare``, takes the place of ``meta.csv`` when it is there.
 
-Glossary: *scene* (``scene_label``) is the class, an index into `SCENES`; *device* (``source_label``) is the recording
-device, an index into `DEVICES`; *location* (``identifier``) is the place of recording, as "lisbon-1000". Clips of one
-location sound alike, so no location may be on both sides of a split.
+Scenes and devices of one's own are named in ``labels.json``, or, without that file, by meta.csv (`_read_meta`).
+
+Glossary: *scene* (``scene_label``) is the class, an index into `Labels.scenes`; *device* (``source_label``) is the
+recording device, an index into `Labels.devices`; *location* (``identifier``) is the place of recording, as
+"lisbon-1000". Clips of one location sound alike, so no location may be on both sides of a split.
 """
 
 import csv
 import hashlib
 import http.client
 import io
+import json
 import os
 import re
 import urllib.request
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from dcase.data.labels import DEVICES, SCENES
+from dcase.data.labels import DEVICES, LABELS_JSON, SCENES, TAU22_LABELS, Labels
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
 
-TRAIN_DEVICES = ("a", "b", "c", "s1", "s2", "s3")
-DEVICE_GROUPS = {"real": ("a", "b", "c"), "seen": ("s1", "s2", "s3"), "unseen": ("s4", "s5", "s6")}
 TEST_CLIPS = 29_680  # in TAU22's test.csv
 SUBSETS = (5, 10, 25, 50, 100)  # percent of TAU22's training clips
 SPLITS = (*(f"split{subset}" for subset in SUBSETS), "test")
 
 _SPLIT_COLUMNS = ("filename", "scene_label")
 _META_COLUMNS = (*_SPLIT_COLUMNS, "identifier", "source_label")
+_TAU22_NAMES = (("scene_label", SCENES), ("source_label", DEVICES))
 MOST_COLUMNS = 1000  # of a list; more are a damaged file
 RELEASE = "https://github.com/CPJKU/dcase2024_task1_baseline/releases/download/files"  # of the split lists
 _ZIP = "TAU-urban-acoustic-scenes-2022-mobile-development"
@@ -56,9 +58,10 @@ class Clips:
 
     folder: Path
     filenames: np.ndarray  # (n,) bytes, relative to the folder
-    scene: np.ndarray  # (n,) int64, in SCENES
-    device: np.ndarray  # (n,) int64, in DEVICES
+    scene: np.ndarray  # (n,) int64, in labels.scenes
+    device: np.ndarray  # (n,) int64, in labels.devices
     location: np.ndarray  # (n,) bytes, meta.csv's identifier
+    labels: Labels = TAU22_LABELS  # of the folder
 
     def __len__(self) -> int:
         return len(self.filenames)
@@ -67,15 +70,15 @@ class Clips:
         """Return the clips where the mask ``rows`` is true, or those with the indices ``rows``, in that order."""
         rows = np.asarray(rows)
         rows = rows if rows.dtype == bool else rows.astype(np.int64)  # an empty list would be float
-        return Clips(self.folder, self.filenames[rows], self.scene[rows], self.device[rows], self.location[rows])
+        return replace(self, **{name: getattr(self, name)[rows] for name in "filenames scene device location".split()})
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change when a clip is added, lost or moved."""
         return hashlib.sha256(b"\n".join(self.filenames.tolist())).hexdigest()[:16]
 
     def of_device(self, device_id: str) -> "Clips":
-        """Return the clips recorded with ``device_id``, one of `DEVICES`."""
-        return self.select(self.device == DEVICES.index(device_id))
+        """Return the clips recorded with ``device_id``, one of the folder's devices."""
+        return self.select(self.device == self.labels.devices.index(device_id))
 
     def name(self, i: int) -> str:
         """Return the file name of clip ``i`` as in the csv: "audio/airport-lisbon-1000-40000-0-a.wav"."""
@@ -141,20 +144,22 @@ def load_splits(folder: Path, *splits: str) -> list[Clips]:
     """Load the clips of each split as `load_clips` does; meta.csv, the longest list, is read only once."""
     folder = Path(folder)
     check_folder(folder)
-    lists = {split: _read_or_fetch_split(folder, split) for split in splits}
     path = folder / ("meta_clean.csv" if "meta_clean.csv" in _listing(folder) else "meta.csv")
-    meta = read_meta(path)
+    meta, labels = _read_meta(path)
+    lists = {split: _read_or_fetch_split(folder, split, labels) for split in splits}
     place = pd.Index(meta["filename"])
     loaded = []
     for split, rows in lists.items():
+        _refuse_unknown(folder / "split_setup" / f"{split}.csv", rows, labels)
         found = _meta_of(path, meta, place.get_indexer(rows["filename"]), rows, split)
         loaded.append(
             Clips(
                 folder=folder,
                 filenames=np.array([name.encode() for name in found["filename"]]),
-                scene=pd.Index(SCENES).get_indexer(found["scene_label"]).astype(np.int64),
-                device=pd.Index(DEVICES).get_indexer(found["source_label"]).astype(np.int64),
+                scene=pd.Index(labels.scenes).get_indexer(found["scene_label"]).astype(np.int64),
+                device=pd.Index(labels.devices).get_indexer(found["source_label"]).astype(np.int64),
                 location=np.array([name.encode() for name in found["identifier"]]),
+                labels=labels,
             )
         )
     return loaded
@@ -166,7 +171,7 @@ def untrained_scenes(training: Clips, test: Clips) -> str:
     if not len(scenes):
         return ""
     n_clips = int(np.isin(test.scene, scenes).sum())
-    named = ", ".join(SCENES[i] for i in scenes)
+    named = ", ".join(test.labels.scenes[i] for i in scenes)
     return f"no training clip of the scene(s) {named}: the test has {n_clips:,}, which cannot be learnt"
 
 
@@ -199,16 +204,64 @@ def check_folder(folder: Path) -> None:
             raise UserError(f"{folder} has no meta.csv, but the folder in it has: --dataset_dir {folder / _ZIP}")
         raise UserError(
             f"{folder / 'meta.csv'} is missing: check --dataset_dir, or unpack {_ZIP}.meta.zip into that folder; "
-            'docs/extending.md, "A data set", writes it for data of your own'
+            "`python -m dcase.adopt` makes a data folder of recordings of your own"
         )
 
 
 def read_meta(path: Path) -> pd.DataFrame:
     """Read and check meta.csv or meta_clean.csv, columns as strings. Raises `UserError` with file and line."""
-    meta = _read_list(path, _META_COLUMNS)
-    known = f"not one of {', '.join(DEVICES)}"
-    _refuse(path, meta, ~meta["source_label"].isin(DEVICES), "unknown device {source_label!r} (source_label), " + known)
-    return meta
+    return _read_meta(path)[0]
+
+
+def _read_meta(path: Path) -> tuple[pd.DataFrame, Labels]:
+    """Return meta.csv or meta_clean.csv, checked, and the folder's labels: those of labels.json, else of meta.csv."""
+    meta, names = _read_list(path, _META_COLUMNS), _listing(path.parent)
+    if LABELS_JSON in names:
+        labels = _read_labels(path.with_name(LABELS_JSON))
+    else:  # of all clips, also those that meta_clean.csv leaves out: an index means the same with it and without
+        whole = path.with_name("meta.csv")
+        is_part = path != whole and whole.name in names and set(meta["scene_label"]) != set(SCENES)
+        of_all = _read_list(whole, _META_COLUMNS) if is_part else meta
+        labels = _labels_in(of_all, path)
+    _refuse_unknown(path, meta, labels)
+    return meta, labels
+
+
+def _read_labels(path: Path) -> Labels:
+    try:
+        plain = json.loads(_read_bytes(path))
+        if missing := {"scenes", "devices"} - set(plain):
+            raise ValueError(f"it lacks {min(missing)!r}")
+        if unknown := set(plain) - set(TAU22_LABELS.plain()):
+            raise ValueError(f"{min(unknown)!r} is not one of {', '.join(TAU22_LABELS.plain())}")
+        return Labels.from_plain(dict(plain), str(path))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): docs/data.md shows one") from error
+
+
+def _labels_in(meta: pd.DataFrame, path: Path) -> Labels:
+    """Return the labels of a folder without labels.json from the whole of its meta.csv.
+
+    They are TAU22's where its scenes and devices are TAU22's, or most of both: then another name is a mistake.
+    """
+    names = [(set(meta[column]), set(known)) for column, known in _TAU22_NAMES]
+    if all(len(found & known) > len(found - known) for found, known in names):
+        return TAU22_LABELS
+    scenes, devices = (sorted(found) for found, _ in names)
+    training = [path.parent / "split_setup" / f"{split}.csv" for split in SPLITS if split != "test"]
+    heard = [read_split(file)["filename"] for file in training if file.is_file()]
+    seen = set(meta["source_label"][meta["filename"].isin(pd.concat(heard))] if heard else devices) or set(devices)
+    groups = {"seen": sorted(seen), "unseen": sorted(set(devices) - seen)}
+    return Labels.from_plain({"scenes": scenes, "devices": devices, "device_groups": groups}, str(path))
+
+
+def _refuse_unknown(path: Path, table: pd.DataFrame, labels: Labels) -> None:
+    """Raise `UserError` where a list has a scene or a device that is not the folder's."""
+    for what, column, names in (("scene", "scene_label", labels.scenes), ("device", "source_label", labels.devices)):
+        if column in table:
+            known = ", ".join(names).replace("{", "{{").replace("}", "}}")  # `_refuse` formats it
+            known = f"not one of {known}; {what}s of your own go into {LABELS_JSON} there (docs/data.md)"
+            _refuse(path, table, ~table[column].isin(names), f"unknown {what} {{{column}!r}} ({column}), {known}")
 
 
 def read_split(path: Path, content: bytes | None = None) -> pd.DataFrame:
@@ -246,10 +299,13 @@ def _meta_of(path: Path, meta: pd.DataFrame, found: np.ndarray, rows: pd.DataFra
     return meta
 
 
-def _read_or_fetch_split(folder: Path, split: str) -> pd.DataFrame:
+def _read_or_fetch_split(folder: Path, split: str, labels: Labels) -> pd.DataFrame:
     path = folder / "split_setup" / f"{split}.csv"
     if path.name in _listing(path.parent):
         return read_split(path)
+    if labels != TAU22_LABELS:
+        there = ", ".join(sorted(_listing(path.parent))) or "nothing"
+        raise UserError(f"{path} is missing (there is {there}): give the --subset whose list there is, or write it")
     address = f"{RELEASE}/{split}.csv"
     by_hand = f"put {address} there by hand"
     try:
@@ -284,8 +340,6 @@ def _read_list(path: Path, columns: tuple[str, ...], content: bytes | None = Non
     leaves = unusual & names.where(unusual, "").str.contains(_LEAVES_FOLDER, regex=True)
     _refuse(path, table, leaves, "{filename!r} leaves the data folder")
     _refuse(path, table, names.duplicated(), "{filename!r} is there for the second time")
-    known = f"not one of {', '.join(SCENES)}"
-    _refuse(path, table, ~table["scene_label"].isin(SCENES), "unknown scene {scene_label!r} (scene_label), " + known)
     return table
 
 
@@ -356,7 +410,8 @@ def split_by_location(clips: Clips, fraction: float) -> tuple[Clips, Clips]:
     if not 0 < fraction < 1:
         raise UserError(f"--val_fraction is more than 0 and less than 1 to hold clips out; got {fraction}")
     names, location = np.unique(clips.location, return_inverse=True)
-    counts = np.zeros((len(names), len(SCENES), len(DEVICES)), dtype=np.int64)  # clips
+    labels = clips.labels
+    counts = np.zeros((len(names), len(labels.scenes), len(labels.devices)), dtype=np.int64)  # clips
     np.add.at(counts, (location, clips.scene, clips.device), 1)
     order = sorted(range(len(names)), key=lambda i: hashlib.sha256(b"TAU22 validation " + names[i]).digest())
     held_out = np.zeros(len(names), dtype=bool)
@@ -367,7 +422,7 @@ def split_by_location(clips: Clips, fraction: float) -> tuple[Clips, Clips]:
             held_out[i] = True
         if not counts[held_out, scene].any():
             raise UserError(
-                f"{SCENES[scene]} has too few recording locations to hold one out: it needs clips of one more "
+                f"{labels.scenes[scene]} has too few recording locations to hold one out: it needs clips of one more "
                 "(meta.csv's identifier), or use --val_fraction 0"
             )
     is_val = held_out[location]
@@ -409,10 +464,11 @@ def location_folds(clips: Clips, n_folds: int) -> np.ndarray:
     Raises `UserError` where there are too few locations: a scene's clips would all be in one fold, or a fold empty.
     """
     names, location = np.unique(clips.location, return_inverse=True)
-    share = np.zeros((len(names), len(SCENES) + len(DEVICES)))  # of the clips of each scene, and of each device
+    n_scenes, n_devices = len(clips.labels.scenes), len(clips.labels.devices)
+    share = np.zeros((len(names), n_scenes + n_devices))  # of the clips of each scene, and of each device
     np.add.at(share, (location, clips.scene), 1)
-    np.add.at(share, (location, len(SCENES) + clips.device), 1)
-    has_scene = share[:, : len(SCENES)] > 0
+    np.add.at(share, (location, n_scenes + clips.device), 1)
+    has_scene = share[:, :n_scenes] > 0
     share /= np.maximum(share.sum(0), 1)
     taken, fold = np.zeros((n_folds, share.shape[1])), np.zeros(len(names), dtype=np.int64)
     # The largest first. Each goes where there is least of its kind, which keeps the sum of the squares low.
@@ -424,7 +480,7 @@ def location_folds(clips: Clips, n_folds: int) -> np.ndarray:
     for scene in np.unique(clips.scene):
         if len(np.unique(fold[has_scene[:, scene]])) < 2:
             raise UserError(
-                f"the training clips of {SCENES[scene]} are from too few recording locations for folds: cross-fitting "
-                "needs two at least (meta.csv's identifier)"
+                f"the training clips of {clips.labels.scenes[scene]} are from too few recording locations for folds: "
+                "cross-fitting needs two at least (meta.csv's identifier)"
             )
     return fold[location]

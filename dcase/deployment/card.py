@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dcase.data.tau22 import SCENES
+from dcase.data.labels import Labels
 from dcase.report import CHECKER_NOTE, class_table, complexity_comparison, device_table, markdown
 from dcase.runs.stored import GENERAL
 
@@ -48,7 +48,7 @@ def text(
         results: content of results.json; None: the card says that there are no figures.
         licence: an identifier of the Hugging Face Hub.
     """
-    run = front_end["run"]
+    run, labels = front_end["run"], Labels.from_plain(front_end, "the front end")
     title = name if run["model_of"] == GENERAL else f"{name}, device {run['model_of']}"
     card = ModelCard.from_template(
         _metadata(title, results, licence),
@@ -58,11 +58,11 @@ def text(
         folder=folder,
         params=complexity["params"],
         seconds=seconds,
-        scenes=SCENES,
+        scenes=labels.scenes,
         training=training,
         results=results,
-        class_table=results and class_table(results, name, False),
-        device_table=results and device_table(results, name, False),
+        class_table=results and class_table(results, name, False, labels),
+        device_table=results and device_table(results, name, False, labels),
         size_table=complexity_comparison(complexity, title, False),
         checker_note=CHECKER_NOTE,
         log_mel=f"(b, 1, {front_end['n_mels']}, {complexity['input_size'][3]})",

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dcase.data.recordings import Span, pieces, span_of, windows
-from dcase.data.tau22 import DEVICES, SCENES
 from dcase.errors import UserError
 from dcase.model.quantisation import rounded
 from dcase.runs.config import EvalConfig, from_plain
@@ -23,20 +22,21 @@ UNKNOWN = "unknown"  # a device that the general model serves
 @dataclass(frozen=True)
 class Recording:
     path: Path
-    device_id: str = UNKNOWN  # one of DEVICES, or anything else
+    device_id: str = UNKNOWN  # a device of the model's labels, or anything else
 
 
 @dataclass(frozen=True)
 class Prediction:
     recording: Recording
-    probabilities: tuple[float, ...]  # in the order of SCENES; the mean over the windows
+    scenes: tuple[str, ...]
+    probabilities: tuple[float, ...]  # of the scenes; the mean over the windows
     seconds: float
     n_windows: int
     is_repeated: bool  # because it is shorter than the model needs
 
     def best(self, n: int) -> list[tuple[str, float]]:
         """Return the n most probable scenes with their probabilities."""
-        return sorted(zip(SCENES, self.probabilities, strict=True), key=lambda pair: -pair[1])[:n]
+        return sorted(zip(self.scenes, self.probabilities, strict=True), key=lambda pair: -pair[1])[:n]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def predict(
     under_way: deque[_Sum] = deque()
     batch: list[tuple[Tensor, _Sum]] = []
     for recording in recordings:
-        under_way.append(one := _Sum(recording))
+        under_way.append(one := _Sum(recording, module.labels.scenes))
         try:
             for window in windows(one.counted(pieces(recording.path, rate)), span, hop):
                 batch.append((window, one))
@@ -99,7 +99,8 @@ class _Sum:
     """A recording's probabilities so far, summed over its classified windows."""
 
     recording: Recording
-    probabilities: Tensor = field(default_factory=lambda: torch.zeros(len(SCENES), dtype=torch.float64))
+    scenes: tuple[str, ...]
+    probabilities: Tensor | float = 0.0  # (scenes,) float64
     n_windows: int = 0
     samples: int = 0
     fault: str = ""
@@ -115,7 +116,9 @@ class _Sum:
         if self.fault:
             return Skipped(self.recording, self.fault)
         mean = tuple((self.probabilities / self.n_windows).tolist())
-        return Prediction(self.recording, mean, self.samples / rate, self.n_windows, self.samples < span.least)
+        return Prediction(
+            self.recording, self.scenes, mean, self.samples / rate, self.n_windows, self.samples < span.least
+        )
 
 
 def _finished(under_way: deque[_Sum], batch: list, span: Span, rate: int) -> Iterator[Prediction | Skipped]:
@@ -134,10 +137,9 @@ def _classify(module: SceneClassifier, batch: list[tuple[Tensor, _Sum]]) -> None
     where = module.logmel.mean.device
     for _, group in groupby(sorted(batch, key=length), key=length):
         sounds, sums = zip(*group, strict=True)
-        ids = [one.recording.device_id for one in sums]
-        device = torch.tensor([DEVICES.index(device_id) if device_id in DEVICES else -1 for device_id in ids])
+        device = torch.tensor([module.labels.device_index(one.recording.device_id) for one in sums])
         with torch.inference_mode():
             logits = module(torch.stack(sounds).to(where), device.to(where))
         for one, probabilities in zip(sums, logits.double().softmax(1).cpu(), strict=True):
-            one.probabilities += probabilities
+            one.probabilities = one.probabilities + probabilities
             one.n_windows += 1

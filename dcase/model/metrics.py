@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.data.labels import TAU22_LABELS, Labels
 
 
 class SceneMetrics(Metric):
@@ -20,21 +20,23 @@ class SceneMetrics(Metric):
 
     full_state_update = False
 
-    def __init__(self):
+    def __init__(self, labels: Labels = TAU22_LABELS):
         super().__init__()
-        counts = torch.zeros(len(DEVICES), len(SCENES), len(SCENES), dtype=torch.int64)
+        self.labels = labels
+        counts = torch.zeros(len(labels.devices), len(labels.scenes), len(labels.scenes), dtype=torch.int64)
         self.add_state("confusion", counts, dist_reduce_fx="sum")
         self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, scene: Tensor, device: Tensor, loss: Tensor) -> None:
-        """logits (b, scenes), scene (b,), device (b,): indices into SCENES and DEVICES; loss (b,): each clip's own."""
-        cell = (device * len(SCENES) + scene) * len(SCENES) + logits.argmax(1)
+        """logits (b, scenes), scene (b,), device (b,): indices into the labels; loss (b,): each clip's own."""
+        n = len(self.labels.scenes)
+        cell = (device * n + scene) * n + logits.argmax(1)
         # Not bincount, for whose result a GPU's host waits to know the size.
         self.confusion.view(-1).index_add_(0, cell, torch.ones_like(cell))
         self.loss_sum += loss.double().sum()
 
     def compute(self) -> dict:
-        return results(self.confusion.cpu(), self.loss_sum.item())
+        return results(self.confusion.cpu(), self.loss_sum.item(), self.labels)
 
 
 def _ratio(correct: Tensor, total: Tensor) -> float | None:
@@ -46,7 +48,7 @@ def _mean(values: list[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def results(confusion: Tensor, loss_sum: float) -> dict:
+def results(confusion: Tensor, loss_sum: float, labels: Labels = TAU22_LABELS) -> dict:
     """Return the figures of one evaluation as plain values (accuracies are fractions of 1).
 
     ``confusion`` (devices, scenes, scenes) counts clips by device, true scene and predicted scene; ``loss_sum`` is the
@@ -55,9 +57,9 @@ def results(confusion: Tensor, loss_sum: float) -> dict:
     """
     total = confusion.sum(2)  # (devices, scenes)
     correct = confusion.diagonal(dim1=1, dim2=2)  # (devices, scenes)
-    scene_acc = {s: _ratio(correct[:, i].sum(), total[:, i].sum()) for i, s in enumerate(SCENES)}
-    device_acc = {d: _ratio(correct[i].sum(), total[i].sum()) for i, d in enumerate(DEVICES)}
-    rows = {group: [DEVICES.index(d) for d in devices] for group, devices in DEVICE_GROUPS.items()}
+    scene_acc = {s: _ratio(correct[:, i].sum(), total[:, i].sum()) for i, s in enumerate(labels.scenes)}
+    device_acc = {d: _ratio(correct[i].sum(), total[i].sum()) for i, d in enumerate(labels.devices)}
+    rows = {group: list(map(labels.device_index, devices)) for group, devices in labels.device_groups.items()}
     n_clips = int(total.sum())
     return {
         "macro_avg_acc": _mean(list(scene_acc.values())),

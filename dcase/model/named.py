@@ -44,24 +44,26 @@ def names() -> list[str]:
     return [*aum.list_models(), *FIXED]
 
 
-def fill(config: ModelConfig, n_mels: int, frames: int) -> ModelConfig:
-    """Replace every None by the named model's value. Raises `UserError` where the values are invalid."""
+def fill(config: ModelConfig, n_mels: int, frames: int, n_scenes: int | None = None) -> ModelConfig:
+    """Replace every None by the named model's value. ``n_scenes``: of the data folder, where that is known already.
+
+    Raises `UserError` where the values are invalid.
+    """
     if config.model not in names():
         raise UserError(f"--model is one of {', '.join(names())}; got {config.model!r}")
+    if config.n_classes is None:
+        config = dataclasses.replace(config, n_classes=n_scenes or len(SCENES))
+    if config.n_classes < 1 or config.n_classes != (n_scenes or config.n_classes):
+        counted = f"the data folder has {n_scenes} scenes" if n_scenes else "it is the number of the data's scenes"
+        raise UserError(f"--n_classes {config.n_classes}: {counted}; leave the flag out")
     if config.model in FIXED:
         for name in _given(config):
             if name != "n_classes":
                 raise UserError(f"--{name} does not apply to {config.model}: leave it out")
-        filled = dataclasses.replace(config, **{"n_classes": len(SCENES), **_given(config)})
-    else:
-        shape = _shape(config, n_mels, frames)
-        of_shape = {field.name for field in dataclasses.fields(config)} - {"model"}
-        filled = dataclasses.replace(config, **{name: getattr(shape, name) for name in of_shape})
-    if filled.n_classes != len(SCENES):
-        raise UserError(
-            f"--n_classes is {len(SCENES)}, the number of scenes in dcase/data/labels.py; got {filled.n_classes}"
-        )
-    return filled
+        return config
+    shape = _shape(config, n_mels, frames)
+    of_shape = {field.name for field in dataclasses.fields(config)} - {"model"}
+    return dataclasses.replace(config, **{name: getattr(shape, name) for name in of_shape})
 
 
 def build(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
@@ -74,8 +76,7 @@ def build(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
 
 def _shape(config: ModelConfig, n_mels: int, frames: int) -> aum.AuMConfig:
     try:
-        shape = {"n_mels": n_mels, "target_length": frames, "n_classes": len(SCENES)}
-        return aum.create_config(config.model, **shape | _given(config))
+        return aum.create_config(config.model, n_mels=n_mels, target_length=frames, **_given(config))
     except ValueError as error:  # its message begins with the field's name, which is the flag's
         raise UserError(f"--{error}") from error
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES
+from dcase.data.labels import DEVICE_GROUPS, DEVICES
 
 
 class PublishedRow(NamedTuple):

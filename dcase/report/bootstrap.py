@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 from dcase.report.predictions import Predictions
 
 DRAWS, SEED, LEVEL = 5000, 0, 0.95
@@ -42,9 +41,9 @@ class Figures:
     """
 
     def __init__(self, predictions: Predictions, draws: int = DRAWS, seed: int = SEED):
-        p, self.draws = predictions, draws
+        p, self.draws, self.labels = predictions, draws, predictions.labels
         self.locations, location = np.unique(p.location, return_inverse=True)
-        n, scenes, devices = len(self.locations), len(SCENES), len(DEVICES)
+        n, scenes, devices = len(self.locations), len(self.labels.scenes), len(self.labels.devices)
         drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
         times = np.vstack([np.ones((1, n)), drawn])  # the first row: the test as it is
 
@@ -66,13 +65,13 @@ class Figures:
 
     def n_locations(self, *name: str) -> int:
         """Return how many locations the clips of a figure come from."""
-        devices, scenes = _cells(name)
+        devices, scenes = self._cells(name)
         return int(self._there[:, devices, scenes].reshape(len(self.locations), -1).any(1).sum())
 
     @property
     def locations_of_scenes(self) -> list[int]:
         """The fewest and the most locations of a scene that has clips; one number where they are equal."""
-        found = {n for scene in SCENES if (n := self.n_locations("scene", scene))}
+        found = {n for scene in self.labels.scenes if (n := self.n_locations("scene", scene))}
         return sorted({min(found), max(found)})
 
     def drawn(self, *name: str) -> np.ndarray:
@@ -100,7 +99,7 @@ class Figures:
 
     def _values(self, name: tuple[str, ...]) -> np.ndarray:
         """Return a figure (1 + draws,), as it is and in each draw."""
-        figure, (devices, scenes) = name[0], _cells(name)
+        figure, (devices, scenes) = name[0], self._cells(name)
         total, correct = self._total, self._correct
         if figure in ("calibration_error", "confidence"):
             clips, sure, right = (
@@ -121,15 +120,14 @@ class Figures:
             return _ratio(ours, clips) - _ratio(correct.sum((1, 2)) - ours, total.sum((1, 2)) - clips)
         return _ratio(ours, clips)
 
-
-def _cells(name: tuple[str, ...]) -> tuple[object, object]:
-    """Return indices of the devices and of the scenes that a figure is about."""
-    figure, *of = name
-    if figure == "scene":
-        return [DEVICES.index(d) for d in of[1:]] or EVERY, SCENES.index(of[0])
-    if figure == "group":
-        return [DEVICES.index(d) for d in DEVICE_GROUPS[of[0]]], EVERY
-    return DEVICES.index(of[0]) if of else EVERY, EVERY
+    def _cells(self, name: tuple[str, ...]) -> tuple[object, object]:
+        """Return indices of the devices and of the scenes that a figure is about."""
+        (figure, *of), labels = name, self.labels
+        if figure == "scene":
+            return [labels.devices.index(d) for d in of[1:]] or EVERY, labels.scenes.index(of[0])
+        if figure == "group":
+            return [labels.devices.index(d) for d in labels.device_groups[of[0]]], EVERY
+        return labels.devices.index(of[0]) if of else EVERY, EVERY
 
 
 def _bins(predictions: Predictions) -> np.ndarray:

@@ -8,15 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.data.labels import TAU22_LABELS, Labels
 from dcase.files import replace_file
-from dcase.report.words import with_unit
+from dcase.report.words import simulated, with_unit
 
 CONFUSION_PNG, DEVICES_PNG = "confusion.png", "devices.png"
 INK, FAINT = "#262626", "#6b6b6b"
 # From Okabe and Ito's palette, told apart with every common colour-vision deficiency (jfly.uni-koeln.de/color).
 GROUP_COLOURS = {"real": "#0072B2", "seen": "#E69F00", "unseen": "#CC79A7"}
-GROUP_LABELS = {"real": "real", "seen": "simulated, seen", "unseen": "simulated, unseen"}
 DPI = 200
 
 
@@ -36,14 +35,14 @@ def confusion_png(results: dict, path: Path, title: str, note: str | None = None
         if not np.isnan(percent):
             axes.text(predicted, true, f"{percent:.1f}", color=colour, **style, **centred)
     for true in np.flatnonzero(totals == 0):
-        axes.text(len(SCENES) / 2 - 0.5, true, "no clips", color=FAINT, fontsize=9, **centred)
+        axes.text(len(totals) / 2 - 0.5, true, "no clips", color=FAINT, fontsize=9, **centred)
 
-    names = [scene.replace("_", " ") for scene in SCENES]
-    axes.set_xticks(range(len(SCENES)), names, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(SCENES)), [f"{name} ({int(n):,})" for name, n in zip(names, totals, strict=True)])
+    names = [scene.replace("_", " ") for scene in results["scene_acc"]]
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), [f"{name} ({int(n):,})" for name, n in zip(names, totals, strict=True)])
     axes.set_xlabel("predicted scene")
     axes.set_ylabel("true scene (clips)")
-    edges = np.arange(len(SCENES) - 1) + 0.5
+    edges = np.arange(len(names) - 1) + 0.5
     axes.set_xticks(edges, minor=True)
     axes.set_yticks(edges, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
@@ -55,18 +54,18 @@ def confusion_png(results: dict, path: Path, title: str, note: str | None = None
     _save(figure, path)
 
 
-def device_png(results: dict, path: Path, title: str, note: str | None = None) -> None:
+def device_png(results: dict, path: Path, title: str, note: str | None = None, labels: Labels = TAU22_LABELS) -> None:
     """Draw the accuracy per device, by group, with each group's own accuracy and chance. ``note``: a subtitle."""
     accuracy = results["device_acc"]
     top = min(100, max(30, 118 * max((value for value in accuracy.values() if value is not None), default=0)))
     merit = f"accuracy over all devices {with_unit(results['acc'])}"
     figure, axes = _figure(8.6, 5.4, title, merit, results, note)
-    shown = [device for device in DEVICES if accuracy[device] is not None] or DEVICES
-    for group, devices in DEVICE_GROUPS.items():
+    shown = [device for device in labels.devices if accuracy[device] is not None] or labels.devices
+    for group, devices in labels.device_groups.items():
         if places := {shown.index(device): device for device in devices if device in shown}:
-            _group(axes, group, places, results)
+            _group(axes, group, places, results, labels)
 
-    chance = 100 / len(SCENES)
+    chance = 100 / len(labels.scenes)
     axes.axhline(chance, color=INK, linestyle=(0, (4, 3)), linewidth=1, zorder=3)
     axes.text(len(shown) - 0.36, chance, f"chance\n{chance:.0f} %", va="center", color=INK, fontsize=9)
     values = ["no clips" if accuracy[device] is None else f"{100 * accuracy[device]:.1f}" for device in shown]
@@ -83,14 +82,14 @@ def device_png(results: dict, path: Path, title: str, note: str | None = None) -
     _save(figure, path)
 
 
-def _group(axes: Axes, group: str, devices: dict[int, str], results: dict) -> None:
+def _group(axes: Axes, group: str, devices: dict[int, str], results: dict, labels: Labels) -> None:
     """Draw one group's bars, its name above them and a line at its accuracy. ``devices``: place -> device."""
     places, heights = list(devices), [100 * (results["device_acc"][device] or 0) for device in devices.values()]
     axes.bar(places, heights, width=0.72, color=GROUP_COLOURS[group], zorder=2)
     accuracy = results["device_group_acc"][group]
     if accuracy is not None:
         axes.hlines(100 * accuracy, places[0] - 0.44, places[-1] + 0.44, color=INK, linewidth=1.6, zorder=4)
-    label = f"{GROUP_LABELS[group]}\n{'no clips' if accuracy is None else f'{100 * accuracy:.1f} %'}"
+    label = f"{simulated(group, labels)}{group}\n{'no clips' if accuracy is None else f'{100 * accuracy:.1f} %'}"
     transform = axes.get_xaxis_transform()  # x in devices, y as a fraction of the axes
     axes.text(np.mean(places), 0.99, label, transform=transform, ha="center", va="top", color=INK, fontsize=10)
 

@@ -9,22 +9,33 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
 from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.report.groups import NO_MATTER, Group, grouped
-from dcase.report.run_files import Finished, read_finished
+from dcase.report.run_files import PARTS, Finished, read_finished
 from dcase.report.tables import markdown
 from dcase.report.words import shown
 from dcase.runs.folder import find_run
 
-__all__ = ["COUNTS", "DETAILS", "FIGURES", "Group", "grouped", "in_order", "read_all", "report", "write_csv"]
+__all__ = ["COUNTS", "Group", "details_of", "figures_of", "grouped", "in_order", "read_all", "report", "write_csv"]
 
 MAX_COLUMNS = 8  # of the table of scenes and devices, which has a column per line of the first table
 COUNTS = {"size": "complexity/total_param_bytes", "macs": "complexity/macs"}  # less is better
-GROUPS = {name: f"device_group_acc/{name}" for name in DEVICE_GROUPS}
-FIGURES = {"macro_avg_acc": "macro_avg_acc", **GROUPS, **COUNTS}  # of the first table: name -> place in results.json
-DETAILS = {name: f"scene_acc/{name}" for name in SCENES} | {name: f"device_acc/{name}" for name in DEVICES}
+
+
+def figures_of(groups: Sequence[Group]) -> dict[str, str]:
+    """Return the figures of the first table: name -> place in results.json."""
+    return {"macro_avg_acc": "macro_avg_acc", **_accuracies(groups, *PARTS[2:]), **COUNTS}
+
+
+def details_of(groups: Sequence[Group]) -> dict[str, str]:
+    """Return the accuracies of scenes and of devices: name -> place in results.json."""
+    return _accuracies(groups, *PARTS[:2])
+
+
+def _accuracies(groups: Sequence[Group], *parts: str) -> dict[str, str]:
+    runs = [run for group in groups for run in group.runs]
+    return {name: f"{part}/{name}" for part in parts for run in runs for name in run.results[part]}
 
 
 def read_all(project_name: str, run_ids: Sequence[str]) -> tuple[list[Finished], list[str]]:
@@ -62,10 +73,11 @@ def report(groups: Sequence[Group]) -> str:
 
 def overview(groups: Sequence[Group]) -> str:
     """Return a Markdown table: a line per group with its kind, accuracies in percent, bytes and MACs."""
-    columns = [_cells(groups, place, name in COUNTS) for name, place in FIGURES.items()]
+    figures = figures_of(groups)
+    columns = [_cells(groups, place, name in COUNTS) for name, place in figures.items()]
     labels = [f"{i} {_label(group)}" for i, group in enumerate(groups, 1)]
     named = [labels, [" ".join(group.ids) for group in groups], [group.runs[0].kind for group in groups]]
-    return markdown(["Runs", "Ids", "Kind", *FIGURES], list(zip(*named, *columns, strict=True)))
+    return markdown(["Runs", "Ids", "Kind", *figures], list(zip(*named, *columns, strict=True)))
 
 
 def _label(group: Group) -> str:
@@ -78,7 +90,7 @@ def _label(group: Group) -> str:
 
 def details(groups: Sequence[Group]) -> str:
     """Return a Markdown table: accuracies of scenes and of devices, in percent, a column per group."""
-    rows = [[name, *_cells(groups, place)] for name, place in DETAILS.items()]
+    rows = [[name, *_cells(groups, place)] for name, place in details_of(groups).items()]
     with_clips = [row for row in rows if set(row[1:]) != {"-"}]
     return markdown(["", *(f"{i} {group.name}" for i, group in enumerate(groups, 1))], with_clips)
 
@@ -143,7 +155,7 @@ def different_clips(groups: Sequence[Group]) -> str:
 def write_csv(groups: Sequence[Group], path: Path) -> None:
     """Write a line per run: every figure, and the flags that differ. Raise `UserError` where that fails."""
     flags = list(dict.fromkeys(["seed", *_different_flags(groups)]))
-    figures = {**FIGURES, **DETAILS}
+    figures = figures_of(groups) | details_of(groups)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["line", "run_id", "name", "kind", *figures, *(f"--{name}" for name in flags), "commit"])
@@ -161,6 +173,7 @@ def in_order(groups: list[Group], by: str) -> list[Group]:
         return groups
     if by == "name":
         return sorted(groups, key=lambda group: group.name)
-    means = {id(group): group.mean(FIGURES[by]) for group in groups}
+    place = COUNTS.get(by, by if by == "macro_avg_acc" else f"device_group_acc/{by}")
+    means = {id(group): group.mean(place) for group in groups}
     sign = 1 if by in COUNTS else -1
     return sorted(groups, key=lambda group: (means[id(group)] is None, sign * (means[id(group)] or 0)))

@@ -4,14 +4,13 @@ Runs that were tested on the same clips are drawn together (see `bootstrap`): th
 narrower than those of its two figures, as a hard location is hard for both.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES
 from dcase.report import render, setup, svg
 from dcase.report.bootstrap import Estimate, Figures, reliability
 from dcase.report.gallery import Card, Gallery, source_of
@@ -20,13 +19,13 @@ from dcase.report.learning import overlaid
 from dcase.report.mistakes import surest
 from dcase.report.page import INDEX_HTML
 from dcase.report.predictions import Predictions
-from dcase.report.run_files import Finished
+from dcase.report.run_files import PARTS, Finished
 from dcase.report.tables import own_models
 
 LOST = 4  # clips shown for each run: right in the first, wrong in it
 DEEPEST = 25  # points of change
 MOST_IN_NAME = 8  # ids in the file's name
-NAMES = {"scene_acc": "scene", "device_acc": "device", "device_group_acc": "group"}  # in `Figures`
+NAMES = dict(zip(PARTS, ("scene", "device", "group"), strict=True))  # in `Figures`
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +91,8 @@ def write_comparison(runs: Sequence[Finished], folder: Path, data: Path | None =
         "linked": [one.run.id for one in compared if _has_page_beside(one.run, path)],
         "notes": list(dict.fromkeys(run.results["note"] for run in runs if run.results["note"])),
         "groups": grouped(runs),
-        "devices": _any_has(runs, "devices", DEVICES),
-        "device_groups": _any_has(runs, "groups", DEVICE_GROUPS),
+        "devices": _any_has(runs, "devices", PARTS[1]),
+        "device_groups": _any_has(runs, "groups", PARTS[2]),
         "changes": [_change(first, other, data, with_audio) for other in compared[1:]],
         "known": known,
         "reliability": _reliability_chart(known) if known else None,
@@ -104,7 +103,8 @@ def write_comparison(runs: Sequence[Finished], folder: Path, data: Path | None =
         "changes_of": changes_of,
         "DEEPEST": DEEPEST,
     }
-    return render.write("comparison.html", path, ids=ids, runs=compared, first=first, figures=first.figures, **values)
+    names = {"ids": ids, "runs": compared, "first": first, "figures": first.figures}
+    return render.write("comparison.html", path, first.run.labels, **names, **values)
 
 
 def compare(runs: Sequence[Finished]) -> list[Compared]:
@@ -126,8 +126,9 @@ def _has_page_beside(run: Finished, path: Path) -> bool:
     return there and run.folder.parent.resolve() == path.parent.parent.resolve()
 
 
-def _any_has(runs: Sequence[Finished], what: str, names: Iterable[str]) -> list[str]:
+def _any_has(runs: Sequence[Finished], what: str, part: str) -> list[str]:
     """Return the devices or groups that a run has clips of."""
+    names = dict.fromkeys(name for run in runs for name in run.results[part])
     return [name for name in names if any(name in getattr(run, what) for run in runs)]
 
 
@@ -137,13 +138,13 @@ def _change(first: Compared, other: Compared, data: Path | None, with_audio: boo
     if p is None or q is None:
         return Change(other, [], confusions, None, [])
     won = []
-    for i, device in enumerate(("all", *DEVICES)):
+    for i, device in enumerate(("all", *p.labels.devices)):
         these = (p.device == i - 1) | (device == "all")
         counts = [p.correct & q.correct, p.correct & ~q.correct, ~p.correct & q.correct, ~p.correct & ~q.correct, these]
         if these.any():
             won.append((device, [int((count & these).sum()) for count in counts]))
-    for group, devices in DEVICE_GROUPS.items():
-        rows = [DEVICES.index(device) for device in devices]
+    for group, devices in p.labels.device_groups.items():
+        rows = [p.labels.devices.index(device) for device in devices]
         before, after = (predictions.confusion[rows].sum(0) for predictions in (p, q))
         if before.sum():
             confusions.append((group, before, after))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dcase.data.logmel import LogMelConfig
-from dcase.data.tau22 import DEVICES, SCENES, DataConfig
+from dcase.data.tau22 import DataConfig
 from dcase.errors import UserError, one_line
 from dcase.report import svg
 from dcase.report.mistakes import same_sound
@@ -71,17 +71,18 @@ class Gallery:
 
     def card(self, row: int) -> Card:
         p, name = self.predictions, str(self.predictions.filenames[row])
+        scenes, devices = p.labels.scenes, [device.upper() for device in p.labels.devices]
         by: dict[str, list[str]] = {"right": [], "wrong": []}
         for other in sorted(self.others[row], key=lambda i: p.device[i]):
-            by["right" if p.correct[other] else "wrong"].append(DEVICES[p.device[other]].upper())
+            by["right" if p.correct[other] else "wrong"].append(devices[p.device[other]])
         return Card(
-            SCENES[p.scene[row]],
-            SCENES[p.predicted[row]],
-            DEVICES[p.device[row]].upper(),
+            scenes[p.scene[row]],
+            scenes[p.predicted[row]],
+            devices[p.device[row]],
             str(p.location[row]),
             p.confidence[row],
             p.probabilities[row, p.scene[row]],
-            [(result, devices) for result, devices in by.items() if devices],
+            [(result, names) for result, names in by.items() if names],
             _last(name) if self._named[_last(name)] == 1 else name.removeprefix("audio/"),
             picture(self._log_mels[row], self.low, self.high) if row in self._log_mels else "",
             self._sounds.get(row, ""),
@@ -112,7 +113,7 @@ class Gallery:
         """Return the level of each frequency on a device, relative to the others; None where it is not known."""
         if device not in self._spectra:
             return None
-        levels, name = self._spectra[device], DEVICES[device]
+        levels, name = self._spectra[device], self.predictions.labels.devices[device]
         x = self._frequency(len(levels))
         y = svg.axis("level against the others (dB)", np.concatenate([*self._spectra.values(), [-1, 1]]))
         series = [svg.Series(name.upper(), range(len(levels)), levels.tolist())]

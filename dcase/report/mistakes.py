@@ -5,11 +5,12 @@ sound. Where a clip is right on most other devices, the device caused the mistak
 is hard.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dcase.data.tau22 import DEVICES, SCENES
+from dcase.data.labels import SCENES
 from dcase.report.predictions import Predictions
 
 
@@ -35,7 +36,7 @@ def same_sound(predictions: Predictions) -> list[list[int]]:
     keys = []
     for row, (name, device) in enumerate(zip(predictions.filenames.tolist(), predictions.device.tolist(), strict=True)):
         stem, _, suffix = name.rpartition(".")[0].rpartition("-")
-        keys.append(stem if suffix == DEVICES[device] else name)
+        keys.append(stem if suffix == predictions.labels.devices[device] else name)
         together.setdefault(keys[-1], []).append(row)
     return [[row for row in together[key] if row != i] for i, key in enumerate(keys)]
 
@@ -83,7 +84,7 @@ class Mixed(NamedTuple):
         return None if self.elsewhere is None else self.share - self.elsewhere
 
 
-def mixed_up(confusion: np.ndarray, others: np.ndarray | None, n: int) -> list[Mixed]:
+def mixed_up(confusion: np.ndarray, others: np.ndarray | None, n: int, scenes: Sequence[str] = SCENES) -> list[Mixed]:
     """Return the ``n`` most costly confusions: by clips beyond those at the others' rate, where there are others.
 
     ``confusion`` (scenes, scenes) of the devices in question, and of the ``others``: true by predicted, in clips.
@@ -94,5 +95,5 @@ def mixed_up(confusion: np.ndarray, others: np.ndarray | None, n: int) -> list[M
             known = others is not None and others[true].sum() > 0
             elsewhere = float(others[true, predicted] / others[true].sum()) if known else None
             clips, of = int(confusion[true, predicted]), int(confusion[true].sum())
-            found.append(Mixed(SCENES[true], SCENES[predicted], clips, of, elsewhere))
+            found.append(Mixed(scenes[true], scenes[predicted], clips, of, elsewhere))
     return sorted(found, key=lambda m: m.of * (m.elsewhere or 0) - m.n_clips)[:n]

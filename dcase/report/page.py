@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES
 from dcase.report import render, setup, svg
 from dcase.report.baseline import BASELINE, BASELINE_NOTE, CHECKER_NOTE
 from dcase.report.bootstrap import Bin, Estimate, Figures, reliability
@@ -58,7 +57,7 @@ def write_page(run: Finished, folder: Path | None = None, with_audio: bool = Tru
     if p is not None:
         figures, bins = Figures(p), reliability(p)
         rows = most_confident(p, MISTAKES)
-        by_device = [most_confident(p, MISTAKES_OF_DEVICE, device) for device in range(len(DEVICES))]
+        by_device = [most_confident(p, MISTAKES_OF_DEVICE, device) for device in range(len(p.labels.devices))]
         gallery = Gallery(p, [*rows, *(row for rows in by_device for row in rows)], source_of(run, folder), with_audio)
         gallery.measure_spectra()
         panels = _panels(run, gallery, by_device)
@@ -84,7 +83,8 @@ def write_page(run: Finished, folder: Path | None = None, with_audio: bool = Tru
     if measured:
         values["complexity"] = complexity_rows(measured, run.name, run.comparable, results["macro_avg_acc"])
     names = {"run": run, "results": results, "figures": figures, "gallery": gallery, "panels": panels, "bins": bins}
-    return render.write("page.html", run.folder / "report" / INDEX_HTML, **names, cards=cards, **values)
+    path = run.folder / "report" / INDEX_HTML
+    return render.write("page.html", path, run.labels, **names, cards=cards, **values)
 
 
 def _headlines(run: Finished, figures: Figures | None) -> list[Headline]:
@@ -93,7 +93,7 @@ def _headlines(run: Finished, figures: Figures | None) -> list[Headline]:
     found.append(("Accuracy over all clips", results["acc"], ("acc",), False))
     if "device_avg_acc" in results:
         found.append(("Mean over devices", results["device_avg_acc"], ("device_avg_acc",), False))
-    found += [(group(g, "devices"), results["device_group_acc"][g], ("group", g), True) for g in run.groups]
+    found += [(group(g, run.labels, "devices"), results["device_group_acc"][g], ("group", g), True) for g in run.groups]
     found.append(("Log loss", results["loss"], ("loss",), True))
     if figures:
         for name, key, tile in (("Calibration error", "calibration_error", True), ("Mean confidence", "confidence", 0)):
@@ -114,18 +114,19 @@ def _weakest(accuracy: dict[str, float | None]) -> str | None:
 def _panels(run: Finished, gallery: Gallery, mistakes: list[list[int]]) -> list[Panel]:
     """Return a panel for all clips, for each group and for each device that has clips."""
     p, counts = run.predictions, run.predictions.confusion
-    chosen = {"all": DEVICES, **DEVICE_GROUPS, **{device: (device,) for device in DEVICES}}
+    devices = p.labels.devices
+    chosen = {"all": devices, **p.labels.device_groups, **{device: (device,) for device in devices}}
     panels = []
     for name, members in chosen.items():
-        rows = [DEVICES.index(device) for device in members]
+        rows = [devices.index(device) for device in members]
         clips, others = counts[rows].sum(0), np.delete(counts, rows, axis=0).sum(0)
         if not clips.sum():
             continue
         others = others if others.sum() else None
         # Of all clips, results.json has the exact counts, where a logit's rounding may have moved a clip.
         confusion = np.array(run.results["confusion"]) if name == "all" else clips
-        mixed = mixed_up(clips, others, MIXED_UP)
-        device = rows[0] if name in DEVICES else None
+        mixed = mixed_up(clips, others, MIXED_UP, p.labels.scenes)
+        device = rows[0] if name in devices else None
         of_device = (None, None, [])
         if device is not None:
             cards = [gallery.card(row) for row in mistakes[device]]

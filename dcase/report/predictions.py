@@ -2,7 +2,7 @@
 
     filename,scene_label,device_id,location,airport,bus,...,tram
 
-A row is a clip; the last ten columns are its logits, with four decimals.
+A row is a clip; the last columns, one per scene, are its logits, with four decimals.
 """
 
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dcase.data.tau22 import DEVICES, SCENES, Clips
+from dcase.data.labels import TAU22_LABELS, Labels
+from dcase.data.tau22 import Clips
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
 
 PREDICTIONS_CSV = "predictions.csv"
-COLUMNS = ("filename", "scene_label", "device_id", "location", *SCENES)
+COLUMNS = ("filename", "scene_label", "device_id", "location")  # and one per scene
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,17 +26,18 @@ class Predictions:
     """The logits of n test clips."""
 
     filenames: np.ndarray  # (n,) str, relative to the data folder
-    scene: np.ndarray  # (n,) int64, the true one, in SCENES
-    device: np.ndarray  # (n,) int64, in DEVICES
+    scene: np.ndarray  # (n,) int64, the true one, in labels.scenes
+    device: np.ndarray  # (n,) int64, in labels.devices
     location: np.ndarray  # (n,) str
     logits: np.ndarray  # (n, scenes) float64
+    labels: Labels = TAU22_LABELS
 
     def __len__(self) -> int:
         return len(self.filenames)
 
     def select(self, rows: np.ndarray) -> "Predictions":
         columns = (self.filenames, self.scene, self.device, self.location, self.logits)
-        return Predictions(*(column[rows] for column in columns))
+        return Predictions(*(column[rows] for column in columns), self.labels)
 
     @cached_property
     def probabilities(self) -> np.ndarray:
@@ -45,7 +47,7 @@ class Predictions:
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """(n,) int64, in SCENES"""
+        """(n,) int64, in labels.scenes"""
         return self.logits.argmax(1)
 
     @cached_property
@@ -67,9 +69,9 @@ class Predictions:
     @cached_property
     def confusion(self) -> np.ndarray:
         """(devices, scenes, scenes) int64: clips by device, true scene and predicted scene."""
-        n = len(SCENES)
+        n, devices = len(self.labels.scenes), len(self.labels.devices)
         cell = (self.device * n + self.scene) * n + self.predicted
-        return np.bincount(cell, minlength=len(DEVICES) * n * n).reshape(len(DEVICES), n, n)
+        return np.bincount(cell, minlength=devices * n * n).reshape(devices, n, n)
 
 
 def of_clips(clips: Clips, logits: np.ndarray) -> Predictions:
@@ -77,35 +79,37 @@ def of_clips(clips: Clips, logits: np.ndarray) -> Predictions:
     filenames, location = (
         np.array([value.decode() for value in column.tolist()]) for column in (clips.filenames, clips.location)
     )
-    return Predictions(filenames, clips.scene, clips.device, location, np.round(np.asarray(logits, np.float64), 4))
+    logits = np.round(np.asarray(logits, np.float64), 4)
+    return Predictions(filenames, clips.scene, clips.device, location, logits, clips.labels)
 
 
 def write_predictions(predictions: Predictions, path: Path) -> None:
     """Write the file. Raise `UserError` where that fails; the old file then stays."""
     names = {
         "filename": predictions.filenames,
-        "scene_label": np.array(SCENES)[predictions.scene],
-        "device_id": np.array(DEVICES)[predictions.device],
+        "scene_label": np.array(predictions.labels.scenes)[predictions.scene],
+        "device_id": np.array(predictions.labels.devices)[predictions.device],
         "location": predictions.location,
     }
-    table = pd.DataFrame(names | dict(zip(SCENES, predictions.logits.T, strict=True)))
+    table = pd.DataFrame(names | dict(zip(predictions.labels.scenes, predictions.logits.T, strict=True)))
     replace_file(path, lambda beside: table.to_csv(beside, index=False, float_format="%.4f", lineterminator="\n"))
 
 
-def read_predictions(path: Path) -> Predictions:
-    """Read the file. Raise `UserError`, naming it, where it is missing or is not what `write_predictions` writes."""
+def read_predictions(path: Path, labels: Labels = TAU22_LABELS) -> Predictions:
+    """Read the file, of data with these labels. Raise `UserError`, naming it, where it is missing or is not what
+    `write_predictions` writes."""
     again = "test again with test_only.py"
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(COLUMNS[:4], str), keep_default_na=False)
-        if tuple(table.columns) != COLUMNS:
-            raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
-        logits = table[list(SCENES)].to_numpy(np.float64)
+        table = pd.read_csv(path, dtype=dict.fromkeys(COLUMNS, str), keep_default_na=False)
+        if tuple(table.columns) != (*COLUMNS, *labels.scenes):
+            raise ValueError(f"its columns are not {', '.join((*COLUMNS, *labels.scenes))}")
+        logits = table[list(labels.scenes)].to_numpy(np.float64)
         if not len(table) or not np.isfinite(logits).all():
             raise ValueError("a logit is not finite" if len(table) else "it has no clip")
-        scene, device = _indices(table["scene_label"], SCENES), _indices(table["device_id"], DEVICES)
+        scene, device = _indices(table["scene_label"], labels.scenes), _indices(table["device_id"], labels.devices)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise UserError(f"{path} cannot be read ({one_line(error)}): {again}") from error
-    return Predictions(table["filename"].to_numpy(str), scene, device, table["location"].to_numpy(str), logits)
+    return Predictions(table["filename"].to_numpy(str), scene, device, table["location"].to_numpy(str), logits, labels)
 
 
 def _indices(column: pd.Series, names: tuple[str, ...]) -> np.ndarray:

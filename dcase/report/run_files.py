@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES, TEST_CLIPS
+from dcase.data.labels import Labels
+from dcase.data.tau22 import TEST_CLIPS
 from dcase.errors import UserError, one_line
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
 from dcase.runs.config import BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
@@ -14,6 +15,7 @@ from dcase.runs.folder import Run, kind_of
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name of a metric -> optimiser steps, values
 CONFIGS = {"general": BaseConfig, "device-specific": DeviceConfig, "test": TestConfig}  # by `kind_of`
+PARTS = ("scene_acc", "device_acc", "device_group_acc")  # of results.json
 _OF_TRAINING = {"batch_size", "devices", "num_nodes"}  # a test has these flags too, but they hardly change its figures
 
 
@@ -74,6 +76,11 @@ class Finished:
         """Stage 2's outcome per device (see `tables.fine_tuning_rows`); empty for a general model."""
         return self.results.get("fine_tuning") or self.training.results.get("fine_tuning") or {}
 
+    @cached_property
+    def labels(self) -> Labels:
+        """The scenes and devices of the data. Raises `UserError` where config.json has them and they are damaged."""
+        return Labels.from_plain(self.made, str(self.folder / "config.json"))
+
     def figure(self, place: str) -> float | None:
         """Return a figure of results.json by its place, as "loss" or "scene_acc/bus"; None where it is missing."""
         part, _, name = place.partition("/")
@@ -124,7 +131,7 @@ class Finished:
         if not path.is_file():
             return None, f"This run has no {PREDICTIONS_CSV}: it was tested by an earlier version."
         try:
-            predictions = read_predictions(path)
+            predictions = read_predictions(path, self.labels)
         except UserError as error:
             return None, f"{error}."
         # Rounding to four decimals can turn a tie, so one clip in a thousand may differ.
@@ -171,7 +178,8 @@ def read_finished(folder: Path) -> Finished:
         results = json.loads(path.read_text(encoding="utf-8"))
         for name in ("macro_avg_acc", "acc", "loss", "n_clips", "confusion"):
             results[name]
-        for part, names in (("scene_acc", SCENES), ("device_acc", DEVICES), ("device_group_acc", DEVICE_GROUPS)):
+        ours = run.labels
+        for part, names in zip(PARTS, (ours.scenes, ours.devices, ours.device_groups), strict=True):
             for name in names:
                 results[part][name]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -2,31 +2,31 @@
 
 from collections.abc import Sequence
 
-from dcase.data.tau22 import DEVICE_GROUPS, DEVICES, SCENES
+from dcase.data.labels import TAU22_LABELS, Labels
 from dcase.report.baseline import BASELINE, BASELINE_BYTES, BASELINE_BYTES_IN_BITS, BASELINE_MACS, BASELINE_PARAMS
 from dcase.report.words import group, percent, points, title
 
 Table = tuple[list[str], list[list[str]]]  # header and rows
 
 
-def class_table(results: dict, name: str, beside_baseline: bool) -> str:
+def class_table(results: dict, name: str, beside_baseline: bool, labels: Labels = TAU22_LABELS) -> str:
     """Return a Markdown table of the accuracy per scene and their mean, in percent; ``name`` labels the row."""
-    ours = [*(percent(results["scene_acc"][scene]) for scene in SCENES), percent(results["macro_avg_acc"])]
+    ours = [*(percent(results["scene_acc"][scene]) for scene in labels.scenes), percent(results["macro_avg_acc"])]
     theirs = [[row.name, *map(points, row.scene_acc), row.macro] for row in BASELINE if beside_baseline]
-    return markdown(["Model", *map(title, SCENES), "Macro Avg. Accuracy"], [*theirs, [name, *ours]])
+    return markdown(["Model", *map(title, labels.scenes), "Macro Avg. Accuracy"], [*theirs, [name, *ours]])
 
 
-def device_table(results: dict, name: str, beside_baseline: bool) -> str:
+def device_table(results: dict, name: str, beside_baseline: bool, labels: Labels = TAU22_LABELS) -> str:
     """Return two Markdown tables, in percent: the accuracy per device, and per group of devices.
 
     "Macro Avg. Accuracy" is the mean over scenes here too, as in the class-wise table.
     """
     beside = BASELINE if beside_baseline else ()
-    header = ["Model", *(device.upper() for device in DEVICES), "Macro Avg. Accuracy"]
-    ours = [*(percent(results["device_acc"][device]) for device in DEVICES), percent(results["macro_avg_acc"])]
+    header = ["Model", *(device.upper() for device in labels.devices), "Macro Avg. Accuracy"]
+    ours = [*(percent(results["device_acc"][device]) for device in labels.devices), percent(results["macro_avg_acc"])]
     devices = markdown(header, [*([r.name, *map(points, r.device_acc), r.macro] for r in beside), [name, *ours]])
-    ours = [percent(results["device_group_acc"][name_of_group]) for name_of_group in DEVICE_GROUPS]
-    header = ["Model", *map(group, DEVICE_GROUPS)]
+    ours = [percent(results["device_group_acc"][name_of_group]) for name_of_group in labels.device_groups]
+    header = ["Model", *(group(one, labels) for one in labels.device_groups)]
     return f"{devices}\n\n{markdown(header, [*([r.name, *map(points, r.group_acc)] for r in beside), [name, *ours]])}"
 
 

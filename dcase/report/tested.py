@@ -33,7 +33,9 @@ def write_test(
     write_json(run.folder / "results.json", results)  # last: it marks the test as done
     name = config.run.experiment_name or config.model.model
     folder = run.folder / "report"
-    print("\n" + write_report(results, folder, name, results["note"], source.comparable, results["complexity"]))
+    note, cost = results["note"], results["complexity"]
+    report = write_report(results, folder, name, note, source.comparable, cost, source.labels)
+    print("\n" + report)
     print(f"Figures: {run.folder / 'results.json'}, {run.folder / PREDICTIONS_CSV}")
     make_page(run, source.folder, config.run.report_audio)
     charts = {f"test/{chart.removesuffix('.png')}": folder / chart for chart in (CONFUSION_PNG, DEVICES_PNG)}

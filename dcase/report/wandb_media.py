@@ -10,7 +10,6 @@ import numpy as np
 from pytorch_lightning.loggers import WandbLogger
 
 from dcase import report
-from dcase.data.tau22 import DEVICES, SCENES
 from dcase.errors import UserError
 from dcase.report.mistakes import most_confident
 from dcase.report.predictions import Predictions
@@ -41,7 +40,7 @@ def show(
     scenes = {"y_true": predictions.scene.tolist(), "preds": predictions.predicted.tolist()}
     logger.experiment.log(
         {
-            "test/confusion_matrix": wandb.plot.confusion_matrix(**scenes, class_names=list(SCENES)),
+            "test/confusion_matrix": wandb.plot.confusion_matrix(**scenes, class_names=list(predictions.labels.scenes)),
             "test/device_bars": wandb.plot.bar(bars, "device", "accuracy", title="Accuracy per device"),
         }
     )
@@ -59,10 +58,11 @@ def mistakes(predictions: Predictions, recordings: Recordings):
     import wandb
 
     table = wandb.Table(columns=["log-mel", "file", "device", "scene", "predicted", "confidence"])
+    scenes, devices = predictions.labels.scenes, predictions.labels.devices
     for row in most_confident(predictions, MISTAKES):
         filename = str(predictions.filenames[row])
-        scene, predicted = SCENES[predictions.scene[row]], SCENES[predictions.predicted[row]]
-        device, confidence = DEVICES[predictions.device[row]], float(predictions.confidence[row])
+        scene, predicted = scenes[predictions.scene[row]], scenes[predictions.predicted[row]]
+        device, confidence = devices[predictions.device[row]], float(predictions.confidence[row])
         table.add_data(_picture(filename, recordings), filename, device, scene, predicted, confidence)
     return table
 

@@ -1,6 +1,6 @@
 """How figures and names are written in tables, charts and pages."""
 
-from dcase.data.tau22 import DEVICE_GROUPS
+from dcase.data.labels import TAU22_LABELS, Labels
 from dcase.report.bootstrap import Estimate
 
 
@@ -35,9 +35,15 @@ def title(name: str) -> str:
     return name.replace("_", " ").title()
 
 
-def group(name: str, devices: str = "") -> str:
+def group(name: str, labels: Labels, devices: str = "") -> str:
     """real -> Real (A, B, C); ``devices``: a word behind the name, as "devices"."""
-    return f"{' '.join(filter(None, (title(name), devices)))} ({', '.join(d.upper() for d in DEVICE_GROUPS[name])})"
+    members = ", ".join(device.upper() for device in labels.device_groups.get(name, ()))
+    return f"{' '.join(filter(None, (title(name), devices)))} ({members})"
+
+
+def simulated(name: str, labels: Labels) -> str:
+    """Return "simulated, " for a group of TAU22's simulated devices, else ""."""
+    return "simulated, " if labels == TAU22_LABELS and name != "real" else ""
 
 
 def locations(n: int) -> str:

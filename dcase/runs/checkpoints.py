@@ -9,7 +9,7 @@ import torch
 from lightning_fabric.plugins import CheckpointIO
 from torch import Tensor
 
-from dcase.data.labels import DEVICES, SCENES
+from dcase.data.labels import Labels
 from dcase.errors import UserError
 from dcase.files import keep_copy, replace_file
 
@@ -40,21 +40,8 @@ def load_checkpoint(path: Path | str) -> dict:
         raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
-    refuse_other_scenes(checkpoint.get("scenes"), f"checkpoint {path}")
+    Labels.from_plain(checkpoint, f"checkpoint {path}")
     return checkpoint
-
-
-def refuse_other_scenes(scenes: list[str] | None, what: str) -> None:
-    """Raise `UserError` where ``what`` was trained on other scenes than SCENES, or on these in another order.
-
-    None: it is from before scenes were recorded.
-    """
-    if scenes is not None and scenes != list(SCENES):
-        listed = ", ".join(map(str, scenes)) if isinstance(scenes, list) else scenes
-        raise UserError(
-            f"{what} was trained on the scenes {listed}; this copy's dcase/data/labels.py has {', '.join(SCENES)}: "
-            "give SCENES there those names in that order, or train again"
-        )
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -124,5 +111,5 @@ def merged_checkpoint(checkpoints: Mapping[str, dict]) -> dict:
             raise UserError(f"--ckpt_path: {name} holds a model for device {min(twice)}, and so does one before it")
         merged["state_dict"] |= {key: value for key, value in state.items() if key.startswith("device_models.")}
         merged["device_ids"] += checkpoint["device_ids"]
-    merged["device_ids"].sort(key=DEVICES.index)
+    merged["device_ids"].sort(key=Labels.from_plain(first, first_name).device_index)
     return merged

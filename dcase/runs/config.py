@@ -22,9 +22,9 @@ import tyro
 import aum
 from dcase import cli
 from dcase.data.augment import AugmentConfig
-from dcase.data.labels import SCENES
+from dcase.data.labels import TAU22_LABELS, Labels
 from dcase.data.logmel import LogMelConfig
-from dcase.data.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
+from dcase.data.tau22 import DataConfig, SplitConfig
 from dcase.errors import UserError, check_range
 from dcase.files import write_json
 from dcase.machine import MachineConfig, from_main, is_main
@@ -32,7 +32,7 @@ from dcase.model import named as models
 from dcase.model.distillation import DistillConfig
 from dcase.model.named import ModelConfig
 from dcase.runs import artifacts
-from dcase.runs.checkpoints import load_checkpoint, refuse_other_scenes
+from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.defaults import with_defaults
 from dcase.runs.folder import (
     SCRIPTS,
@@ -185,7 +185,7 @@ class DeviceConfig(TrainConfig):
     ckpt_id: str = ""
     """Run id of the general model, trained by train_base.py in the same --project_name."""
     only_devices: str = ""
-    """Fine-tune only for these devices, such as a,b, and leave the test to test_only.py. "": a, b, c, s1, s2, s3."""
+    """Fine-tune only for these devices, such as a,b, and leave the test to test_only.py. "": all known ones."""
     finetune: Literal["full", "lora", "head"] = "full"
     """Fine-tune every weight (full); a low-rank addition to each matrix, merged into it at the end (lora); or the
     classifier (head)."""
@@ -214,9 +214,6 @@ class DeviceConfig(TrainConfig):
             raise UserError(f"--lr_choices must be learning rates above 0, separated by commas; got {self.lr_choices}")
         if self.lr_choices and self.split.val_split != "test" and self.split.val_fraction == 0:
             raise UserError("--lr_choices needs validation clips, and --val_fraction is 0: give --lr instead")
-        unknown = set(filter(None, self.only_devices.split(","))) - set(TRAIN_DEVICES)
-        if unknown or (self.only_devices and not self.devices_to_tune):
-            raise UserError(f"--only_devices {self.only_devices}: known devices are {','.join(TRAIN_DEVICES)}")
 
     @property
     def learning_rates(self) -> list[float]:
@@ -231,10 +228,12 @@ class DeviceConfig(TrainConfig):
         """Those to try: --own_share, or `SHARES`."""
         return SHARES if self.own_share is None else (self.own_share,)
 
-    @property
-    def devices_to_tune(self) -> list[str]:
-        named = self.only_devices.split(",")
-        return [device_id for device_id in TRAIN_DEVICES if not self.only_devices or device_id in named]
+    def devices_to_tune(self, labels: Labels) -> list[str]:
+        """Return the devices of --only_devices, or all that training clips are of. Raises `UserError` for another."""
+        known, named = labels.train_devices, list(filter(None, self.only_devices.split(",")))
+        if set(named) - set(known) or (self.only_devices and not named):
+            raise UserError(f"--only_devices {self.only_devices}: known devices are {','.join(known)}")
+        return [device_id for device_id in known if not named or device_id in named]
 
 
 Config = TypeVar("Config", bound=EvalConfig)
@@ -296,6 +295,7 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
         general = from_plain(TrainConfig, checkpoint["config"])
         default = for_one_device(_like_checkpoint(DeviceConfig, checkpoint), general)
         config = cli.parse(DeviceConfig, description, default, args)
+        config.devices_to_tune(Labels.from_plain(checkpoint, "the checkpoint"))
         decided = ("model", "logmel", "data", "split")
         _refuse_changes(default, config, f"the checkpoint of --ckpt_id {ckpt_id}", _FREE_DATA, decided)
     return config, run, checkpoint
@@ -331,7 +331,6 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     if kind_of(saved) != kind_of(to_plain(cls())):
         how = resume_command(script, run_id, project_name)
         raise UserError(f"--resume {run_id}: that run was made by {script}; go on with: {how}")
-    refuse_other_scenes(run.scenes(), f"the run --resume {run_id}")
     default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
     config = cli.parse(cls, description, default, args)
     _refuse_changes(default, config, f"the run --resume {run_id}", FREE_ON_RESUME)
@@ -447,9 +446,19 @@ def same_place(config: EvalConfig) -> str:
     return shlex.join(["--project_name", config.run.project_name, *data])
 
 
-def start_run(config: TrainConfig | TestConfig, run: Run | None, more: dict | None = None) -> Run:
-    """Return the run to write to: the resumed one, or a new one with its config.json written. ``more`` goes into that
-    beside the configuration."""
+def next_after(config: BaseConfig, run: Run, n_devices: int) -> str:
+    """Return the last line of stage 1: what to do next with a model trained on clips of so many devices."""
+    if n_devices > 1:
+        return f"next: python train_device_specific.py --ckpt_id {run.id} {same_place(config)}"
+    command = shlex.join(["python", "-m", "dcase.predict", "RECORDINGS", "--ckpt_path", str(run.trained)])
+    return f"one recording device: stage 2, a model per device, has nothing to add\nnext: {command}"
+
+
+def start_run(
+    config: TrainConfig | TestConfig, run: Run | None, labels: Labels = TAU22_LABELS, more: dict | None = None
+) -> Run:
+    """Return the run to write to: the resumed one, or a new one with its config.json written. ``labels``, of the data,
+    and ``more`` go into that beside the configuration."""
     if run is not None and (run.folder / "results.json").is_file():
         print(f"run {run.id} is trained to its end: it is only tested again")
     if run is None:
@@ -461,7 +470,7 @@ def start_run(config: TrainConfig | TestConfig, run: Run | None, more: dict | No
             run.folder / "config.json",
             {
                 "config": to_plain(config),
-                "scenes": list(SCENES),
+                **labels.plain(),
                 "command": sys.argv,
                 "commit": _commit(),
                 "versions": {"python": platform.python_version(), **versions},

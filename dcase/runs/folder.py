@@ -26,6 +26,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from dcase.data.labels import Labels
 from dcase.errors import UserError, one_line
 
 CHECKPOINTS, STORED = "checkpoints", "stored"  # subfolders of a run that hold models
@@ -105,9 +106,10 @@ class Run:
         """Return the git commit of the code that began the run; None where that was no checkout."""
         return json.loads((self.folder / "config.json").read_text()).get("commit")
 
-    def scenes(self) -> list[str] | None:
-        """Return the scenes that the run began with; None for runs from before they were recorded."""
-        return json.loads((self.folder / "config.json").read_text()).get("scenes")
+    def labels(self) -> Labels:
+        """Return the scenes and devices that the run began with. Raises `UserError` where they cannot be used."""
+        path = self.folder / "config.json"
+        return Labels.from_plain(json.loads(path.read_text()), str(path))
 
     def teachers(self) -> list[dict] | None:
         """Return the teachers that the run began with, each with its "sha256"; None where none were recorded."""

@@ -4,8 +4,9 @@
     FOLDER/general/..., FOLDER/a/..., ...                        the general model, and one of each tuned device
 
 Under "front_end", config.json has the settings of the log-mel (`logmel.LogMelConfig`), ``orig_sample_rate``, ``mean``
-and ``std`` of the training clips' log-mel, and ``scenes`` in the order of the logits. Under "run" in it is what else a
-checkpoint needs: the model's name and device, bits of its weights, split and clips.
+and ``std`` of the training clips' log-mel, and the labels: ``scenes`` in the order of the logits, ``devices``,
+``device_groups``. Under "run" in it is what else a checkpoint needs: the model's name and device, bits of its weights,
+split and clips.
 """
 
 import dataclasses
@@ -16,11 +17,11 @@ from torch import nn
 
 import aum
 from aum.hub import CONFIG, FRONT_END, WEIGHTS
+from dcase.data.labels import Labels
 from dcase.data.logmel import LogMelConfig
-from dcase.data.tau22 import DEVICES, SCENES
 from dcase.errors import UserError
 from dcase.model.named import ModelConfig
-from dcase.runs.checkpoints import FORMAT, refuse_other_scenes
+from dcase.runs.checkpoints import FORMAT
 from dcase.runs.stored import GENERAL, checkpoint_of, header_of
 
 
@@ -32,7 +33,7 @@ def front_end_of(checkpoint: dict, model_of: str) -> dict:
         "orig_sample_rate": config["data"]["orig_sample_rate"],
         "mean": front_end["logmel.mean"],
         "std": front_end["logmel.std"],
-        "scenes": list(SCENES),
+        **Labels.from_plain(checkpoint, "the checkpoint").plain(),
         "run": {
             "model": config["model"]["model"],
             "model_of": model_of,
@@ -55,9 +56,9 @@ def _header_of(front_end: dict, config: aum.AuMConfig) -> dict:
         raise ValueError("mean, std or orig_sample_rate is out of range")
     if logmel.n_mels != config.n_mels:
         raise ValueError(f"{logmel.n_mels} mel bins, and the model has {config.n_mels}")
-    scenes = front_end["scenes"]
-    if not (isinstance(scenes, list) and all(isinstance(scene, str) for scene in scenes)):
-        raise ValueError("scenes are no list of names")
+    labels = Labels.from_plain(front_end, "its labels")
+    if len(labels.scenes) != config.n_classes:
+        raise ValueError(f"{len(labels.scenes)} scenes, and the model has {config.n_classes}")
     shape = {name: value for name, value in vars(config).items() if name in vars(ModelConfig())}
     return {
         "dcase_format": FORMAT,
@@ -69,7 +70,7 @@ def _header_of(front_end: dict, config: aum.AuMConfig) -> dict:
             "storage": {"weight_bits": run["weight_bits"]},
         },
         "frames": config.target_length,
-        "scenes": scenes,
+        **labels.plain(),
         "clips_id": run["clips_id"],
         "clips_per_step": 0,  # it cannot be resumed
         "front_end": {"logmel.mean": mean, "logmel.std": std},
@@ -102,6 +103,12 @@ def is_published(folder: Path) -> bool:
     )
 
 
+def parts_of(folder: Path) -> dict[str, Path]:
+    """Return the folders of models in a folder, by name: the general model's first, whether it is there or not."""
+    there = sorted(path for path in folder.glob("[!.]*") if (path / WEIGHTS).is_file() or (path / CONFIG).is_file())
+    return {GENERAL: folder / GENERAL, **{path.name: path for path in there}}
+
+
 def load_published(folder: Path) -> dict:
     """Return a checkpoint, as `load_checkpoint` does, of one published model or of those of all devices.
 
@@ -110,7 +117,7 @@ def load_published(folder: Path) -> dict:
     """
     parts = {GENERAL: folder}
     if (folder / GENERAL).is_dir():
-        parts = {name: folder / name for name in (GENERAL, *DEVICES) if (folder / name).is_dir()}
+        parts = parts_of(folder)
     models = {}
     for name, part in parts.items():
         try:
@@ -124,6 +131,5 @@ def load_published(folder: Path) -> dict:
             raise UserError(
                 f'{part / CONFIG} was not written by dcase.publish: under "{FRONT_END}", {reason}'
             ) from error
-        refuse_other_scenes(header["scenes"], f"published model {part}")
         models[name] = header, model.state_dict()
     return checkpoint_of(models, f"--ckpt_path {folder}")

@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dcase.data.labels import TAU22_LABELS
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
 from dcase.model.quantisation import decode, encode
@@ -34,7 +35,7 @@ LENGTH_BYTES = 8
 GENERAL = "general"
 MODEL, DEVICE_MODELS, FRONT_END = "model.", "device_models.", "logmel."  # prefixes of names in a checkpoint
 _PLAIN = ("dcase_format", "config", "frames", "clips_id", "clips_per_step")  # entries of a checkpoint
-_SCENES = "scenes"  # another one, which files of earlier versions lack
+_LABELS = tuple(TAU22_LABELS.plain())  # further ones, which files of earlier versions lack
 
 
 # The file
@@ -128,7 +129,7 @@ def header_of(checkpoint: dict, model: str, bits: int) -> dict:
     needed = {part: config[part] for part in ("model", "logmel", "split")}
     needed["storage"] = {"weight_bits": bits}  # where dcase.export is asked for other bits than the run's: those
     needed["data"] = {"orig_sample_rate": config["data"]["orig_sample_rate"]}
-    plain = {name: checkpoint[name] for name in (*_PLAIN, _SCENES) if name in checkpoint}
+    plain = {name: checkpoint[name] for name in (*_PLAIN, *_LABELS) if name in checkpoint}
     state = checkpoint["state_dict"]
     front_end = {name: value.item() for name, value in state.items() if name.startswith(FRONT_END)}
     return plain | {"config": needed, "front_end": front_end, "model": model}
@@ -148,7 +149,7 @@ def checkpoint_of(models: Mapping[str, tuple[dict, Mapping[str, Tensor]]], what:
             raise UserError(f"{what}: {name} is of another run than {general}, or of another device than its name")
         start = MODEL if name == general else prefix_of(name)
         state |= {f"{start}{part}": value for part, value in weights.items()}
-    plain = {name: first[name] for name in (*_PLAIN, _SCENES) if name in first}
+    plain = {name: first[name] for name in (*_PLAIN, *_LABELS) if name in first}
     return plain | {"state_dict": state, "device_ids": device_ids}
 
 

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from dcase.data.labels import Labels
 from dcase.errors import UserError
-from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint, refuse_other_scenes
+from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint
 from dcase.runs.folder import CHECKPOINTS, STORED, Run, RunConfig
 from dcase.runs.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.runs.stored import load_stored
@@ -15,9 +16,8 @@ def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
     ``path``: a checkpoint file of either stage, or several of stage 2, separated by commas, which are merged; a
     stored model, or the folder of those of all devices; the folder of a published model, or of those of all devices.
 
-    Raises `UserError`, naming the file, where one is missing, damaged or of another program, where several do not fit,
-    or where it was trained on other scenes than `labels.SCENES`. Where ``path`` is a run's folder or its id in
-    ``project_name``, the error names the files to give.
+    Raises `UserError`, naming the file, where one is missing, damaged or of another program, or where several do not
+    fit. Where ``path`` is a run's folder or its id in ``project_name``, the error names the files to give.
     """
     parts = path.split(",")
     if len(set(parts)) < len(parts):
@@ -35,7 +35,7 @@ def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
     if not stored:
         return merged_checkpoint({part: load_checkpoint(part) for part in parts})
     checkpoint = load_stored(path)
-    refuse_other_scenes(checkpoint.get("scenes"), f"stored model {path}")
+    Labels.from_plain(checkpoint, f"stored model {path}")
     return checkpoint
 
 

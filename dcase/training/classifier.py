@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import aum
 from dcase.data.dataset import TAU22, Batch
-from dcase.data.labels import DEVICES, SCENES
+from dcase.data.labels import TAU22_LABELS, Labels, refuse_other_scenes
 from dcase.data.logmel import LogMel, frames_of
 from dcase.errors import UserError
 from dcase.model.devices import forward_by_device
@@ -27,24 +27,38 @@ class Classifier(pl.LightningModule):
     rebuilds the module from nothing else.
     """
 
-    def __init__(self, config: EvalConfig, frames: int, device_ids: tuple[str, ...] = ()):
+    def __init__(
+        self, config: EvalConfig, frames: int, device_ids: tuple[str, ...] = (), labels: Labels = TAU22_LABELS
+    ):
         super().__init__()
         self.config = config
         self.frames = frames
+        self.labels = labels  # what the batches' numbers of scenes and devices mean
         self.logmel = LogMel(config.logmel, config.data.orig_sample_rate)
         self.model = build(config.model, config.logmel.n_mels, frames)
         self.device_models = nn.ModuleDict({device_id: copy.deepcopy(self.model) for device_id in device_ids})
         self.clips_per_step = 0  # of the optimiser, in all processes
         self.clips_id = ""  # which clips were trained and chosen on: loading.clips_id
         self.origin: dict = {}  # configuration of the run that trained it, where this one does not
+        self.trained_labels: Labels | None = None  # of that run
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: dict, config: EvalConfig | None = None):
-        """Rebuild the module from a loaded checkpoint; ``config`` replaces what does not belong to the model."""
+    def from_checkpoint(cls, checkpoint: dict, config: EvalConfig | None = None, labels: Labels | None = None):
+        """Rebuild the module from a loaded checkpoint; ``config`` replaces what does not belong to the model.
+
+        ``labels``: of the data that it is for, which may have other devices than those of training.
+        Raises `UserError` where they have other scenes, and where the weights do not fit.
+        """
         config = config or from_plain(TrainConfig, checkpoint["config"])
-        module = cls(config, checkpoint["frames"], tuple(checkpoint["device_ids"]))
+        trained = Labels.from_plain(checkpoint, "the checkpoint")
+        labels = trained if labels is None else labels
+        refuse_other_scenes(trained, labels, "the model")
+        if config.model.n_classes not in (None, len(labels.scenes)):
+            raise UserError(f"the checkpoint has {len(labels.scenes)} scenes, and its model {config.model.n_classes}")
+        module = cls(config, checkpoint["frames"], tuple(checkpoint["device_ids"]), labels)
         try:
             module.origin, module.clips_id = checkpoint["config"], checkpoint["clips_id"]
+            module.trained_labels = trained
             module.load_stored({"state_dict": final_state(checkpoint)})
         except RuntimeError as error:
             raise UserError(
@@ -62,7 +76,7 @@ class Classifier(pl.LightningModule):
         checkpoint |= {
             "dcase_format": FORMAT,
             "config": self.origin | to_plain(self.config),
-            "scenes": list(SCENES),
+            **(self.trained_labels or self.labels).plain(),
             "frames": self.frames,
             "device_ids": list(self.device_models),
             "clips_id": self.clips_id,
@@ -76,9 +90,9 @@ class Classifier(pl.LightningModule):
         self.load_state_dict(counts | checkpoint["state_dict"])
 
     def set_device_models(self, states: dict[str, dict[str, Tensor]]) -> None:
-        """Make device models of the general model's shape from their state dicts, in the order of DEVICES."""
-        self.device_models = nn.ModuleDict()
-        for device_id in filter(states.get, DEVICES):
+        """Make device models of the general model's shape from their state dicts, in the order of the devices."""
+        self.device_models, self.trained_labels = nn.ModuleDict(), self.labels
+        for device_id in filter(states.get, self.labels.devices):
             model = copy.deepcopy(self.model)
             model.load_state_dict(states[device_id])
             self.device_models[device_id] = model
@@ -119,7 +133,8 @@ class Classifier(pl.LightningModule):
     ) -> Tensor:
         """Return logits (b, scenes) of ``waveform`` (b, 1, samples) at the model's rate; ``general`` is the general
         model, or a function of the log-mel in its place."""
-        return forward_by_device(general, self.device_models, self.logmel(waveform, length), device)
+        x, devices = self.logmel(waveform, length), self.labels.devices
+        return forward_by_device(general, self.device_models, x, device, devices)
 
     def sound(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (waveform (b, 1, samples), length (b,)) at the model's rate."""
@@ -127,6 +142,7 @@ class Classifier(pl.LightningModule):
 
     def refuse_other_clips(self, checkpoint: dict, what: str) -> None:
         """Raise `UserError` where the clips of this run are not those that a checkpoint was trained and chosen on."""
+        refuse_other_scenes(Labels.from_plain(checkpoint, what), self.labels, what)
         if checkpoint["clips_id"] != self.clips_id:
             raise UserError(
                 f"the training and validation clips are not those of {what}: give its --dataset_dir, and leave "

@@ -19,7 +19,6 @@ from torch import Tensor
 from aum.pretrained import PretrainedError
 from aum.pretrained.source import AUM, VIM, read_source
 from dcase.data.dataset import TAU22
-from dcase.data.labels import SCENES
 from dcase.data.loading import clips_id, mixed_seed
 from dcase.data.tau22 import Clips, location_folds
 from dcase.errors import UserError
@@ -126,7 +125,7 @@ def _train(
     settings = dataclasses.replace(config.fit, seed=seed)
     config = dataclasses.replace(config, fit=settings, distill=DistillConfig(), storage=StorageConfig(), cross_fit=0)
     fit.seed_everything(seed)
-    module = SceneClassifier(config, student.frames)
+    module = SceneClassifier(config, student.frames, labels=student.labels)
     module.clips_id = clips_id(clips.clips, None)
     module.augment.responses = student.augment.responses
     if not fit.checkpoint_to_resume(folder):
@@ -142,7 +141,7 @@ def _train(
 
 def _write(file: Path, folds: np.ndarray, found: list[list[Tensor]], train: Clips, val: Clips | None) -> None:
     """Write the logits file of what each teacher ``found``: logits of its own part, and of the validation clips."""
-    logits = torch.empty(len(train), len(SCENES))
+    logits = torch.empty(len(train), len(train.labels.scenes))
     for fold, (own, *_) in enumerate(found):
         logits[torch.from_numpy(folds == fold)] = own
     filenames, part = train.filenames, folds + 1
@@ -154,6 +153,7 @@ def _write(file: Path, folds: np.ndarray, found: list[list[Tensor]], train: Clip
 
     def write(beside: Path) -> None:
         with open(beside, "wb") as out:  # np.savez adds .npz to a name
-            np.savez(out, filename=np.char.decode(filenames), scenes=SCENES, logits=logits.numpy(), fold=part)
+            scenes, names = train.labels.scenes, np.char.decode(filenames)
+            np.savez(out, filename=names, scenes=scenes, logits=logits.numpy(), fold=part)
 
     replace_file(file, write)

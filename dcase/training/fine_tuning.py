@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dcase.data.dataset import TAU22
 from dcase.data.loading import evaluation_batches, loader, mixed_seed
-from dcase.data.tau22 import DEVICES, Clips
+from dcase.data.tau22 import Clips
 from dcase.files import write_json
 from dcase.machine import is_main, main_first
 from dcase.model.averaging import interpolated
@@ -78,10 +78,10 @@ class FineTuning:
 
         Where a run is resumed, a finished training is not done again, and an interrupted one goes on where it was.
         """
-        tuned = [device_id for device_id in self.config.devices_to_tune if self._plans(device_id)]
+        tuned = [device_id for device_id in self._devices if self._plans(device_id)]
         for device_id in tuned:
             self._train(device_id)
-        outcomes = dict.fromkeys(self.config.devices_to_tune, Outcome(False, "no training clip of this device"))
+        outcomes = dict.fromkeys(self._devices, Outcome(False, "no training clip of this device"))
         outcomes |= self._judged(tuned)
         for device_id, outcome in outcomes.items():
             print(f"device {device_id}: {outcome}")
@@ -89,13 +89,17 @@ class FineTuning:
                 write_json(self._folder(device_id) / "outcome.json", dataclasses.asdict(outcome))
         return outcomes, {d: self._weights(d, outcomes[d].lr, outcomes[d].share) for d in tuned if outcomes[d].kept}
 
+    @property
+    def _devices(self) -> list[str]:
+        return self.config.devices_to_tune(self.general.labels)
+
     # Training
 
     def _train(self, device_id: str) -> None:
         """Write the device's fine-tuned weights, for each learning rate, to `TUNED`."""
         train_set, val_set = (self._set(part, device_id) for part in self.clips)
         # Each device has its own seed, so that its result does not depend on which were trained before it.
-        seed = mixed_seed(self.config.fit.seed, DEVICES.index(device_id)) % 2**32
+        seed = mixed_seed(self.config.fit.seed, self.general.labels.devices.index(device_id)) % 2**32
         print(f"device {device_id}: fine-tuning on {len(train_set)} clips")
         for i, lr in enumerate(self.config.learning_rates, 1):
             folder = self._folder(device_id, lr)
@@ -134,12 +138,11 @@ class FineTuning:
 
     def _after(self, device_id: str) -> list[Plan]:
         """Return the trainings of the devices after this one."""
-        devices = self.config.devices_to_tune
-        return [each for one in devices[devices.index(device_id) + 1 :] for each in self._plans(one)]
+        return [each for one in self._devices[self._devices.index(device_id) + 1 :] for each in self._plans(one)]
 
     def _copy(self, config: DeviceConfig) -> SceneClassifier:
         """Return a module with the general model's weights."""
-        module = SceneClassifier(config, self.general.frames)
+        module = SceneClassifier(config, self.general.frames, labels=self.general.labels)
         module.load_state_dict(self.general.state_dict())
         return module
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 import aum
 from dcase.data.augment import Augment
 from dcase.data.dataset import Batch
+from dcase.data.labels import TAU22_LABELS, Labels
 from dcase.data.loading import BatchLoader, mixed_seed
 from dcase.errors import UserError
 from dcase.machine import sum_over_all
@@ -37,9 +38,11 @@ class Teacher(Protocol):
 class SceneClassifier(Classifier):
     """The classifier with what training and testing need."""
 
-    def __init__(self, config: EvalConfig, frames: int, device_ids: tuple[str, ...] = ()):
-        super().__init__(config, frames, device_ids)
-        self.metrics = SceneMetrics()
+    def __init__(
+        self, config: EvalConfig, frames: int, device_ids: tuple[str, ...] = (), labels: Labels = TAU22_LABELS
+    ):
+        super().__init__(config, frames, device_ids, labels)
+        self.metrics = SceneMetrics(labels)
         self.results: dict = {}  # of the last validation or test
         self.logits = torch.zeros(0)  # of its clips, in the data set's order: (n, n_classes), float32; then on the CPU
         self._unchecked: list[tuple] = []  # of batches: whether the loss is finite, clips, loader, epoch, step

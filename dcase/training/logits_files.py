@@ -6,10 +6,11 @@
     FILE.pt         a tensor (n, scenes) with a row for each row of one of the data folder's split lists
 
 A row with a value that is not finite stands for a clip without logits. Where all rows are probabilities, their
-logarithms are taken. Columns without names are in the order of `SCENES`.
+logarithms are taken. Columns without names are in the order of the data's scenes.
 """
 
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dcase.data.labels import SCENES
+from dcase.data.labels import TAU22_LABELS, Labels
 from dcase.data.tau22 import SPLITS, Clips, read_split
 from dcase.errors import UserError, one_line
 
@@ -53,9 +54,9 @@ class ClipLogits:
         return torch.from_numpy(self.logits[rows])
 
 
-def read_logits(given: str, folder: Path, subset: int = 25) -> ClipLogits:
-    """Read a file of logits, ``given`` as PATH or PATH:KEY. ``folder``: the data folder, whose split lists give names
-    to the rows of a .pt file; ``subset``: the one that is trained on, which is looked at first.
+def read_logits(given: str, folder: Path, subset: int = 25, labels: Labels = TAU22_LABELS) -> ClipLogits:
+    """Read a file of logits, ``given`` as PATH or PATH:KEY. ``folder``: the data folder, with these ``labels``, whose
+    split lists give names to the rows of a .pt file; ``subset``: the one that is trained on, which is looked at first.
 
     Raises `UserError`, whose message continues "the file", where it cannot be used.
     """
@@ -63,7 +64,8 @@ def read_logits(given: str, folder: Path, subset: int = 25) -> ClipLogits:
     if not path.is_file():
         raise UserError("does not exist")
     try:
-        filenames, logits = {".npz": _npz, ".pt": _tensor}.get(path.suffix, _table)(path, key, folder, subset)
+        read = {".npz": _npz, ".pt": _tensor}.get(path.suffix, _table)
+        filenames, logits = read(path, key, labels.scenes, folder, subset)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot be read ({one_line(error)})") from error
     if len(set(filenames)) < len(filenames):
@@ -78,7 +80,7 @@ def split_key(given: str) -> tuple[Path, str]:
     return (Path(path), key) if colon and path.endswith(".npz") else (Path(given), "")
 
 
-def _npz(path: Path, key: str, *_) -> tuple[np.ndarray, np.ndarray]:
+def _npz(path: Path, key: str, ours: Sequence[str], *_) -> tuple[np.ndarray, np.ndarray]:
     with np.load(path, allow_pickle=False) as arrays:  # object arrays could run code
         tables = [name for name in arrays.files if arrays[name].ndim == 2]
         key = key or "logits"
@@ -88,38 +90,36 @@ def _npz(path: Path, key: str, *_) -> tuple[np.ndarray, np.ndarray]:
             named = ", ".join(f"{path.name}:{name}" for name in tables) or "none"
             raise ValueError(f"it has no array {key} (clips, scenes); give one that it has: {named}")
         filenames, logits = arrays["filename"], arrays[key]
-        scenes = arrays["scenes"].tolist() if "scenes" in arrays.files else list(SCENES)
+        scenes = arrays["scenes"].tolist() if "scenes" in arrays.files else list(ours)
     if filenames.dtype.kind == "S":
         filenames = np.char.decode(filenames)
     if len(filenames) != len(logits):
         raise ValueError(f"filename has {len(filenames)} rows, and {key} has {len(logits)}")
-    if logits.shape[1] != len(scenes) or len(scenes) != len(SCENES):
-        raise ValueError(
-            f"{key} has {logits.shape[1]} columns, scenes has {len(scenes)}: there are {len(SCENES)} scenes"
-        )
+    if logits.shape[1] != len(scenes) or len(scenes) != len(ours):
+        raise ValueError(f"{key} has {logits.shape[1]} columns, scenes has {len(scenes)}: there are {len(ours)} scenes")
     table = pd.DataFrame(logits, columns=[name.decode() if isinstance(name, bytes) else name for name in scenes])
-    return filenames.astype(str), _by_scene(table)
+    return filenames.astype(str), _by_scene(table, ours)
 
 
-def _table(path: Path, *_) -> tuple[np.ndarray, np.ndarray]:
+def _table(path: Path, key: str, ours: Sequence[str], *_) -> tuple[np.ndarray, np.ndarray]:
     separator = "\t" if "\t" in path.read_text().partition("\n")[0] else ","
     table = pd.read_csv(path, sep=separator, dtype={"filename": str})
     if "filename" not in table:
         raise ValueError(f"it has no column filename; it has {', '.join(map(str, table.columns[:SHOWN]))}, ...")
     if table["filename"].isna().any():
         raise ValueError(f"line {int(table['filename'].isna().idxmax()) + 2} has no filename")
-    return table["filename"].to_numpy(str), _by_scene(table)
+    return table["filename"].to_numpy(str), _by_scene(table, ours)
 
 
-def _tensor(path: Path, key: str, folder: Path, subset: int) -> tuple[np.ndarray, np.ndarray]:
+def _tensor(path: Path, key: str, ours: Sequence[str], folder: Path, subset: int) -> tuple[np.ndarray, np.ndarray]:
     try:
         logits = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make torch raise anything
         raise ValueError(f"it is damaged, no file of torch.save, or could run code: {one_line(error)[:80]}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         raise ValueError("it holds no tensor (clips, scenes)")
-    if logits.shape[1] != len(SCENES):
-        raise ValueError(f"it has {logits.shape[1]} columns, and there are {len(SCENES)} scenes")
+    if logits.shape[1] != len(ours):
+        raise ValueError(f"it has {logits.shape[1]} columns, and there are {len(ours)} scenes")
     found, rows = {}, {}
     own = f"split{subset}"
     for split in (own, *(name for name in SPLITS if name != own)):
@@ -137,13 +137,13 @@ def _tensor(path: Path, key: str, folder: Path, subset: int) -> tuple[np.ndarray
     return first, logits.detach().float().numpy()
 
 
-def _by_scene(table: pd.DataFrame) -> np.ndarray:
-    """Return the columns of a table (n, scenes) in the order of `SCENES`."""
-    if absent := [scene for scene in SCENES if scene not in table]:
-        raise ValueError(f"it has no column {absent[0]}: a scene is one of {', '.join(SCENES)}")
-    if len(table[list(SCENES)].columns) > len(SCENES):
+def _by_scene(table: pd.DataFrame, ours: Sequence[str]) -> np.ndarray:
+    """Return the columns of a table (n, scenes) in the order of our scenes."""
+    if absent := [scene for scene in ours if scene not in table]:
+        raise ValueError(f"it has no column {absent[0]}: a scene is one of {', '.join(ours)}")
+    if len(table[list(ours)].columns) > len(ours):
         raise ValueError("a scene has two columns")
-    return table[list(SCENES)].to_numpy(np.float32)
+    return table[list(ours)].to_numpy(np.float32)
 
 
 def _as_logits(values: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from dcase.data.labels import DEVICES
 from dcase.data.tau22 import Clips, check_files
 from dcase.errors import UserError
 from dcase.files import replace_file
@@ -72,7 +71,7 @@ def write_outputs(module: Path, clips: Clips, use_cuda: bool, out: Path) -> None
         "module": name,
         "folder": str(clips.folder.absolute()),
         "filenames": [clips.name(i) for i in range(len(clips))],
-        "device_ids": [DEVICES[device] for device in clips.device.tolist()],
+        "device_ids": [clips.labels.devices[device] for device in clips.device.tolist()],
         "use_cuda": use_cuda,
     }
     with TemporaryDirectory() as folder:

@@ -139,7 +139,7 @@ def _finish(series: Series, project_name: str) -> None:
         raise UserError(said[0])
     together = compare.Group(finished)
     figures = {}
-    for name, place in {**compare.FIGURES, **compare.DETAILS}.items():
+    for name, place in (compare.figures_of([together]) | compare.details_of([together])).items():
         mean = together.mean(place)
         if mean is not None and name not in compare.COUNTS:
             figures[place] = {"mean": mean, "deviation": together.deviation(place)}
@@ -147,4 +147,6 @@ def _finish(series: Series, project_name: str) -> None:
     print(f"\n{compare.report([together])}\n\nMean and deviation of all figures: {series.path}")
     place = same_place(from_plain(BaseConfig, series.run(min(series.runs)).read_config()))
     ids = " ".join(series.runs.values())
+    if len(finished[0].devices) < 2:
+        return  # a model per device has nothing to add
     print(f"next: for run in {ids}; do python train_device_specific.py --ckpt_id $run {place}; done")

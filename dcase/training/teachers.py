@@ -101,7 +101,7 @@ class LogitsFile:
         """Raises `UserError` where the file cannot be used for these training clips."""
         self.name, self.made_here = given, made_here
         with _named(f"--teacher {given}: the file"):
-            self.found = read_logits(given, train.clips.folder, subset).of(train.clips)
+            self.found = read_logits(given, train.clips.folder, subset, train.clips.labels).of(train.clips)
             if not made_here:
                 refuse_chance(self.found, train.clips)
         path, key = split_key(given)
@@ -127,7 +127,7 @@ class Package:
             with _named(f"--teacher {self.name}:"):
                 write_outputs(self.module, clips.clips, _on(machine) == "cuda", file)
         with _named(f"--teacher {self.name}: the file of its outputs, {file},"):
-            return read_logits(str(file), clips.clips.folder).of(clips.clips)
+            return read_logits(str(file), clips.clips.folder, labels=clips.clips.labels).of(clips.clips)
 
 
 class TrainedModel:
@@ -203,7 +203,7 @@ def _find(name: str, config: TrainConfig, student: SceneClassifier, train: TAU22
 def _trained_model(name: str, path: Path, config: TrainConfig, student: SceneClassifier, keep_in: Path) -> TrainedModel:
     checkpoint = load_checkpoint(path)
     student.refuse_other_clips(checkpoint, f"the teacher --teacher {name}")
-    module = SceneClassifier.from_checkpoint(checkpoint)
+    module = SceneClassifier.from_checkpoint(checkpoint, labels=student.labels)
     theirs, ours = (c.logmel.sample_rate for c in (module.config, config))
     if theirs != ours:
         raise UserError(f"--teacher {name} was trained at --sample_rate {theirs}, and this model is at {ours}")
