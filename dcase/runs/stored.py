@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dcase.errors import UserError, one_line
-from dcase.files import replace_file
+from dcase.files import regular, replace_file
 from dcase.model.quantisation import decode, encode
 
 FORMAT = 1
@@ -60,7 +60,7 @@ def load_model(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     Raises `UserError`, naming the file, where it is missing, damaged or of another program.
     """
     try:
-        data = Path(path).read_bytes()
+        data = Path(regular(path)).read_bytes()
     except OSError as error:
         raise UserError(f"stored model {path} cannot be read ({error.strerror}): check --ckpt_path") from error
     try:
