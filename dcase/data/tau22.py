@@ -27,7 +27,7 @@ import pandas as pd
 
 from dcase.data.labels import DEVICES, SCENES
 from dcase.errors import UserError, one_line
-from dcase.files import replace_file
+from dcase.files import regular, replace_file
 
 TRAIN_DEVICES = ("a", "b", "c", "s1", "s2", "s3")
 DEVICE_GROUPS = {"real": ("a", "b", "c"), "seen": ("s1", "s2", "s3"), "unseen": ("s4", "s5", "s6")}
@@ -321,7 +321,7 @@ def _refuse(path: Path, table: pd.DataFrame, bad: pd.Series, problem: str) -> No
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: check --dataset_dir") from error
     except OSError as error:
