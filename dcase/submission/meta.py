@@ -11,7 +11,7 @@ import yaml
 from dcase.complexity import Complexity
 from dcase.data.labels import DEVICES, SCENES
 from dcase.errors import UserError, one_line
-from dcase.files import regular, replace_file
+from dcase.files import replace_file
 from dcase.model.named import FIXED
 from dcase.runs.folder import CROSS_FIT, Run
 
@@ -107,7 +107,7 @@ def write_meta(meta: dict, path: Path) -> None:
 def read_yaml(path: Path):
     """Return the plain values of a YAML or JSON file. Raises `UserError`, naming it, where it cannot be read."""
     try:
-        return yaml.safe_load(regular(path).read_text())
+        return yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML ({one_line(error)})") from error
 
