@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -151,12 +151,12 @@ def table(predictions: list[Prediction]) -> str:
     return markdown(["File", "Scene", "%", "Second", "Third"], rows)
 
 
-def _write_csv(file: Path, results: Iterable[Prediction | Skipped]) -> None:
+def _write_csv(file: Path, results: Iterable[Prediction | Skipped], scenes: Sequence[str]) -> None:
     """Write a row per prediction, as they come; skipped files are left out."""
     with open(file, "w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened, lineterminator="\n")
         top = [column for n in range(1, TOP + 1) for column in (f"scene_{n}", f"probability_{n}")]
-        writer.writerow(["file", *top, *SCENES, "seconds", "device_id", "windows"])
+        writer.writerow(["file", *top, *scenes, "seconds", "device_id", "windows"])
         for one in results:
             if isinstance(one, Skipped):
                 continue
@@ -165,7 +165,7 @@ def _write_csv(file: Path, results: Iterable[Prediction | Skipped]) -> None:
             writer.writerow([one.recording.path, *best, *one.probabilities, *last])
 
 
-def _write_json(file: Path, results: Iterable[Prediction | Skipped]) -> None:
+def _write_json(file: Path, results: Iterable[Prediction | Skipped], scenes: Sequence[str]) -> None:
     """Write {"predictions": [...], "skipped": [...]}, a line per recording, as they come; whole after a Ctrl-C too."""
     skipped = []
 
@@ -184,7 +184,7 @@ def _write_json(file: Path, results: Iterable[Prediction | Skipped]) -> None:
                 content = {
                     "file": str(one.recording.path),
                     "top": top,
-                    "probabilities": dict(zip(SCENES, one.probabilities, strict=True)),
+                    "probabilities": dict(zip(scenes, one.probabilities, strict=True)),
                     "seconds": one.seconds,
                     "device_id": one.recording.device_id,
                     "windows": one.n_windows,
@@ -242,13 +242,13 @@ def _results(
             raise UserError(f"--ckpt_path {config.ckpt_path}: {printable(error)}: {what}") from error
 
 
-def _write(path: Path, results: Iterable[Prediction | Skipped]) -> None:
+def _write(path: Path, results: Iterable[Prediction | Skipped], scenes: Sequence[str]) -> None:
     """Write the results as they come, beside ``path``, which is replaced at the end; after a Ctrl-C, what there is goes
     to a file of another name."""
 
     def write(beside: Path) -> None:
         try:
-            WRITERS[path.suffix.lower()](beside, results)
+            WRITERS[path.suffix.lower()](beside, results, scenes)
         except KeyboardInterrupt:
             partial = path.with_name(f"{path.stem}.partial{path.suffix}")
             os.replace(beside, partial)
@@ -275,7 +275,7 @@ def main() -> None:
     summary = Summary(SHOWN if config.out else math.inf, seconds)
     results = _results(module, recordings, config, summary)
     if config.out:
-        _write(Path(config.out).expanduser(), results)
+        _write(Path(config.out).expanduser(), results, SCENES)
     else:
         deque(results, maxlen=0)
     if summary.rows:
