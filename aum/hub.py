@@ -191,6 +191,8 @@ def _download(name: str, options: dict) -> Path:
 
 
 def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file")  # a FIFO may wait for ever
     try:
         return path.read_bytes()
     except OSError as error:

@@ -13,6 +13,12 @@ from functools import wraps
 DOCTOR = " (`python -m dcase.doctor` tells more)"
 
 
+def printable(text: object) -> str:
+    """Return a text with escapes, such as \\x1b, for what a terminal would obey (control characters, line breaks) and
+    for what it cannot show: a file's name may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 class UserError(Exception):
     """Bad input: a flag, a file or a data folder. The message, one line, names it and says what to do.
 

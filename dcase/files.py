@@ -1,9 +1,11 @@
-"""Writing files that matter: under a temporary name beside their place, then renamed."""
+"""Writing files that matter: under a temporary name beside their place, then renamed. Reading only regular files."""
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,20 @@ def _is_running(pid: int) -> bool:
     except OSError:
         pass
     return True
+
+
+def regular(path: Path | str) -> Path | str:
+    """Return a path to open. Raises OSError where it is no regular file: a FIFO may wait for ever, and a device may
+    never end. Where its name is not UTF-8, which neither libsndfile nor a csv file takes, it raises OSError too."""
+    mode, name = os.stat(path).st_mode, os.fspath(path)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", name)
+    if not stat.S_ISREG(mode):
+        kind = "FIFO" if stat.S_ISFIFO(mode) else "device or socket"
+        raise OSError(errno.EINVAL, f"it is a {kind}, no regular file", name)
+    if name.encode(errors="ignore").decode() != name:
+        raise OSError(errno.EILSEQ, "its name is not UTF-8: rename it", name)
+    return path
 
 
 def keep_copy(path: Path, copy: Path) -> None:

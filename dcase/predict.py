@@ -8,16 +8,18 @@ Recordings are WAV, FLAC or OGG files of any rate, length and number of channels
 training clips is cut into windows of their length, and the probabilities of the windows are averaged; the last window
 ends with the recording. A shorter one is repeated until it fills a window, since silence is no scene; a model trained
 with --target_length reads it padded, as it read its training clips. A file that cannot be read is reported and skipped,
-and the exit code is then 2.
+and the exit code is then 2. Ctrl-C keeps what is predicted until then, in scenes.partial.csv for --out scenes.csv.
 """
 
 import csv
 import json
+import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -29,8 +31,8 @@ from dcase.cli import parse
 from dcase.data.labels import TAU22_LABELS, Labels
 from dcase.data.tau22 import leaves_folder
 from dcase.deployment.prediction import UNKNOWN, Prediction, Recording, Skipped, load_module, predict, span_of_module
-from dcase.errors import UserError, run
-from dcase.files import replace_file
+from dcase.errors import UserError, check_range, printable, run
+from dcase.files import regular, replace_file
 from dcase.progress import progress
 from dcase.report import markdown
 from dcase.training.lit import SceneClassifier
@@ -38,6 +40,7 @@ from dcase.training.lit import SceneClassifier
 ENDINGS = (".wav", ".flac", ".ogg")
 TOP = 3  # scenes that are named
 SHOWN = 40  # rows on the terminal where --out has all of them
+MOST_OVERLAP = 0.99  # reads every sample a hundred times
 MANY = 20  # files from which on a progress bar is shown
 
 
@@ -57,7 +60,7 @@ class PredictConfig:
     """Tab-separated list with the column filename and optionally device_id: read only its files in the folder, with its
     devices where --device_id is auto."""
     overlap: float = 0.0
-    """Share of a window that the next window reads again, 0 to below 1."""
+    """Share of a window that the next window reads again, 0 to 0.99."""
     out: str = ""
     """File to write all probabilities to; its ending, .csv or .json, sets the format."""
     batch_size: int = 64
@@ -66,8 +69,7 @@ class PredictConfig:
     """Where to calculate; auto: on a GPU where there is one."""
 
     def __post_init__(self):
-        if not 0 <= self.overlap < 1:
-            raise UserError(f"--overlap is at least 0 and below 1; got {self.overlap}")
+        check_range(self, "overlap", least=0, most=MOST_OVERLAP)
         if self.out and Path(self.out).suffix.lower() not in WRITERS:
             raise UserError(f"--out ends in {' or '.join(WRITERS)}; got {self.out}")
         if self.batch_size < 1:
@@ -100,6 +102,8 @@ def _files(path: Path) -> Iterator[Path]:
         for name in sorted(files):
             if name.lower().endswith(ENDINGS) and not name.startswith("."):
                 yield Path(folder) / name
+        if not files and not names and folder.lower().endswith(ENDINGS):
+            yield Path(folder)  # to be skipped: it was taken for a file
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -120,7 +124,9 @@ def _listed(config: PredictConfig, labels: Labels) -> list[Recording]:
         raise UserError("--list needs one folder that holds its files, and no other path")
     path, folder = Path(config.list).expanduser(), Path(config.paths[0]).expanduser()
     try:
-        rows = list(csv.DictReader(path.read_text("utf-8-sig").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+        rows = list(
+            csv.DictReader(regular(path).read_text("utf-8-sig").splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)
+        )
     except OSError as error:
         raise UserError(f"--list {path} cannot be read ({error.strerror})") from error
     except (ValueError, csv.Error) as error:
@@ -146,65 +152,115 @@ def table(predictions: list[Prediction]) -> str:
         (scene, probability), *others = one.best(TOP)
         named = [f"{other} {100 * share:.1f}" for other, share in others]
         named += ["-"] * (TOP - 1 - len(named))
-        rows.append([_shown(one.recording.path), scene, f"{100 * probability:.1f}", *named])
+        rows.append([printable(one.recording.path), scene, f"{100 * probability:.1f}", *named])
     return markdown(["File", "Scene", "%", "Second", "Third"], rows)
 
 
-def _shown(path: Path) -> str:
-    return os.fsencode(path).decode(errors="replace")  # a file's name may be no text
-
-
-def _write_csv(file: Path, predictions: list[Prediction], skipped: list[Skipped]) -> None:
-    """Write a row per prediction; skipped files are left out."""
-    with open(file, "w", newline="", encoding="utf-8", errors="surrogateescape") as opened:
+def _write_csv(file: Path, results: Iterable[Prediction | Skipped], scenes: Sequence[str]) -> None:
+    """Write a row per prediction, as they come; skipped files are left out."""
+    with open(file, "w", newline="", encoding="utf-8") as opened:
         writer = csv.writer(opened, lineterminator="\n")
-        scenes = predictions[0].scenes if predictions else ()
         named = range(1, min(TOP, len(scenes)) + 1)
         top = [column for n in named for column in (f"scene_{n}", f"probability_{n}")]
         writer.writerow(["file", *top, *scenes, "seconds", "device_id", "windows"])
-        for one in predictions:
+        for one in results:
+            if isinstance(one, Skipped):
+                continue
             best = [value for pair in one.best(TOP) for value in pair]
             last = [one.seconds, one.recording.device_id, one.n_windows]
             writer.writerow([one.recording.path, *best, *one.probabilities, *last])
 
 
-def _write_json(file: Path, predictions: list[Prediction], skipped: list[Skipped]) -> None:
-    """Write {"predictions": [...], "skipped": [...]}, a line per recording."""
-    predicted = (
-        {
-            "file": str(one.recording.path),
-            "top": [{"scene": scene, "probability": probability} for scene, probability in one.best(TOP)],
-            "probabilities": dict(zip(one.scenes, one.probabilities, strict=True)),
-            "seconds": one.seconds,
-            "device_id": one.recording.device_id,
-            "windows": one.n_windows,
-        }
-        for one in predictions
-    )
-    left_out = ({"file": str(one.recording.path), "reason": one.reason} for one in skipped)
+def _write_json(file: Path, results: Iterable[Prediction | Skipped], scenes: Sequence[str]) -> None:
+    """Write {"predictions": [...], "skipped": [...]}, a line per recording, as they come; whole after a Ctrl-C too."""
+    skipped = []
 
-    def lines(items: Iterable[dict]) -> str:
-        return ",".join(f"\n{json.dumps(item, allow_nan=False)}" for item in items)
+    def line(content: dict) -> str:
+        return f"\n{json.dumps(content, allow_nan=False)}"
 
-    content = f'{{"predictions": [{lines(predicted)}],\n"skipped": [{lines(left_out)}]}}\n'
-    file.write_text(content, encoding="utf-8")
+    with open(file, "w", encoding="utf-8") as opened:
+        opened.write('{"predictions": [')
+        comma = ""
+        try:
+            for one in results:
+                if isinstance(one, Skipped):
+                    skipped.append(line({"file": str(one.recording.path), "reason": one.reason}))
+                    continue
+                top = [{"scene": scene, "probability": probability} for scene, probability in one.best(TOP)]
+                content = {
+                    "file": str(one.recording.path),
+                    "top": top,
+                    "probabilities": dict(zip(scenes, one.probabilities, strict=True)),
+                    "seconds": one.seconds,
+                    "device_id": one.recording.device_id,
+                    "windows": one.n_windows,
+                }
+                opened.write(comma + line(content))
+                comma = ","
+        finally:
+            opened.write(f'],\n"skipped": [{",".join(skipped)}]}}\n')
 
 
 WRITERS = {".csv": _write_csv, ".json": _write_json}  # by the ending of --out
 
 
-def _predict_all(module: SceneClassifier, recordings: list[Recording], config: PredictConfig) -> tuple[list, list]:
-    """Return (predictions, skipped files) with a progress bar; skipped files are reported on stderr at once."""
-    predictions, skipped = [], []
+@dataclass
+class Summary:
+    """What is printed at the end. With --out, results are written as they come, and only the first ones are held."""
+
+    most: float  # rows to hold
+    seconds: float  # of a window
+    rows: list[Prediction] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)  # names
+    n_predicted: int = 0
+    n_padded: int = 0
+    n_skipped: int = 0
+
+    def add(self, one: Prediction) -> None:
+        self.n_predicted += 1
+        if len(self.rows) < self.most:
+            self.rows.append(one)
+        if one.is_repeated:
+            self.repeated.append(printable(one.recording.path))
+        elif one.seconds < self.seconds:
+            self.n_padded += 1
+
+
+def _results(
+    module: SceneClassifier, recordings: list[Recording], config: PredictConfig, summary: Summary
+) -> Iterator[Prediction | Skipped]:
+    """Yield the results, with a progress bar; skipped files are reported on stderr at once.
+
+    Raises `UserError`, naming the checkpoint, where the model's output is not finite.
+    """
     with progress(total=len(recordings), desc="predicting", unit=" files", disable=len(recordings) < MANY) as bar:
-        for one in predict(module, recordings, config.batch_size, config.overlap):
-            if isinstance(one, Skipped):
-                skipped.append(one)
-                bar.write(f"skipped: {one.reason.encode(errors='replace').decode()}", file=sys.stderr)
-            else:
-                predictions.append(one)
-            bar.update()
-    return predictions, skipped
+        try:
+            for one in predict(module, recordings, config.batch_size, config.overlap):
+                if isinstance(one, Skipped):
+                    summary.n_skipped += 1
+                    bar.write(f"skipped: {printable(one.reason)}", file=sys.stderr)
+                else:
+                    summary.add(one)
+                yield one
+                bar.update()
+        except FloatingPointError as error:
+            what = "its weights are damaged, or too large; take another checkpoint"
+            raise UserError(f"--ckpt_path {config.ckpt_path}: {printable(error)}: {what}") from error
+
+
+def _write(path: Path, results: Iterable[Prediction | Skipped], scenes: Sequence[str]) -> None:
+    """Write the results as they come, beside ``path``, which is replaced at the end; after a Ctrl-C, what there is goes
+    to a file of another name."""
+
+    def write(beside: Path) -> None:
+        try:
+            WRITERS[path.suffix.lower()](beside, results, scenes)
+        except KeyboardInterrupt:
+            partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+            os.replace(beside, partial)
+            raise KeyboardInterrupt(f"stopped by the keyboard; what was predicted is in {partial}") from None
+
+    replace_file(path, write)
 
 
 def main() -> None:
@@ -222,27 +278,29 @@ def main() -> None:
     seconds = span.window / rate
     own = ", ".join(module.device_models) or "none"
     print(f"{module.config.model.model}: windows of {seconds:.2f} s; devices with a model of their own: {own}")
-    predictions, skipped = _predict_all(module, recordings, config)
-    rows = predictions[:SHOWN] if config.out else predictions
-    if rows:
-        print("\n" + table(rows))
-    if len(rows) < len(predictions):
-        print(f"... and {len(predictions) - len(rows):,} more")
+    summary = Summary(SHOWN if config.out else math.inf, seconds)
+    results = _results(module, recordings, config, summary)
     if config.out:
-        path = Path(config.out).expanduser()
-        replace_file(path, lambda beside: WRITERS[path.suffix.lower()](beside, predictions, skipped))
-        print(f"\n{len(predictions):,} recordings: {config.out}")
-    if repeated := [one for one in predictions if one.is_repeated]:
-        names = ", ".join(_shown(one.recording.path) for one in repeated[:3]) + (", ..." if len(repeated) > 3 else "")
+        _write(Path(config.out).expanduser(), results, module.labels.scenes)
+    else:
+        deque(results, maxlen=0)
+    if summary.rows:
+        print("\n" + table(summary.rows))
+    if len(summary.rows) < summary.n_predicted:
+        print(f"... and {summary.n_predicted - len(summary.rows):,} more")
+    if config.out:
+        print(f"\n{summary.n_predicted:,} recordings: {config.out}")
+    if repeated := summary.repeated:
+        names = ", ".join(repeated[:3]) + (", ..." if len(repeated) > 3 else "")
         print(
             f"WARNING: shorter than the {span.least / rate:.2f} s that the model needs, and repeated to fill them: "
             f"{names} (recordings: {len(repeated):,})",
             file=sys.stderr,
         )
-    if padded := sum(not one.is_repeated and one.seconds < seconds for one in predictions):
+    if padded := summary.n_padded:
         print(f"\nshorter than {seconds:.2f} s, and padded, as by --target_length in training: {padded:,} recordings")
-    if skipped:
-        raise UserError(f"{len(skipped):,} of {len(recordings):,} files were skipped; the lines above say why")
+    if n := summary.n_skipped:
+        raise UserError(f"{n:,} of {len(recordings):,} files were skipped; the lines above say why")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A small data folder that can be learnt from in seconds, and the scripts as a user runs them."""
 
 import json
+import signal
 import sys
 import time
 from functools import partial
@@ -46,6 +47,20 @@ def call_main(tmp_path, monkeypatch, capsys):
         return Finished(code, shown.out, shown.err)
 
     return run
+
+
+@pytest.fixture
+def alarm():
+    """Fail the test instead of waiting for ever, as on a FIFO."""
+
+    def ring(*_):
+        raise AssertionError("it waits for ever")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 def refusal(call, *args) -> str:

@@ -1,6 +1,7 @@
 """Which scan is taken, what is said about it, and that a broken or missing tool costs speed and not the run."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from conftest import ROOT
 from forked import Program
 
 import aum
-from aum.scan import BACKENDS, backends, choose, cuda_kernels
+from aum.scan import BACKENDS, backends, build, choose, cuda_kernels
 
 MIXER = """
 import logging, torch
@@ -93,6 +94,48 @@ def test_a_cache_folder_that_cannot_be_written(run, tmp_path):
     lines = run(AUDIO_MAMBA_CACHE=tmp_path / "file")
     assert sum("for this run only" in line and "AUDIO_MAMBA_CACHE" in line for line in lines) == 1
     assert lines[-1] == CHOSEN
+
+
+@pytest.fixture
+def loaded(tmp_path, monkeypatch):
+    """Return the path of the library that a process would load; nothing is compiled or loaded."""
+    monkeypatch.setenv("AUDIO_MAMBA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(build, "_load", lambda path: path)
+    monkeypatch.setattr(build, "_compile", lambda _, machine, folder, name: folder / f"{name}-{'0' * 16}.so")
+    return build.library.__wrapped__
+
+
+@pytest.mark.parametrize("attack", ["folder", "parent", "file", "link", "another's folder", "another's file"])
+def test_a_library_that_others_could_have_planted_is_not_loaded(loaded, tmp_path, caplog, attack):
+    compiled = loaded()
+    content = b"code of another user"
+    planted = compiled.with_name(compiled.name.replace("0" * 16, build._digest(content)))
+    planted.write_bytes(content)
+    assert loaded() == planted and not caplog.records
+    of_others = {"folder": planted.parent, "parent": tmp_path, "file": planted}
+    if attack in of_others:
+        of_others[attack].chmod(0o777)
+    elif attack == "link":
+        planted.rename(tmp_path / "elsewhere.so")
+        planted.symlink_to(tmp_path / "elsewhere.so")
+    elif os.geteuid():
+        pytest.skip("only root can give files to others")
+    else:
+        os.chown(of_others[attack.removeprefix("another's ")], 12345, 12345)
+    assert loaded().parent.name.startswith("audio_mamba-")  # a temporary folder
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert "for this run only" in line and str(tmp_path) in line
+
+
+def test_the_cache_is_made_for_its_user_alone(loaded, tmp_path):
+    before = os.umask(0o002)
+    try:
+        assert loaded().parent == tmp_path / "cache" / "audio_mamba"
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == {0o700}
+    tmp_path.chmod(0o1777)  # as /tmp
+    assert loaded().parent == tmp_path / "cache" / "audio_mamba"
 
 
 @pytest.mark.skipif(not {"avx"} & set(Path("/proc/cpuinfo").read_text().split()), reason="not an x86-64 with AVX")

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -12,12 +14,16 @@ import torch
 from conftest import FIT, SMALL, refusal
 from stored_files import file_sizes
 
+import aum
 import test_only
 import train_base
 import train_device_specific
-from dcase import compare, export, predict, publish, submit
+from dcase import cli, compare, export, predict, prepare, publish, submit
 from dcase.data.labels import SCENES, TAU22_LABELS
-from dcase.runs.checkpoints import load_checkpoint
+from dcase.doctor import data as doctors_data
+from dcase.doctor.data import DoctorConfig
+from dcase.report import __main__ as report
+from dcase.runs.checkpoints import load_checkpoint, save_checkpoint
 from dcase.runs.stored import save_stored
 from dcase.runs.trained import load_trained
 from dcase.training import lit
@@ -198,6 +204,18 @@ def test_checkpoint_that_carries_code_is_refused_and_does_not_run(call, tmp_path
 def test_checkpoint_of_something_else(call, tmp_path):
     torch.save({"state_dict": {"weight": torch.zeros(2)}}, tmp_path / "other.ckpt")
     call("test_only", "--ckpt_path", "other.ckpt").refused("other.ckpt", "train_base.py")
+
+
+@pytest.mark.parametrize("main", [test_only.main, export.main, submit.main])
+def test_weights_that_are_not_finite_are_an_error_of_the_checkpoint(call_main, learnable, project, main):
+    checkpoint = load_checkpoint(project / "general" / "checkpoints" / "best.ckpt")
+    checkpoint["state_dict"]["model.layers.0.mixer.D"][0] = float("nan")
+    save_checkpoint(checkpoint, project / "bad.ckpt")
+    args = ["--label", "A_B"] if main == submit.main else []
+    call_main(main, "--ckpt_path", "P/bad.ckpt", "--dataset_dir", learnable, *args).refused(
+        "--ckpt_path P/bad.ckpt: model.layers.0.mixer.D is NaN or infinite"
+    )
+    assert not list(Path().glob("submissions/**/*.safetensors")) and not Path("DCASE25_Task1").exists()
 
 
 def test_weights_that_do_not_fit_their_configuration(call, learnable, project):
@@ -386,6 +404,39 @@ def test_recording_cut_short(call, data):
     done = call("train_base", "--dataset_dir", data, *TRAIN, "--n_epochs", "1")
     done.refused(path.name, "dcase.prepare")
     keeps_good_checkpoint(data.parent, epoch=0)  # the training is not lost
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def test_a_fifo_or_a_device_among_the_files_does_not_make_a_command_wait(call, call_main, data, project, alarm):
+    cut, lists = "--orig_sample_rate 8000 --num_workers 0".split(), ["--dataset_dir", data]
+    clips = sorted((data / "audio").iterdir())
+    fifo(clips[0])
+    clips[1].unlink()
+    clips[1].symlink_to("/dev/zero")
+    config = cli.parse(DoctorConfig, "", args=["--dataset_dir", str(data), "--orig_sample_rate", "8000"])
+    assert "2 unreadable" in " ".join(one.found for one in doctors_data.data_folder(config))
+    call("train_base", *lists, *TRAIN).refused(f"{clips[0].parent}/", "cannot be read")
+    call_main(prepare.main, *lists, *cut, "--pack").refused(f"{clips[0]} cannot be read", "FIFO")
+    done = call_main(prepare.main, *lists, *cut)
+    assert done.code == 0 and re.search(r"2 +unreadable", done.out), done.err
+    (data / "meta_clean.csv").unlink()
+    fifo(data / "meta.csv")
+    assert "FIFO" in " ".join(one.found for one in doctors_data.data_folder(config))
+    for main in (prepare.main, train_base.main):
+        call_main(main, *lists).refused("meta.csv cannot be read (it is a FIFO, no regular file)")
+    fifo(project / "general" / "metrics.csv")
+    assert call_main(report.main, "general", "--project_name", "P").code == 0
+
+
+def test_a_fifo_in_a_published_model_does_not_make_a_command_wait(tmp_path, alarm):
+    aum.create_model("aum_nano", n_mels=32, target_length=32, embed_dim=16).save_pretrained(tmp_path)
+    fifo(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors is no regular file"):
+        aum.AudioMamba.from_pretrained(tmp_path)
 
 
 def test_a_test_that_fails_is_to_be_given_again_not_resumed(call, call_main, data, project):

@@ -1,9 +1,12 @@
 """Recordings of any length, rate and format: what the model reads of them, what comes out, what is skipped."""
 
 import csv
+import itertools
 import json
 import math
+import os
 import shutil
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -240,7 +243,7 @@ def test_a_file_that_goes_bad_at_its_end_is_skipped_whole(module, tmp_path, lear
     bad = write(tmp_path / "bad.wav", sound, subtype="FLOAT")
     good = clip(learnable)
     first, skipped, last = predictions_of(module, [Recording(good), Recording(bad), Recording(good)], batch_size=2)
-    assert isinstance(skipped, Skipped) and skipped.reason == f"{bad} holds NaN or infinite samples"
+    assert isinstance(skipped, Skipped) and skipped.reason == f"{bad} is no recording, NaN or infinite"
     assert first.probabilities == pytest.approx(last.probabilities, abs=1e-6)
 
 
@@ -326,11 +329,116 @@ def test_bad_files_are_reported_and_skipped(call, ckpt, learnable, tmp_path):
     assert "Traceback" not in done.err
     skipped = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
     assert [Path(line.split()[1]).name for line in skipped] == [*names[:1], *names[2:-1]]
-    assert "Format not recognised" in skipped[0] and "truncated" in skipped[1] and "is empty" in skipped[2]
+    assert "Format not recognised" in skipped[0] and "truncated" in skipped[1] and "empty" in skipped[2]
     assert "cannot be read" in skipped[3] and "truncated" in skipped[4] and "No such file" in skipped[5]
     content = json.loads((tmp_path / "out.json").read_text())
     assert [Path(one["file"]).name for one in content["predictions"]] == ["good.wav", "whole.flac"]
     assert [f"skipped: {one['reason']}" for one in content["skipped"]] == skipped
+
+
+def hostile(folder: Path, good: Path) -> dict[str | bytes, str]:
+    """Make sound files that cannot be read, and return what is said of each."""
+    loud = np.full(4000, 3e38, np.float32) * np.resize([1, -1], 4000)
+    write(folder / "empty.wav", np.zeros(0), 44100)
+    write(folder / "loud.wav", loud, subtype="FLOAT")
+    write(folder / "loud_too.wav", loud, 44100, subtype="FLOAT")
+    shutil.copy(good, os.fsencode(folder) + b"/caf\xe9.wav")
+    os.mkfifo(folder / "fifo.wav")
+    (folder / "folder.wav").mkdir()
+    (folder / "zero.wav").symlink_to("/dev/zero")
+    (folder / "gone.wav").symlink_to("/nowhere")
+    too_loud = "is no recording, too loud (samples of up to 3.0e+38, full scale is 1)"
+    return {
+        "empty.wav": "is no recording, empty",
+        "loud.wav": too_loud,
+        "loud_too.wav": too_loud,
+        r"caf\udce9.wav": "cannot be read (its name is not UTF-8: rename it)",
+        "fifo.wav": "cannot be read (it is a FIFO, no regular file)",
+        "folder.wav": "cannot be read (it is a folder)",
+        "zero.wav": "cannot be read (it is a device or socket, no regular file)",
+        "gone.wav": "cannot be read (No such file or directory)",
+    }
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_no_file_takes_the_others_results_with_it(call, ckpt, learnable, tmp_path, ending, alarm):
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    for name in ("a.wav", "z\x1b[31m\n<b>.wav"):
+        shutil.copy(clip(learnable), folder / name)
+    said = hostile(folder, clip(learnable))
+    done = call(folder, "--ckpt_path", ckpt, "--out", f"out.{ending}")
+    assert (
+        done.code == 2
+        and done.error == f"error: {len(said)} of {len(said) + 2} files were skipped; the lines above say why"
+    )
+    skipped = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
+    assert sorted(skipped) == sorted(f"skipped: {folder}/{name} {reason}" for name, reason in said.items())
+    assert r"z\x1b[31m\n<b>.wav" in done.out and "\x1b" not in done.out + done.err
+    if ending == "json":
+        names = [one["file"] for one in json.loads((tmp_path / "out.json").read_text())["predictions"]]
+    else:
+        with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+            names = [row["file"] for row in csv.DictReader(file)]
+    assert [Path(name).name for name in names] == ["a.wav", "z\x1b[31m\n<b>.wav"]
+    assert {path.name for path in tmp_path.iterdir()} == {"sounds", f"out.{ending}"}
+
+
+def test_only_regular_files_are_opened(call, ckpt, folder, tmp_path, alarm):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "x.safetensors").symlink_to("fifo")
+    for args, part in [
+        (["--ckpt_path", "fifo"], "checkpoint fifo does not exist, or is no regular file"),
+        (["--ckpt_path", "x.safetensors"], "it is a FIFO, no regular file"),
+        (["--ckpt_path", "/dev/zero"], "or is no regular file"),
+        (["--ckpt_path", ckpt, "--list", "fifo"], "--list fifo cannot be read (it is a FIFO, no regular file)"),
+    ]:
+        call(folder, *args).refused(part)
+
+
+@pytest.mark.parametrize("ending", ["csv", "json"])
+def test_what_was_predicted_before_a_ctrl_c_is_kept(call, ckpt, learnable, tmp_path, monkeypatch, ending):
+    shutil.copy(clip(learnable), tmp_path / "a.wav")
+    (tmp_path / f"out.{ending}").write_text("earlier")
+
+    def stopped(*args):
+        yield from itertools.islice(predictions_of(*args), 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "predict", stopped)
+    done = call(learnable / "audio", "--ckpt_path", ckpt, "--out", f"out.{ending}", "--batch_size", 1)
+    partial = tmp_path / f"out.partial.{ending}"
+    assert done.code == 130 and done.err.endswith(f"what was predicted is in {partial.name}\n")
+    found = json.loads(partial.read_text())["predictions"] if ending == "json" else list(csv.DictReader(partial.open()))
+    assert len(found) == 2 and (tmp_path / f"out.{ending}").read_text() == "earlier"
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_results_are_written_as_they_come_and_not_held(call, ckpt, learnable, tmp_path, monkeypatch):
+    shown, held = [], []
+
+    def watched(*args):
+        for one in predictions_of(*args):
+            held.append(weakref.ref(one))
+            shown.append((len(list(tmp_path.glob(".out.csv.*"))), sum(ref() is not None for ref in held)))
+            yield one
+            del one
+
+    monkeypatch.setattr(predict, "predict", watched)
+    assert call(learnable / "audio", "--ckpt_path", ckpt, "--out", "out.csv").code == 0
+    beside, alive = zip(*shown, strict=True)
+    assert len(shown) == 104 and set(beside) == {1}
+    assert max(alive) <= predict.SHOWN + 3
+
+
+def test_a_model_that_is_not_finite_is_refused_by_name(call, ckpt, learnable, tmp_path):
+    shutil.copy(clip(learnable), tmp_path / "a.wav")
+    for value, said in ((math.nan, "is NaN or infinite: the file is damaged"), (3e38, "a.wav is NaN or infinite")):
+        checkpoint = load_checkpoint(ckpt)
+        checkpoint["state_dict"]["model.layers.0.mixer.out_proj.weight"].fill_(value)
+        save_checkpoint(checkpoint, tmp_path / "bad.ckpt")
+        call("a.wav", "--ckpt_path", "bad.ckpt", "--out", "out.json").refused("--ckpt_path bad.ckpt: ", said)
+        assert not (tmp_path / "out.json").exists()
 
 
 def test_the_device_comes_from_the_flag_the_name_or_the_list(call, by_device, learnable, tmp_path):
@@ -385,7 +493,7 @@ def test_bad_input_is_one_line(call, ckpt, folder, tmp_path):
         ([tmp_path / "nothing", "--ckpt_path", ckpt], ["nothing holds no .wav, .flac or .ogg file"]),
         ([folder, "--ckpt_path", "no.ckpt"], ["no.ckpt does not exist"]),
         ([folder, "--ckpt_path", ckpt, "--device_id", "z"], ["--device_id is auto", "'z'"]),
-        ([folder, "--ckpt_path", ckpt, "--overlap", "1"], ["--overlap", "1.0"]),
+        ([folder, "--ckpt_path", ckpt, "--overlap", "1"], ["--overlap", "at most 0.99", "1.0"]),
         ([folder, "--ckpt_path", ckpt, "--batch_size", "0"], ["--batch_size"]),
         ([folder, "--ckpt_path", ckpt, "--out", "x.txt"], ["--out ends in .csv or .json"]),
         ([folder, "--ckpt_path", ckpt, "--list", "list.csv"], ["--list list.csv has no file"]),

@@ -887,3 +887,14 @@ def test_a_clip_that_half_of_the_other_devices_miss_is_the_sounds_fault():
     logits = np.eye(10)[[1, 0, 1]]
     predictions = Predictions(names, np.zeros(3, int), np.arange(3), np.array(["lyon-1"] * 3), logits)
     assert blame(predictions, same_sound(predictions), 0) == Blame(device=0, sound=1, alone=0)
+
+
+def test_names_of_clips_and_places_are_text_and_no_html(tmp_path):
+    p = made_up(n=300)
+    names = np.array([f'audio/<img src=x onerror=alert({i})>"{name[6:]}' for i, name in enumerate(p.filenames)])
+    places = np.array([f'"><script>alert(1)</script>{place}' for place in p.location])
+    run = write_run(tmp_path / "r", replace(p, filenames=names, location=places), tmp_path, experiment_name="<b>me</b>")
+    page = Page(write_page(read_finished(run)))
+    page.check()
+    assert "&lt;img src=x onerror=alert(" in page.text and "&lt;script&gt;" in page.text and "&lt;b&gt;me" in page.text
+    assert "onerror" not in {name for _, attributes in page.elements for name in attributes}

@@ -708,3 +708,11 @@ def test_probabilities_that_sum_to_less_than_1(tmp_path):
     path.write_text("".join("\t".join(row) + "\n" for row in rows))
     (problem,) = check_output(path, ["x.wav"])
     assert "sum to 0.6000" in problem
+
+
+def test_outputs_that_are_not_finite_are_not_written(tmp_path):
+    logits = torch.zeros(2, len(SCENES))
+    logits[1, 3] = np.nan
+    said = refusal(write_output, tmp_path / "out.csv", ["a.wav", "b.wav"], logits)
+    assert "the model's output for b.wav is NaN or infinite" in said
+    assert not (tmp_path / "out.csv").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch.nn.functional as F  # torch brings the OpenMP runtime that the kernels then share
 from torch import Tensor
 
-from aum.cache import cache_folder
+from aum.cache import cache_folder, make_cache_folder, refuse_others
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ def library() -> ctypes.CDLL:
 
     The file is kept in `aum.cache.cache_folder`. Its name is made of the source, the compiler and the
     processor's instruction set, so that machines can share a home folder, and by its content,
-    because loading a damaged library would end the process.
+    because loading a damaged library would end the process. Loading one runs its code: where another
+    user could have put it there, this process compiles its own.
     """
     compiler = _compiler()
     machine, built_for = _instruction_set(compiler)
@@ -43,13 +44,15 @@ def library() -> ctypes.CDLL:
     name = f"cpu_kernels-{_digest(b' '.join(made_of))}"
     folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_cache_folder().resolve()
+        refuse_others(folder)
         for path in folder.glob(f"{name}-*.so"):
+            refuse_others(path)
             if path.stem.endswith(_digest(path.read_bytes())):
                 return _load(path)
             log.warning("%s is damaged: compiling it again", path)
         return _load(_compile(compiler, machine, folder, name))
-    except OSError as error:  # not writable, full, or mounted noexec: compile only for this process
+    except OSError as error:  # not writable, full, mounted noexec, or not safe: compile only for this process
         log.warning(
             "the compiled CPU kernels cannot be kept in %s (%s): compiling them for this run only. "
             "AUDIO_MAMBA_CACHE names another folder",

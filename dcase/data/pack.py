@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from dcase.errors import UserError, one_line
+from dcase.files import regular
 from dcase.progress import progress
 
 VERSION = 1  # of these files
@@ -49,7 +50,7 @@ class Pack:
         self._blocks = manifest["blocks"]
         index_path = self.folder / f"index-{manifest['id']}.npz"
         try:
-            content = index_path.read_bytes()
+            content = regular(index_path).read_bytes()
             n_bytes = self.path.stat().st_size
         except OSError as error:
             raise UserError(f"{self.folder} is not whole ({one_line(error)}): {AGAIN}") from error

@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import soundfile
 import torch
 from torch import Tensor
 
 from dcase.data.logmel import LogMelConfig
-from dcase.data.sound import cut_short, is_odd_ratio, resampler
+from dcase.data.sound import cut_short, fault_of, is_odd_ratio, resampler
 from dcase.errors import UserError, one_line
+from dcase.files import regular
 
 PIECE_SECONDS = 30  # length of the pieces
 
@@ -50,10 +50,10 @@ def pieces(path: Path, sample_rate: int) -> Iterator[Tensor]:
     """Yield a sound file as (1, samples), float32, some seconds at a time: mono, resampled to ``sample_rate`` (Hz).
 
     Concatenated, the pieces equal `sound.read_wav`. Raises `UserError`, naming the file, where it is missing,
-    unreadable, truncated, empty or not finite; some of it shows only at the file's end.
+    unreadable, truncated, empty, not finite or far too loud; some of it shows only at the file's end.
     """
     try:
-        open(path, "rb").close()  # libsndfile would only say "System error"
+        open(regular(path), "rb").close()  # libsndfile would only say "System error"
         with soundfile.SoundFile(path) as file:
             if cut := cut_short(file):
                 raise UserError(f"{path} cannot be read ({cut})")
@@ -61,7 +61,7 @@ def pieces(path: Path, sample_rate: int) -> Iterator[Tensor]:
                 raise UserError(f"{path} has {file.samplerate} Hz, too odd a ratio to resample to {sample_rate} Hz")
             yield from _resampled(file, path, sample_rate)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: soundfile's, for a name in .raw
-        raise UserError(f"{path} cannot be read ({one_line(error)})") from error
+        raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from error
 
 
 def _resampled(file: soundfile.SoundFile, path: Path, sample_rate: int) -> Iterator[Tensor]:
@@ -76,8 +76,8 @@ def _resampled(file: soundfile.SoundFile, path: Path, sample_rate: int) -> Itera
     while True:
         new = file.read(before + size + reach - held.shape[1], dtype="float32", always_2d=True)
         n_read += len(new)
-        if not np.isfinite(new).all():
-            raise UserError(f"{path} holds NaN or infinite samples")
+        if fault := fault_of(new) if len(new) or not n_read else "":
+            raise UserError(f"{path} is no recording, {fault}")
         held = torch.cat([held, torch.from_numpy(new.mean(axis=1, keepdims=True).T)], 1)
         at_end = held.shape[1] < before + size + reach
         y = resample(held) if resample else held
@@ -87,8 +87,6 @@ def _resampled(file: soundfile.SoundFile, path: Path, sample_rate: int) -> Itera
             break
         held = held[:, before + size - reach :]
         before = reach
-    if not n_read:
-        raise UserError(f"{path} is empty")
     if n_read < file.frames:  # a cut MP3 file; FLAC's decoder reports it, and an OGG file does not know its length
         raise UserError(f"{path} cannot be read (truncated: {n_read} of {file.frames} samples)")
 

@@ -11,8 +11,10 @@ import torch
 import torchaudio
 
 from dcase.errors import UserError, one_line
+from dcase.files import regular
 
 CHECK = "check the data folder with `python -m dcase.prepare`"
+LOUDEST = 1e6  # samples, of full scale 1: beyond unscaled 16-bit integers, and far below where a log-mel overflows
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, int]:
@@ -21,7 +23,7 @@ def read_samples(path: Path) -> tuple[np.ndarray, int]:
     Raises `UserError` where it is missing, is no sound file or ends early.
     """
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(regular(path)) as file:
             samples = file.read(dtype="float32", always_2d=True)
             rate, cut = file.samplerate, cut_short(file)
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: soundfile's, for a name in .raw
@@ -56,6 +58,16 @@ def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
     if is_odd_ratio(rate, sample_rate):
         raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to --sample_rate {sample_rate}: {CHECK}")
     return resampler(rate, sample_rate)(waveform)
+
+
+def fault_of(samples: np.ndarray) -> str:
+    """Return why samples (samples, channels) cannot be those of a recording, or ""."""
+    if not len(samples):
+        return "empty"
+    peak = np.abs(samples).max()
+    if not np.isfinite(peak):
+        return "NaN or infinite"
+    return f"too loud (samples of up to {peak:.1e}, full scale is 1)" if peak > LOUDEST else ""
 
 
 def is_odd_ratio(rate: int, sample_rate: int) -> bool:

@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 import soundfile
 
-from aum.cache import cache_folder
+from aum.cache import cache_folder, make_cache_folder
 from dcase.data.cores import over_all_cores
 from dcase.data.tau22 import DEVICES, SCENES, SUBSETS
 from dcase.errors import UserError
@@ -519,7 +519,7 @@ def ensure_default() -> Path:
     folder = default_folder()
     if not is_whole(folder):
         with _told(folder, "SynthTAU", "--out"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_cache_folder()
             with open(folder.with_suffix(".lock"), "w") as lock:
                 fcntl.lockf(lock, fcntl.LOCK_EX)  # released when the process ends, also when it is killed
                 if not is_whole(folder):

@@ -30,7 +30,7 @@ import pandas as pd
 
 from dcase.data.labels import DEVICES, LABELS_JSON, SCENES, TAU22_LABELS, Labels
 from dcase.errors import UserError, one_line
-from dcase.files import replace_file
+from dcase.files import regular, replace_file
 
 TEST_CLIPS = 29_680  # in TAU22's test.csv
 SUBSETS = (5, 10, 25, 50, 100)  # percent of TAU22's training clips
@@ -375,7 +375,7 @@ def _refuse(path: Path, table: pd.DataFrame, bad: pd.Series, problem: str) -> No
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return regular(path).read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: check --dataset_dir") from error
     except OSError as error:

@@ -68,6 +68,8 @@ def predict(
 ) -> Iterator[Prediction | Skipped]:
     """Yield each recording's probabilities, in the order given; an unreadable file is skipped, with the reason.
 
+    Raises FloatingPointError where the model's output is not finite: samples that could cause it are not read.
+
     Args:
         batch_size: windows in a batch, of one recording or of several.
         overlap: share of a window that the next window reads again, 0 to below 1.
@@ -140,6 +142,8 @@ def _classify(module: SceneClassifier, batch: list[tuple[Tensor, _Sum]]) -> None
         device = torch.tensor([module.labels.device_index(one.recording.device_id) for one in sums])
         with torch.inference_mode():
             logits = module(torch.stack(sounds).to(where), device.to(where))
+        if lost := next((one for one, x in zip(sums, logits, strict=True) if not x.isfinite().all()), None):
+            raise FloatingPointError(f"the model's output for {lost.recording.path} is NaN or infinite")
         for one, probabilities in zip(sums, logits.double().softmax(1).cpu(), strict=True):
             one.probabilities = one.probabilities + probabilities
             one.n_windows += 1

@@ -39,6 +39,7 @@ from dcase.data.tau22 import (
 from dcase.doctor.findings import Finding, looked
 from dcase.doctor.machine import disk
 from dcase.errors import UserError
+from dcase.files import regular
 from dcase.progress import progress
 
 OWN_DATA = 'docs/extending.md, "A data set", has the lists of data of your own'
@@ -225,7 +226,7 @@ def _lengths_of_files(folder: Path, names: list[str], sample_rate: int) -> tuple
     found, faulty = {}, []
     for name in progress(names, desc="lengths of the clips", unit=" files", leave=False, delay=1):
         try:
-            with soundfile.SoundFile(folder / name) as file:
+            with soundfile.SoundFile(regular(folder / name)) as file:
                 if not file.frames or cut_short(file):
                     raise OSError
                 found[name] = -(-file.frames * sample_rate // file.samplerate)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dcase.data.labels import Labels
 from dcase.data.tau22 import TEST_CLIPS
 from dcase.errors import UserError, one_line
+from dcase.files import regular
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
 from dcase.runs.config import BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
 from dcase.runs.folder import Run, kind_of
@@ -146,7 +147,7 @@ class Finished:
         """metrics.csv. A row that a kill cut short is left out; of a step logged twice, the last row counts."""
         found: dict[str, dict[int, float]] = {}
         try:
-            with open(self.folder / "metrics.csv", newline="", encoding="utf-8") as file:
+            with open(regular(self.folder / "metrics.csv"), newline="", encoding="utf-8") as file:
                 for row in list(csv.reader(file))[1:]:
                     try:
                         step, name, value = row
@@ -190,7 +191,7 @@ def read_finished(folder: Path) -> Finished:
 def _read_object(path: Path) -> dict:
     """Return a JSON object; an empty one where the file is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(regular(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

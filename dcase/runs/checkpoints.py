@@ -24,7 +24,7 @@ def load_checkpoint(path: Path | str) -> dict:
     """Return a checkpoint of this code, on the CPU. Raises `UserError`, naming the file, for anything else."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: check --ckpt_path or --ckpt_id")
+        raise UserError(f"checkpoint {path} does not exist, or is no regular file: check --ckpt_path or --ckpt_id")
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()  # torch does not check the checksums that it writes

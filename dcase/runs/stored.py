@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dcase.data.labels import TAU22_LABELS
 from dcase.errors import UserError, one_line
-from dcase.files import replace_file
+from dcase.files import regular, replace_file
 from dcase.model.quantisation import decode, encode
 
 FORMAT = 1
@@ -61,7 +61,7 @@ def load_model(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     Raises `UserError`, naming the file, where it is missing, damaged or of another program.
     """
     try:
-        data = Path(path).read_bytes()
+        data = Path(regular(path)).read_bytes()
     except OSError as error:
         raise UserError(f"stored model {path} cannot be read ({error.strerror}): check --ckpt_path") from error
     try:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from dcase.data.labels import Labels
 from dcase.errors import UserError
-from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint
+from dcase.runs.checkpoints import final_state, load_checkpoint, merged_checkpoint
 from dcase.runs.folder import CHECKPOINTS, STORED, Run, RunConfig
 from dcase.runs.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.runs.stored import load_stored
@@ -16,9 +16,20 @@ def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
     ``path``: a checkpoint file of either stage, or several of stage 2, separated by commas, which are merged; a
     stored model, or the folder of those of all devices; the folder of a published model, or of those of all devices.
 
-    Raises `UserError`, naming the file, where one is missing, damaged or of another program, or where several do not
-    fit. Where ``path`` is a run's folder or its id in ``project_name``, the error names the files to give.
+    Raises `UserError`, naming the file, where one is missing, damaged or of another program, where several do not fit,
+    or where a weight is not finite. Where ``path`` is a run's folder or its id in ``project_name``, the error names the
+    files to give.
     """
+    checkpoint = _read(path, project_name)
+    if lost := next((name for name, value in final_state(checkpoint).items() if not value.isfinite().all()), None):
+        raise UserError(
+            f"--ckpt_path {path}: {lost} is NaN or infinite: the file is damaged, or its training diverged; take an "
+            "earlier checkpoint, or train again with a lower --lr"
+        )
+    return checkpoint
+
+
+def _read(path: str, project_name: str) -> dict:
     parts = path.split(",")
     if len(set(parts)) < len(parts):
         raise UserError(f"--ckpt_path {path}: one of these files is there twice")

@@ -12,7 +12,7 @@ from torch import Tensor
 from dcase.data.labels import SCENES
 from dcase.data.tau22 import leaves_folder
 from dcase.errors import UserError
-from dcase.files import replace_file
+from dcase.files import regular, replace_file
 
 HEADER = ["filename", "scene_label", *SCENES]
 SUM_TOLERANCE = 1e-3  # of a row's probabilities
@@ -26,7 +26,7 @@ def evaluation_list(folder: Path) -> pd.DataFrame:
     """
     path = folder / "evaluation_setup" / "fold1_test.csv"
     try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        table = pd.read_csv(regular(path), sep="\t", dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--eval_dir {folder}: {path} cannot be read; it lists filename and device_id") from error
     problem = ""
@@ -42,7 +42,9 @@ def evaluation_list(folder: Path) -> pd.DataFrame:
 
 
 def write_output(path: Path, names: list[str], logits: Tensor) -> None:
-    """Write the output for recordings with logits (n, n_classes)."""
+    """Write the output for recordings with logits (n, n_classes). Raises `UserError` where these are not finite."""
+    if bad := [name for name, finite in zip(names, logits.isfinite().all(1).tolist(), strict=True) if not finite]:
+        raise UserError(f"{path} is not written: the model's output for {bad[0]} is NaN or infinite: train another one")
     probabilities = logits.double().softmax(1)
     rows = zip(names, probabilities.argmax(1).tolist(), probabilities.tolist(), strict=True)
 
