@@ -4,11 +4,11 @@
     python -m dcase.predict recordings/ --ckpt_path FOLDER --out scenes.csv                 # of dcase.publish
     python -m dcase.predict /data/evaluation --list fold1_test.csv --ckpt_path FOLDER --out scenes.json
 
-Recordings are WAV, FLAC or OGG files of any rate, length and number of channels. One that is longer than the model's
-training clips is cut into windows of their length, and the probabilities of the windows are averaged; the last window
-ends with the recording. A shorter one is repeated until it fills a window, since silence is no scene; a model trained
-with --target_length reads it padded, as it read its training clips. A file that cannot be read is reported and skipped,
-and the exit code is then 2.
+Recordings are WAV, FLAC, OGG, MP3 or AIFF files, or whatever else libsndfile reads, of any rate, length and number of
+channels. One that is longer than the model's training clips is cut into windows of their length, and the probabilities
+of the windows are averaged; the last window ends with the recording. A shorter one is repeated until it fills a window,
+since silence is no scene; a model trained with --target_length reads it padded, as it read its training clips. A file
+that cannot be read is reported and skipped, and the exit code is then 2.
 """
 
 import csv
@@ -26,6 +26,7 @@ import tyro
 
 from aum.allocator import keep_freed_memory
 from dcase.cli import parse
+from dcase.data.sound import is_sound, passed_over
 from dcase.data.tau22 import DEVICES, SCENES, leaves_folder
 from dcase.deployment.prediction import UNKNOWN, Prediction, Recording, Skipped, load_module, predict, span_of_module
 from dcase.errors import UserError, run
@@ -34,7 +35,6 @@ from dcase.progress import progress
 from dcase.report import markdown
 from dcase.training.lit import SceneClassifier
 
-ENDINGS = (".wav", ".flac", ".ogg")
 TOP = 3  # scenes that are named
 SHOWN = 40  # rows on the terminal where --out has all of them
 MANY = 20  # files from which on a progress bar is shown
@@ -47,7 +47,7 @@ class PredictConfig:
     """Raises `UserError` for a value out of range."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Sound files, and folders, whose .wav, .flac and .ogg files are read at every level."""
+    """Sound files, and folders, whose sound files (.wav, .flac, .ogg, .mp3, .aiff ...) are read at every level."""
     ckpt_path: str = ""
     """Checkpoint of either stage, stored model or published folder, as test_only.py takes it."""
     device_id: str = "auto"
@@ -84,7 +84,7 @@ def find_recordings(config: PredictConfig) -> list[Recording]:
     if not paths:
         where = ", ".join(config.paths)
         none = "which recordings? Give files or folders"
-        raise UserError(f"{where} holds no .wav, .flac or .ogg file: check the folder" if where else none)
+        raise UserError(f"{where} holds no sound file (.wav, .flac, .mp3 ...): check the folder" if where else none)
     return [Recording(path, _device_of(path, config.device_id)) for path in dict.fromkeys(paths)]
 
 
@@ -93,11 +93,13 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path  # one that does not exist is skipped like one that cannot be read
         return
+    others: list[str] = []
     for folder, names, files in os.walk(path, onerror=_refuse_folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(ENDINGS) and not name.startswith("."):
-                yield Path(folder) / name
+        yield from (Path(folder) / name for name in sorted(files) if is_sound(name))
+        others += sorted(name for name in files if not is_sound(name))
+    if others:
+        print(passed_over(others))
 
 
 def _refuse_folder(error: OSError) -> None:

@@ -13,6 +13,18 @@ import torchaudio
 from dcase.errors import UserError, one_line
 
 CHECK = "check the data folder with `python -m dcase.prepare`"
+ENDINGS = tuple(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .voc".split())
+
+
+def is_sound(name: str) -> bool:
+    """Whether a file in a folder is taken for sound: by its ending, unless it is hidden."""
+    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+
+
+def passed_over(names: list[str]) -> str:
+    """Return a line about files of a folder that are not taken for sound."""
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"passed over {len(names):,} file{'s that are' if len(names) > 1 else ' that is'} not sound: {listed}"
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, int]:
