@@ -105,6 +105,10 @@ class Run:
         """Return the git commit of the code that began the run; None where that was no checkout."""
         return json.loads((self.folder / "config.json").read_text()).get("commit")
 
+    def command(self) -> list[str]:
+        """Return the script and the flags that began the run; [] where they were not recorded."""
+        return json.loads((self.folder / "config.json").read_text()).get("command", [])
+
     def scenes(self) -> list[str] | None:
         """Return the scenes that the run began with; None for runs from before they were recorded."""
         return json.loads((self.folder / "config.json").read_text()).get("scenes")
