@@ -14,7 +14,7 @@ import dataclasses
 
 from dcase import errors
 from dcase.data.loading import clips_id, find_source, open_sound, training_clips, with_sound
-from dcase.data.logmel import frames_of
+from dcase.data.logmel import empty_bins, frames_of
 from dcase.model import named as models
 from dcase.runs import defaults
 from dcase.runs.checkpoints import load_checkpoint
@@ -37,6 +37,8 @@ def main() -> None:
     source = find_source(config.data, config.split.subset)
     train_clips, val_clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
+    if unheard := empty_bins(config.logmel, config.data.orig_sample_rate):
+        print(f"WARNING: {unheard}")
     train = with_sound(train_clips, sound)
     val = with_sound(val_clips, sound, like=train) if val_clips else None
     test = with_sound(source.test, sound, like=train)

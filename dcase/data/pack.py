@@ -107,12 +107,13 @@ class Pack:
             return []
         return [name for name, now, before in zip(names, found, known, strict=True) if now != before]
 
-    def check_rates(self, wanted: Rates) -> None:
-        """Raise `UserError` where the pack has other rates."""
+    def check_rates(self, wanted: Rates, again: str) -> None:
+        """Raise `UserError` where the pack has other rates; ``again``: the command that makes the pack wanted."""
         if self.rates != wanted:
             raise UserError(
                 f"{self.folder} was resampled from {self.rates.orig_sample_rate} to {self.rates.sample_rate} Hz, and "
-                f"--orig_sample_rate and --sample_rate are {wanted.orig_sample_rate} and {wanted.sample_rate}: {AGAIN}"
+                f"--orig_sample_rate (or most files) and --sample_rate say {wanted.orig_sample_rate} and "
+                f"{wanted.sample_rate} Hz: make it again with `{again}`, or read the WAV files with --read_from wav"
             )
 
     def check_sources(self, folder: Path, filenames: np.ndarray) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dcase.data.sound import CHECK, is_sound, read_samples, resampler
+from dcase.data.sound import CHECK, is_odd_ratio, is_sound, read_samples, resampler
 from dcase.data.tau22 import DEVICES
 from dcase.errors import UserError
 
@@ -96,6 +96,8 @@ def _read(file: Path, sample_rate: int) -> Tensor:
         raise UserError(f"--dir_path: {file} is empty, silent or not finite: remove or replace that file")
     if rate == sample_rate:
         return response
+    if is_odd_ratio(rate, sample_rate):
+        raise UserError(f"--dir_path: {file} has {rate} Hz, too odd a ratio to resample: remove or replace that file")
     # Resampling spreads a sample to both sides. A response that begins with its peak would lose the half before it,
     # and its lowest octave would be up to 10 dB too loud.
     lead_in = math.ceil(RESAMPLER_REACH * rate / min(rate, sample_rate))

@@ -14,6 +14,8 @@ from dcase.errors import UserError, one_line
 
 CHECK = "check the data folder with `python -m dcase.prepare`"
 ENDINGS = tuple(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .voc".split())
+LOUDEST = 1e6  # samples, of full scale 1: beyond unscaled 16-bit integers, and far below where a log-mel overflows
+LOWEST_RATE = 1000  # Hz, that a header is believed: at 1 Hz, a second of sound would be resampled to hours
 
 
 def is_sound(name: str) -> bool:
@@ -55,25 +57,33 @@ def cut_short(file: soundfile.SoundFile) -> str:
 def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
     """Read a sound file of any bit depth as (1, samples), float32: mixed down and resampled to ``sample_rate`` (Hz).
 
-    Raises `UserError` naming the file where it is missing, unreadable, truncated, empty or not finite.
+    Raises `UserError` naming the file where it is missing, unreadable, truncated, empty, not finite or far too loud.
     """
     samples, rate = read_samples(path)
-    if not len(samples):
-        raise UserError(f"{path} is empty: {CHECK}")
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path} holds NaN or infinite samples: {CHECK}")
+    if fault := fault_of(samples):
+        raise UserError(f"{path} is no recording, {fault}: {CHECK}")
     waveform = torch.from_numpy(samples.mean(axis=1, keepdims=True).T if samples.shape[1] > 1 else samples.T)
     if rate == sample_rate:
         return waveform
     if is_odd_ratio(rate, sample_rate):
-        raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to --sample_rate {sample_rate}: {CHECK}")
+        raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to {sample_rate} Hz: {CHECK}")
     return resampler(rate, sample_rate)(waveform)
 
 
+def fault_of(samples: np.ndarray) -> str:
+    """Return why samples (samples, channels) cannot be those of a recording, or ""."""
+    if not len(samples):
+        return "empty"
+    peak = np.abs(samples).max()
+    if not np.isfinite(peak):
+        return "NaN or infinite"
+    return f"too loud (samples of up to {peak:.1e}, full scale is 1)" if peak > LOUDEST else ""
+
+
 def is_odd_ratio(rate: int, sample_rate: int) -> bool:
-    """Whether resampling would need more than 50 million coefficients, 200 MB."""
+    """Whether resampling would need more than 50 million coefficients, 200 MB, or a header's rate is not believed."""
     divisor = math.gcd(rate, sample_rate)
-    return (rate // divisor) * (sample_rate // divisor) > 50_000_000
+    return rate < min(LOWEST_RATE, sample_rate) or (rate // divisor) * (sample_rate // divisor) > 50_000_000
 
 
 @lru_cache
