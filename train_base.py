@@ -59,6 +59,8 @@ def main() -> None:
         module.refuse_other_clips(source_run, f"the run --init_from {config.init_from}")
         module.start_from(source_run)
     evaluation.warn_if_over(module)
+    for warning in fit.too_few(len(train), len(val) if val else 0, config):
+        print(f"WARNING: {warning}")
     run = start_run(config, run, teachers.record())
 
     with open_loggers(config, run) as loggers:
