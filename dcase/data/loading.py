@@ -100,15 +100,13 @@ def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
     read before, and as it did. Raises `UserError` where the pack does not fit.
     """
     logmel, place, rates = config.logmel, config.data.pack_folder(folder), rates_in(folder)
-    what = config.data.read_from
-    if what == "auto":
-        what = "pack" if pack.exists(place) else "wav"
-    found = Pack(place) if what == "pack" else None
+    read_from = config.data.read_from
+    again = command("python -m dcase.prepare", config, folder, "--pack", given=PACKING)
+    found = Pack(place, again) if read_from == "pack" or (read_from == "auto" and pack.exists(place)) else None
     alone = found.rates.orig_sample_rate if found else RATE  # without the recordings
     rate = config.data.orig_sample_rate or usual_rate(rates, alone)
     if found:
-        again = command("python -m dcase.prepare", config, folder, "--pack", given=PACKING)
-        found.check_rates(Rates(rate, logmel.sample_rate), again)
+        found.check_rates(Rates(rate, logmel.sample_rate))
         print(f"sound: the pack {place} ({len(found)} clips at {logmel.sample_rate} Hz)")
         sound = Sound(logmel.sample_rate, samples_for(logmel, logmel.sample_rate), found)
     else:
@@ -116,7 +114,8 @@ def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
         sound = Sound(rate, samples_for(logmel, rate))
     if others := ", ".join(str(other) for other in sorted(rates) if other != rate):
         print(f"recordings of {others} Hz are resampled to {rate} Hz (--orig_sample_rate)")
-    return replace(config, data=replace(config.data, read_from=what, orig_sample_rate=rate)), sound
+    decided = replace(config.data, read_from="pack" if found else "wav", orig_sample_rate=rate)
+    return replace(config, data=decided), sound
 
 
 def rates_in(folder: Path) -> Counter[int]:

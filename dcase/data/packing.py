@@ -86,7 +86,7 @@ def _is_up_to_date(target: Path, rates: Rates, clips: list[Clips]) -> bool:
     """Whether the pack can stay as it is; prints why, or why not."""
     try:
         pack = Pack(target)
-        pack.check_rates(rates, "")
+        pack.check_rates(rates)
         for part in clips:
             pack.check_sources(part.folder, part.filenames)
         damaged = pack.damaged_blocks()
