@@ -15,7 +15,7 @@ import dataclasses
 from dcase import errors
 from dcase.data.labels import refuse_other_scenes
 from dcase.data.loading import clips_id, find_source, open_sound, training_clips, with_sound
-from dcase.data.logmel import frames_of
+from dcase.data.logmel import empty_bins, frames_of
 from dcase.model import named as models
 from dcase.runs import defaults
 from dcase.runs.checkpoints import load_checkpoint
@@ -40,6 +40,8 @@ def main() -> None:
         refuse_other_scenes(run.labels(), source.labels, f"the run --resume {run.id}")
     train_clips, val_clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
+    if unheard := empty_bins(config.logmel, config.data.orig_sample_rate):
+        print(f"WARNING: {unheard}")
     train = with_sound(train_clips, sound)
     val = with_sound(val_clips, sound, like=train) if val_clips else None
     test = with_sound(source.test, sound, like=train)
@@ -61,6 +63,8 @@ def main() -> None:
         module.refuse_other_clips(source_run, f"the run --init_from {config.init_from}")
         module.start_from(source_run)
     evaluation.warn_if_over(module)
+    for warning in fit.too_few(len(train), len(val) if val else 0, config):
+        print(f"WARNING: {warning}")
     run = start_run(config, run, source.labels, teachers.record())
 
     with open_loggers(config, run) as loggers:

@@ -25,7 +25,7 @@ from dcase import cli
 from dcase.data.dataset import Sound
 from dcase.data.loading import find_source, with_sound
 from dcase.data.logmel import frames_of
-from dcase.data.tau22 import DataConfig
+from dcase.data.tau22 import RATE, DataConfig
 from dcase.deployment import onnx_format
 from dcase.errors import UserError, run
 from dcase.export import WAVEFORM, ExportConfig, choose, clips_of, compare, log_mels, reference, traced
@@ -61,7 +61,7 @@ def make(name: str, clips: Tensor) -> SceneClassifier:
     """Return a new model with normalisation and BatchNorm statistics of clips (n, samples)."""
     torch.manual_seed(0)
     config = TrainConfig(model=ModelConfig(model=name), storage=StorageConfig(weight_bits=BITS[name]))
-    module = SceneClassifier(config, frames_of(config.logmel, clips.shape[1], config.data.orig_sample_rate)).eval()
+    module = SceneClassifier(config, frames_of(config.logmel, clips.shape[1], RATE)).eval()
     length = torch.full((len(clips),), clips.shape[1])
     module.logmel.fit([module.logmel.resampled(clips.unsqueeze(1), length)])
     with torch.no_grad():
@@ -97,7 +97,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data = DataConfig(dataset_dir=config.dataset_dir, read_from="wav")
     source = find_source(data)
-    test = with_sound(source.test, Sound(data.orig_sample_rate))
+    test = with_sound(source.test, Sound(RATE))
     clips = clips_of(test, test.n_samples, config.clips)
     modules = ((name, make(name, clips[:: max(1, len(clips) // CALIBRATION)])) for name in names)
     if config.checkpoints:

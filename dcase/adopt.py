@@ -24,6 +24,7 @@ import tyro
 
 from dcase.cli import parse
 from dcase.data.labels import LABELS_JSON, Labels
+from dcase.data.sound import is_sound, passed_over
 from dcase.data.synth import new_folder
 from dcase.data.tau22 import Clips, leaves_folder, split_by_location
 from dcase.errors import UserError, check_range, one_line, run
@@ -31,7 +32,6 @@ from dcase.files import write_json
 from dcase.progress import progress
 from dcase.report import markdown
 
-ENDINGS = (".wav", ".flac", ".ogg")
 COLUMNS = ("filename", "scene_label", "identifier", "source_label")
 FEWEST = 3  # places of a scene: to train on, to choose the best epoch on, to test on
 
@@ -59,11 +59,11 @@ def of_folder(folder: Path, devices: Sequence[str]) -> pd.DataFrame:
 
     Raises `UserError` where there is none, and where a name has none or several of the devices.
     """
-    rows, passed_over = [], 0
+    rows, others = [], []
     for path in (path for path in sorted(folder.rglob("*")) if not path.is_dir()):
         *parents, name = path.relative_to(folder).parts
-        if not parents or name.startswith(".") or path.suffix.lower() not in ENDINGS or not path.is_file():
-            passed_over += 1
+        if not parents or not is_sound(name) or not path.is_file():
+            others.append("/".join((*parents, name)))
             continue
         scene, *places = parents
         named = [one for one in devices if len(devices) == 1 or one in (*_words(name), *places)]
@@ -71,8 +71,8 @@ def of_folder(folder: Path, devices: Sequence[str]) -> pd.DataFrame:
             raise UserError(f"{path}: which of --devices {','.join(devices)} is it? Its name or folder must have one")
         place = "/".join(part for part in places if part not in devices)
         rows.append(("/".join((*parents, name)), scene, place, named[0]))
-    if passed_over:
-        print(f"left out, as no {', '.join(ENDINGS)} in a scene's folder: {passed_over:,} files")
+    if others:
+        print(passed_over(others))
     if not rows:
         raise UserError(f"{folder} has no recordings <scene>/*.wav: check the folder, or give a list")
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -4,11 +4,12 @@
     python -m dcase.predict recordings/ --ckpt_path FOLDER --out scenes.csv                 # of dcase.publish
     python -m dcase.predict /data/evaluation --list fold1_test.csv --ckpt_path FOLDER --out scenes.json
 
-Recordings are WAV, FLAC or OGG files of any rate, length and number of channels. One that is longer than the model's
-training clips is cut into windows of their length, and the probabilities of the windows are averaged; the last window
-ends with the recording. A shorter one is repeated until it fills a window, since silence is no scene; a model trained
-with --target_length reads it padded, as it read its training clips. A file that cannot be read is reported and skipped,
-and the exit code is then 2. Ctrl-C keeps what is predicted until then, in scenes.partial.csv for --out scenes.csv.
+Recordings are WAV, FLAC, OGG, MP3 or AIFF files, or whatever else libsndfile reads, of any rate, length and number of
+channels. One that is longer than the model's training clips is cut into windows of their length, and the probabilities
+of the windows are averaged; the last window ends with the recording. A shorter one is repeated until it fills a window,
+since silence is no scene; a model trained with --target_length reads it padded, as it read its training clips. A file
+that cannot be read is reported and skipped, and the exit code is then 2. Ctrl-C keeps what is predicted until then, in
+scenes.partial.csv for --out scenes.csv.
 """
 
 import csv
@@ -29,6 +30,7 @@ import tyro
 from aum.allocator import keep_freed_memory
 from dcase.cli import parse
 from dcase.data.labels import TAU22_LABELS, Labels
+from dcase.data.sound import is_sound, passed_over
 from dcase.data.tau22 import leaves_folder
 from dcase.deployment.prediction import UNKNOWN, Prediction, Recording, Skipped, load_module, predict, span_of_module
 from dcase.errors import UserError, check_range, printable, run
@@ -37,7 +39,6 @@ from dcase.progress import progress
 from dcase.report import markdown
 from dcase.training.lit import SceneClassifier
 
-ENDINGS = (".wav", ".flac", ".ogg")
 TOP = 3  # scenes that are named
 SHOWN = 40  # rows on the terminal where --out has all of them
 MOST_OVERLAP = 0.99  # reads every sample a hundred times
@@ -49,7 +50,7 @@ class PredictConfig:
     """Raises `UserError` for a value out of range."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Sound files, and folders, whose .wav, .flac and .ogg files are read at every level."""
+    """Sound files, and folders, whose sound files (.wav, .flac, .ogg, .mp3, .aiff ...) are read at every level."""
     ckpt_path: str = ""
     """Checkpoint of either stage, stored model or published folder, as test_only.py takes it."""
     device_id: str = "auto"
@@ -88,7 +89,7 @@ def find_recordings(config: PredictConfig, labels: Labels = TAU22_LABELS) -> lis
     if not paths:
         where = ", ".join(config.paths)
         none = "which recordings? Give files or folders"
-        raise UserError(f"{where} holds no .wav, .flac or .ogg file: check the folder" if where else none)
+        raise UserError(f"{where} holds no sound file (.wav, .flac, .mp3 ...): check the folder" if where else none)
     return [Recording(path, _device_of(path, config.device_id, labels)) for path in dict.fromkeys(paths)]
 
 
@@ -97,13 +98,15 @@ def _files(path: Path) -> Iterator[Path]:
     if not path.is_dir():
         yield path  # one that does not exist is skipped like one that cannot be read
         return
+    others: list[str] = []
     for folder, names, files in os.walk(path, onerror=_refuse_folder):
         names[:] = sorted(name for name in names if not name.startswith("."))
-        for name in sorted(files):
-            if name.lower().endswith(ENDINGS) and not name.startswith("."):
-                yield Path(folder) / name
-        if not files and not names and folder.lower().endswith(ENDINGS):
+        yield from (Path(folder) / name for name in sorted(files) if is_sound(name))
+        others += sorted(name for name in files if not is_sound(name))
+        if not files and not names and is_sound(Path(folder).name):
             yield Path(folder)  # to be skipped: it was taken for a file
+    if others:
+        print(passed_over(others))
 
 
 def _refuse_folder(error: OSError) -> None:

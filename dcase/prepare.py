@@ -19,9 +19,10 @@ import pandas as pd
 
 from dcase.cli import parse
 from dcase.data.cores import over_all_cores
+from dcase.data.loading import rates_in, usual_rate
 from dcase.data.logmel import LogMelConfig
 from dcase.data.packing import pack_clips
-from dcase.data.sound import read_samples
+from dcase.data.sound import fault_of, is_odd_ratio, read_samples
 from dcase.data.tau22 import (
     SPLITS,
     DataConfig,
@@ -56,8 +57,9 @@ class PrepareConfig:
     """Rate (Hz) that clips are resampled to in the pack: the training scripts' --sample_rate."""
     pack_dir: str | None = None
     """Folder of the pack; without it pack/ in the data folder."""
-    orig_sample_rate: int = DataConfig.orig_sample_rate
-    """Rate (Hz) that every file must have; in a pack, the training scripts' --orig_sample_rate."""
+    orig_sample_rate: int | None = None
+    """Rate (Hz) at which recordings are read, the training scripts' --orig_sample_rate; a file of another rate is
+    resampled to it. None: the rate that most files have."""
     num_workers: int | None = None
     """Processes that read files; 0: only this one; without it one per core."""
     silence_db: float = -100.0
@@ -75,42 +77,40 @@ class PrepareConfig:
             raise UserError(f"--num_workers is at least 0; got {self.num_workers}")
 
 
-def check_file(path: Path, sample_rate: int, silence_db: float) -> tuple[int, str]:
-    """Return a file's length in samples, and its fault ("" for none): its kind, for some with "(a figure)" behind it.
+def check_file(path: Path, sample_rate: int, silence_db: float) -> tuple[int, str, list[str]]:
+    """Return a file's length in samples at ``sample_rate``, its fault ("" for none): its kind, for some with "(a
+    figure)" behind it; and what training does to it.
 
     Its length can be judged only beside the others': `find_faults` does.
     """
     try:
         samples, rate = read_samples(path)
     except UserError:
-        return 0, "empty" if path.is_file() and not path.stat().st_size else "unreadable"
-    if not len(samples):
-        fault = "empty"
-    elif not np.isfinite(samples).all():
-        fault = "NaN or infinite"
-    elif samples.std(dtype=np.float64) < 10 ** (silence_db / 20):  # around the mean: a constant offset is not sound
+        return 0, "empty" if path.is_file() and not path.stat().st_size else "unreadable", []
+    fault = fault_of(samples)
+    if not fault and samples.std(dtype=np.float64) < 10 ** (silence_db / 20):  # an offset is no sound: around the mean
         fault = "silent"
-    elif rate != sample_rate:
+    elif not fault and rate != sample_rate and is_odd_ratio(rate, sample_rate):
         fault = f"wrong rate ({rate} Hz)"
-    elif samples.shape[1] != 1:
-        fault = f"not mono ({samples.shape[1]} channels)"
-    else:
-        fault = ""
-    return len(samples), fault
+    changes = [f"resampled from {rate} to {sample_rate} Hz"] if rate != sample_rate else []
+    changes += [f"mixed down from {samples.shape[1]} channels"] if samples.shape[1] > 1 else []
+    return -(-len(samples) * sample_rate // rate), fault, changes
 
 
-def _check_files(paths: list[Path], **limits: float) -> list[tuple[int, str]]:
+def _check_files(paths: list[Path], **limits: float) -> list[tuple[int, str, list[str]]]:
     return [check_file(path, **limits) for path in paths]
 
 
 def find_faults(folder: Path, filenames: list[str], config: PrepareConfig) -> list[str]:
-    """Return the fault of each file, "" for none; reads in several processes, with a progress bar.
+    """Return the fault of each file, "" for none; reads in several processes, with a progress bar. Prints how many
+    files are resampled or mixed down in training.
 
     A length is a fault where it is not the most frequent one among the files that have no other fault.
     """
     missing = set(missing_files(folder, filenames))
     present = [name for name in filenames if name not in missing]
-    check = partial(_check_files, sample_rate=config.orig_sample_rate, silence_db=config.silence_db)
+    rate = config.orig_sample_rate or usual_rate(rates_in(folder))
+    check = partial(_check_files, sample_rate=rate, silence_db=config.silence_db)
     chunks = [[folder / name for name in present[i : i + _CHUNK]] for i in range(0, len(present), _CHUNK)]
     found = []
     with (
@@ -120,13 +120,17 @@ def find_faults(folder: Path, filenames: list[str], config: PrepareConfig) -> li
         for some in results:
             found += some
             bar.update(len(some))
-    lengths = Counter(n_samples for n_samples, fault in found if not fault)
+    lengths = Counter(n_samples for n_samples, fault, _ in found if not fault)
     usual = lengths.most_common(1)[0][0] if lengths else 0
     faults = dict.fromkeys(missing, "missing")
-    for name, (n_samples, fault) in zip(present, found, strict=True):
+    changed: Counter[str] = Counter()
+    for name, (n_samples, fault, changes) in zip(present, found, strict=True):
         if not fault and n_samples != usual and not config.any_length:
             fault = f"{_LENGTH} ({n_samples} samples, not {usual})"
         faults[name] = fault
+        changed.update([] if fault else changes)
+    for change, n in sorted(changed.items()):
+        print(f"no fault: {n:,} of {len(present):,} files are {change} where training reads them")
     return [faults[name] for name in filenames]
 
 
@@ -195,7 +199,7 @@ def _cause(kind: str, tau22: bool) -> str:
     if kind == "missing":
         return "are all parts of the sound unpacked into the folder's audio/?"
     if kind == "wrong rate":
-        return "give the rate of these recordings as --orig_sample_rate"
+        return "check the rates in the files' headers, and --orig_sample_rate"
     if kind == "silent":
         return "is --silence_db too high?"
     if kind == _LENGTH and not tau22:

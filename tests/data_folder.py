@@ -68,16 +68,15 @@ def write_data_folder(folder: Path) -> tuple[list[tuple[str, ...]], list[tuple[s
 def write_fault(path: Path, fault: str) -> None:
     """A sound file of 0.1 s with one fault."""
     samples = noise(99)
-    if fault in ("nan", "inf"):
+    if fault in ("nan", "inf", "3e38"):
         samples[3] = float(fault)
     samples = {
         "no samples": np.zeros(0),
         "silent": np.zeros(4410),
         "offset": np.full(4410, 0.25),
-        "stereo": np.stack([samples, samples], axis=1),
         "short": samples[:-1],
     }.get(fault, samples)
-    soundfile.write(path, samples, 32000 if fault == "rate" else SAMPLE_RATE, subtype="FLOAT")
+    soundfile.write(path, samples, 1 if fault == "rate" else SAMPLE_RATE, subtype="FLOAT")
     if fault == "missing":
         path.unlink()
     elif fault == "text":

@@ -184,7 +184,7 @@ def test_folders_without_responses_are_refused(tmp_path):
     assert "--dir_path" in refusal(load, tmp_path / "file.wav")
     (tmp_path / "empty").mkdir()
     message = refusal(load, tmp_path / "empty")
-    assert "--dir_path" in message and "no .wav or .flac" in message
+    assert "--dir_path" in message and "no sound file" in message
 
 
 @pytest.mark.parametrize("samples", [[0.0] * 9, [1.0, float("nan")], [float("inf")], []])

@@ -489,6 +489,22 @@ def test_where_the_host_runs_ahead_the_same_clips_are_named_later(call, learnabl
     keeps_good_checkpoint(tmp_path, epoch=1)
 
 
+def test_one_clip_that_turns_nan_is_named_alone(call, learnable, tmp_path, monkeypatch):
+    sound, poisoned = SceneClassifier.sound, []
+
+    def poisoning(self, batch):
+        waveform, length = sound(self, batch)
+        if self.training and self.current_epoch == 1:
+            poisoned.append(self.trainer.train_dataloader.names(batch.index[2:3])[0])
+            waveform = waveform.index_fill(0, torch.tensor([2]), float("nan"))
+        return waveform, length
+
+    monkeypatch.setattr(SceneClassifier, "sound", poisoning)
+    done = call("train_base", "--dataset_dir", learnable, *TRAIN, "--mixstyle_p", "0")  # it mixes clips
+    done.refused("loss is not finite in epoch 2")
+    assert done.error.endswith(f"look at these clips: {poisoned[0]}")
+
+
 def test_explosion_in_the_last_step_of_an_epoch_does_not_overwrite_the_checkpoint(
     call, learnable, tmp_path, monkeypatch
 ):

@@ -50,8 +50,8 @@ FLAGS = {
     "train_device_specific.py": f"{TRAINING} ckpt_id only_devices finetune lora_rank lr_choices own_share keep",
     "test_only.py": f"{EVALUATION} ckpt_path",
 }
-DOCUMENT_DEFAULTS = (
-    "project_name DCASE25_Task1 num_workers 8 precision 32 check_val_every_n_epoch 10 orig_sample_rate 44100 subset 25 "
+DOCUMENT_DEFAULTS = (  # orig_sample_rate: the document's 44100 is what TAU22's files say
+    "project_name DCASE25_Task1 num_workers 8 precision 32 check_val_every_n_epoch 10 orig_sample_rate None subset 25 "
     "n_epochs 150 batch_size 64 mixstyle_p 0.6 mixstyle_alpha 0.5 weight_decay 0.0001 roll_sec 0.1 lr 0.0005 "
     "warmup_steps 4000 sample_rate 32000 window_length 3072 hop_length 500 n_fft 4096 n_mels 256 target_length None "
     "freqm 48 timem 64 f_min 0.0 f_max None"

@@ -86,6 +86,13 @@ def test_two_runs_with_differences_and_the_best_marked(capsys, monkeypatch):
     assert cells(out, "--lr") == ["--lr", "0.0005", "0.25"] and "--seed" not in out
 
 
+def test_a_handful_of_clips_has_no_best(capsys, monkeypatch):
+    for hits, run_id in enumerate(("one", "two")):
+        make_run(run_id, results_of({"all": hits}, n=1), lr=0.1 + hits)  # 30 clips
+    _, out, _ = run_compare(capsys, monkeypatch, "one", "two")
+    assert cells(out, "2 aum_small")[3] == "100.00 (+100.00)" and "none marked: 30 clips are too few" in out
+
+
 def test_seeds_stand_together(capsys, monkeypatch):
     for seed, hits in enumerate((10, 12, 14)):
         make_run(f"s{seed}", results_of({"all": hits}), seed=seed)

@@ -55,7 +55,21 @@ def test_other_rate_is_resampled(tmp_path, rate):
 def test_rate_that_would_take_gigabytes_to_resample(tmp_path):
     soundfile.write(tmp_path / "a.wav", noise(0), 44101)
     message = refusal(read_wav, tmp_path / "a.wav", 31999)
-    assert str(tmp_path / "a.wav") in message and "44101 Hz" in message and "--sample_rate" in message
+    assert str(tmp_path / "a.wav") in message and "44101 Hz" in message and "31999 Hz" in message
+
+
+def test_a_header_of_1_hz_is_not_believed(tmp_path):
+    """A second of sound would be resampled to 12 hours, 8 GB."""
+    soundfile.write(tmp_path / "a.wav", noise(0), 1)
+    assert "a.wav has 1 Hz, too odd a ratio" in refusal(read_wav, tmp_path / "a.wav", 44100)
+
+
+def test_samples_that_no_recording_has_are_refused_with_the_files_name(tmp_path):
+    """Their log-mel would not be finite, and the message would be about --lr."""
+    soundfile.write(tmp_path / "a.wav", noise(0) * 3e38, SAMPLE_RATE, subtype="FLOAT")
+    assert "a.wav is no recording, too loud" in refusal(read_wav, tmp_path / "a.wav", SAMPLE_RATE)
+    soundfile.write(tmp_path / "b.wav", noise(0) * 32767, SAMPLE_RATE, subtype="FLOAT")  # unscaled integers
+    assert read_wav(tmp_path / "b.wav", SAMPLE_RATE).abs().max() > 1000
 
 
 @pytest.mark.parametrize(

@@ -504,6 +504,26 @@ def test_recordings_that_were_checked_or_not(data, diagnose):
     assert found.state == "warn" and found.fix == f"python -m dcase.prepare --dataset_dir {data}"
 
 
+def test_recordings_of_other_rates(data, diagnose):
+    """Files say their rate; the commands need no flag for it, and say which front end would fit."""
+    assert diagnose("rate") == Finding("rate", "ok", "recordings are read at 44100 Hz")
+    for i, path in enumerate(sorted((data / "audio").iterdir())):
+        rate = 48000 if i < 2 else 16000
+        soundfile.write(path, noise(i, rate // 10), rate)
+    found = diagnose("pack")
+    assert found.state == "FAIL" and "was resampled from 44100 to 32000 Hz" in found.found and "16000" in found.found
+    assert found.fix == f"python -m dcase.prepare --dataset_dir {data} --pack"
+    pack_clips(data, PrepareConfig(pack=True, num_workers=0))
+    for read_from in ("auto", "wav"):
+        found = diagnose("rate", "--read_from", read_from)
+        assert found.state == "warn" and "recordings are read at 16000 Hz" in found.found
+        assert "of 18 looked at, 2 have 48000 Hz" in found.found and "end at 8000 Hz" in found.found
+        front_end = "--sample_rate 16000 --n_fft 2048 --window_length 1536 --hop_length 250"
+        assert found.fix == f"python train_base.py --dataset_dir {data} {front_end}"
+        assert diagnose("lengths", "--read_from", read_from).state == "ok"
+    assert diagnose("rate", "--orig_sample_rate", 44100).found.startswith("recordings are read at 44100 Hz")
+
+
 def test_packs_that_do_not_fit(data, diagnose):
     found = diagnose("pack", "--sample_rate", 16000)
     assert found.state == "FAIL" and "was resampled from 44100 to 32000 Hz" in found.found and "16000" in found.found

@@ -1,6 +1,7 @@
 """Log-mel and augmentation."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import torchaudio
 
 from dcase.data.augment import Augment, AugmentConfig, Masking, freq_mixstyle, roll
-from dcase.data.logmel import LogMel, LogMelConfig, frames_of, samples_for
+from dcase.data.logmel import LogMel, LogMelConfig, empty_bins, frames_of, samples_for
 from dcase.errors import UserError
 from dcase.runs.config import parse_base
 
@@ -64,6 +65,25 @@ def test_default_shape_is_256_by_65_for_a_second():
 def test_frames_are_counted_as_they_come(samples, rate):
     config = LogMelConfig()
     assert frames_of(config, samples, rate) == logmel(LogMel(config, rate), noise(1, samples)).shape[-1]
+
+
+@pytest.mark.parametrize("rate, f_max", [(16000, None), (16000, 12000.0), (22050, None), (8000, None)])
+def test_mel_bins_above_the_recordings_are_told_with_flags_that_fit(rate, f_max):
+    """The number of bins is that of the filters that lie above half the rate."""
+    config = LogMelConfig(f_max=f_max)
+    hz = torch.arange(config.n_fft // 2 + 1) * config.sample_rate / config.n_fft
+    empty = (LogMel(config, rate).filters[hz < rate / 2].sum(0) == 0).sum()
+    line = empty_bins(config, rate)
+    assert f"end at {rate / 2:g} Hz: the highest {empty} of the 256 mel bins" in line
+    flags = dict(re.findall(r"--(\w+) ([\d.]+)", line.partition("train with ")[2]))
+    fitting = LogMelConfig(**{name: float(value) if name == "f_max" else int(value) for name, value in flags.items()})
+    assert not empty_bins(fitting, rate) and frames_of(fitting, rate, rate) == 65
+
+
+def test_the_flags_that_fit_16_khz_are_those_of_the_measured_runs():
+    flags = "--sample_rate 16000 --n_fft 2048 --window_length 1536 --hop_length 250"
+    assert empty_bins(LogMelConfig(), 16000).endswith(f"train with {flags}")
+    assert not empty_bins(LogMelConfig(), 44100) and not empty_bins(LogMelConfig(f_max=8000.0), 16000)
 
 
 def test_target_length_crops_and_pads_with_the_log_of_silence():

@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 import signal
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from dcase import prepare
 from dcase.data import packing
 from dcase.data.dataset import TAU22, Sound
 from dcase.data.loading import open_sound, with_sound
-from dcase.data.pack import Pack, Rates
+from dcase.data.pack import Pack, Rates, checksum, read_manifest
 from dcase.data.packing import only_one, pack_clips, quantise
 from dcase.data.sound import read_wav
 from dcase.data.tau22 import DataConfig, load_clips
@@ -224,6 +225,49 @@ def test_the_pack_is_read_where_there_is_one(folder, capsys):
     assert sound_of(folder, pack_dir=str(folder / "elsewhere")).pack is not None
 
 
+def test_recordings_say_their_rate_to_the_pack_and_to_training(folder, capsys):
+    for i, path in enumerate(sorted((folder / "audio").iterdir())):
+        soundfile.write(path, noise(i, 1600), 16000)
+    config, sound = open_sound(TrainConfig(), folder)
+    assert config.data.orig_sample_rate == sound.sample_rate == 16000
+    assert pack(folder).rates == Rates(16000, 32000)
+    config, sound = open_sound(TrainConfig(), folder)
+    assert config.data.orig_sample_rate == 16000 and sound.pack
+    assert (
+        open_sound(TrainConfig(data=DataConfig(orig_sample_rate=44100, read_from="wav")), folder)[1].sample_rate
+        == 44100
+    )
+    capsys.readouterr()
+    pack(folder, orig_sample_rate=44100)  # as one made before files said their rate
+    message = refusal(sound_of, folder)
+    assert f"make it again with `python -m dcase.prepare --dataset_dir {folder} --pack`," in message
+    message = refusal(partial(sound_of, orig_sample_rate=22050, pack_dir=f"{folder}/pack"), folder)
+    assert f"--pack --pack_dir {folder}/pack --orig_sample_rate 22050`" in message
+    capsys.readouterr()
+    assert pack(folder).rates == Rates(16000, 32000) and "making it anew" in capsys.readouterr().out
+    shutil.rmtree(folder / "audio")
+    assert open_sound(TrainConfig(), folder)[0].data.orig_sample_rate == 16000  # the pack tells it
+
+
+def test_mixed_rates_are_resampled_to_the_most_frequent_one(folder, capsys):
+    rates = [16000] * 9 + [48000] * 8 + [1]  # a header of 1 Hz says nothing
+    for path, rate in zip(sorted((folder / "audio").iterdir()), rates, strict=True):
+        soundfile.write(path, noise(0, max(1, rate // 10)), rate)
+    assert sound_of(folder).sample_rate == 16000
+    assert "recordings of 48000 Hz are resampled to 16000 Hz" in capsys.readouterr().out
+    assert sound_of(folder, orig_sample_rate=8000).sample_rate == 8000
+
+
+def test_a_manifest_with_other_rates_is_refused_though_its_checksum_is_right(folder):
+    pack(folder)
+    path = folder / "pack" / "manifest.json"
+    for rates in ({"orig_sample_rate": 1}, {"sample_rate": 16000}):
+        manifest = read_manifest(path.parent) | rates
+        path.write_text(json.dumps({**manifest, "manifest_sha256": checksum(manifest)}))
+        assert "was resampled from" in refusal(sound_of, folder)
+        pack(folder)
+
+
 def test_a_pack_of_another_rate_or_version(folder):
     pack(folder, sample_rate=16000)
     message = refusal(sound_of, folder)
@@ -250,7 +294,7 @@ def test_a_pack_that_is_not_whole(folder, harm):
     else:
         flip_a_bit(index)
     message = refusal(sound_of, folder)
-    assert str(folder / "pack") in message and "dcase.prepare --pack" in message
+    assert str(folder / "pack") in message and " --pack`, or read the WAV files" in message
 
 
 def test_a_pack_cut_short_while_it_is_read(folder, clips):
@@ -265,7 +309,7 @@ def test_recordings_that_are_missing_or_changed(folder, clips):
     clips.path(3).unlink()
     os.utime(clips.path(5), ns=(0, 0))
     message = refusal(with_sound, clips, sound)
-    assert "2 of these 16 recordings" in message and clips.name(3) in message and "dcase.prepare --pack" in message
+    assert "2 of these 16 recordings" in message and clips.name(3) in message and " --pack`" in message
     shutil.rmtree(folder / "audio")  # a pack may be taken along without the recordings
     assert len(with_sound(clips, sound)) == 16
 
@@ -273,7 +317,9 @@ def test_recordings_that_are_missing_or_changed(folder, clips):
 def test_a_clip_that_is_not_in_the_pack(folder, clips):
     pack(folder)
     clips.filenames[3] = b"audio/new.wav"
-    assert "lacks 1 of these 16 clips (audio/new.wav)" in refusal(with_sound, clips, sound_of(folder))
+    message = refusal(with_sound, clips, sound_of(folder))
+    assert "lacks 1 of these 16 clips (audio/new.wav)" in message
+    assert f"make it again with `python -m dcase.prepare --dataset_dir {folder} --pack`" in message
 
 
 def test_recordings_at_fault_stop_packing_with_their_name(folder, clips):

@@ -30,6 +30,7 @@ from dcase.data.tau22 import DEVICES
 from dcase.data.tau22 import SCENES as ALL_SCENES
 from dcase.deployment.prediction import Recording, Skipped, load_module, span_of_module
 from dcase.deployment.prediction import predict as predictions_of
+from dcase.predict import PredictConfig, find_recordings
 from dcase.runs.checkpoints import load_checkpoint, save_checkpoint
 
 
@@ -204,7 +205,9 @@ def test_with_a_target_length_a_test_clip_is_what_a_test_reads(samples, of_any_l
     torch.testing.assert_close(probabilities_of(module, path), tested, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("ending, rate, channels", [("flac", 16000, 1), ("wav", 44100, 2), ("ogg", 22050, 2)])
+@pytest.mark.parametrize(
+    "ending, rate, channels", [("flac", 16000, 1), ("wav", 44100, 2), ("ogg", 22050, 2), ("mp3", 16000, 1)]
+)
 def test_other_formats_and_rates_are_read_alike(ending, rate, channels, module, tmp_path):
     sound = scene(1.3)
     want = probabilities_of(module, write(tmp_path / "as_trained.wav", sound, subtype="FLOAT"))
@@ -311,6 +314,16 @@ def test_with_a_target_length_short_files_are_said_to_be_padded(call, ckpt, of_a
     assert "tiny.wav (recordings: 1)" in done.err and "short.wav" not in done.err
     done = call(sounds, "--ckpt_path", ckpt)
     assert "padded" not in done.out and "short.wav, " in done.err and "tiny.wav (recordings: 2)" in done.err
+
+
+def test_all_that_libsndfile_reads_is_taken_from_a_folder_and_the_rest_is_counted(tmp_path, capsys):
+    names = ["a.wav", "b.FLAC", "c.ogg", "d.mp3", "deeper/e.aiff", "f.au"]
+    (tmp_path / "deeper").mkdir()
+    for name in [*names, ".hidden.wav", "deeper/notes.txt", "g.m4a", "h.raw"]:
+        (tmp_path / name).touch()
+    found = find_recordings(PredictConfig(paths=(str(tmp_path),)))
+    assert sorted(str(one.path.relative_to(tmp_path)) for one in found) == sorted(names)
+    assert capsys.readouterr().out == "passed over 4 files that are not sound: .hidden.wav, g.m4a, h.raw, ...\n"
 
 
 def test_bad_files_are_reported_and_skipped(call, ckpt, learnable, tmp_path):
@@ -490,7 +503,7 @@ def test_bad_input_is_one_line(call, ckpt, folder, tmp_path):
     for args, parts in [
         ([folder], ["--ckpt_path is missing"]),
         (["--ckpt_path", ckpt], ["which recordings?"]),
-        ([tmp_path / "nothing", "--ckpt_path", ckpt], ["nothing holds no .wav, .flac or .ogg file"]),
+        ([tmp_path / "nothing", "--ckpt_path", ckpt], ["nothing holds no sound file"]),
         ([folder, "--ckpt_path", "no.ckpt"], ["no.ckpt does not exist"]),
         ([folder, "--ckpt_path", ckpt, "--device_id", "z"], ["--device_id is auto", "'z'"]),
         ([folder, "--ckpt_path", ckpt, "--overlap", "1"], ["--overlap", "at most 0.99", "1.0"]),

@@ -429,6 +429,31 @@ def test_fewer_than_five_locations_have_no_interval():
     assert Figures(p.select(p.device == 0))("device", "b") == (None, None, None)
 
 
+def test_a_difference_of_a_few_places_or_without_a_width_is_not_clear():
+    """Every clip won is the same difference in each draw: that says nothing about other places."""
+    p = made_up()
+    for n, clear in ((5, False), (12, True)):
+        q = of_locations(p, n)
+        won, lost = (Figures(replace(q, logits=logits_of(q, right))) for right in (0.9, 0.2))
+        estimate = won.minus(lost, "acc")
+        assert estimate.low > 0 and estimate.clear is clear
+    all_won, all_lost = (Figures(replace(q, logits=logits_of(q, right))) for right in (1, 0))
+    estimate = all_won.minus(all_lost, "acc")
+    assert estimate == (1, 1, 1) and not estimate.clear
+
+
+def logits_of(p: Predictions, share: float) -> np.ndarray:
+    """Logits of which that share is right, in every location alike."""
+    right = np.random.default_rng(0).random(len(p)) < share
+    return 9.0 * np.eye(len(SCENES), dtype=np.float32)[np.where(right, p.scene, (p.scene + 1) % len(SCENES))]
+
+
+def test_an_axis_of_percent_ends_at_100():
+    for values in ([100.0], [0.0], [96.0, 100.0], [0.0, 100.0], [3.0]):
+        made = axis("accuracy (%)", values)
+        assert 0 <= made.low <= min(values) <= max(values) <= made.high <= 100 and made.low < made.high
+
+
 @pytest.mark.parametrize(
     "n, percentile, expanded", [(6, 0.853, 0.916), (10, 0.893, 0.929), (30, 0.920, 0.935), (200, 0.942, 0.942)]
 )

@@ -444,7 +444,7 @@ def test_configuration_refused(config, flag, value, expected):
 
 
 def test_defaults_of_the_users_document():
-    assert (DataConfig().orig_sample_rate, SplitConfig().subset, SplitConfig().val_fraction) == (44100, 25, 0.1)
+    assert (DataConfig().orig_sample_rate, SplitConfig().subset, SplitConfig().val_fraction) == (None, 25, 0.1)
 
 
 def test_fingerprint_tells_sets_of_clips_apart(clips):

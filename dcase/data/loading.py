@@ -2,28 +2,36 @@
 
 import math
 import os
+import shlex
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import soundfile
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from dcase.cli import flags_of
 from dcase.data import pack, synth
 from dcase.data.dataset import TAU22, Batch, Sound
 from dcase.data.labels import Labels
-from dcase.data.logmel import samples_for
+from dcase.data.logmel import LogMelConfig, samples_for
 from dcase.data.pack import Pack, Rates
+from dcase.data.sound import LOWEST_RATE
 from dcase.data.tau22 import (
+    RATE,
     TEST_CLIPS,
     Clips,
     DataConfig,
     SplitConfig,
     check_files,
     check_folder,
+    drawn_names,
     is_tau22,
     load_splits,
     split_by_location,
@@ -33,6 +41,8 @@ from dcase.errors import doctor_tells_more
 from dcase.machine import SIGNALS, MachineConfig, main_first, n_cores, process_count, process_rank
 
 Config = TypeVar("Config")  # a dataclass with the parts ``data`` and ``logmel``
+_HEADERS = 200  # that tell a folder's rate; those of all of TAU22's files may take minutes from a cold disk
+PACKING = ("pack_dir", "subset", "sample_rate", "orig_sample_rate")  # flags that say what a pack holds
 
 
 @dataclass(frozen=True)
@@ -91,22 +101,50 @@ def training_clips(source: Source, split: SplitConfig) -> tuple[Clips, Clips | N
 def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
     """Open the pack where there is one (or --read_from asks for it), else the WAV files, and print which.
 
-    The configuration is returned with --read_from decided, so that a resumed run reads what it read before.
-    Raises `UserError` where the pack does not fit.
+    The configuration is returned with --read_from and --orig_sample_rate decided, so that a resumed run reads what it
+    read before, and as it did. Raises `UserError` where the pack does not fit.
     """
-    logmel, rate = config.logmel, config.data.orig_sample_rate
-    place = config.data.pack_folder(folder)
-    if config.data.read_from == "wav" or (config.data.read_from == "auto" and not pack.exists(place)):
+    logmel, place, rates = config.logmel, config.data.pack_folder(folder), rates_in(folder)
+    read_from = config.data.read_from
+    again = command("python -m dcase.prepare", config, folder, "--pack", given=PACKING)
+    found = Pack(place, again) if read_from == "pack" or (read_from == "auto" and pack.exists(place)) else None
+    alone = found.rates.orig_sample_rate if found else RATE  # without the recordings
+    rate = config.data.orig_sample_rate or usual_rate(rates, alone)
+    if found:
+        found.check_rates(Rates(rate, logmel.sample_rate))
+        print(f"sound: the pack {place} ({len(found)} clips at {logmel.sample_rate} Hz)")
+        sound = Sound(logmel.sample_rate, samples_for(logmel, logmel.sample_rate), found)
+    else:
         print(f"sound: WAV files of {folder} (`python -m dcase.prepare --pack` makes them one file, read much faster)")
-        return _read_from("wav", config), Sound(rate, samples_for(logmel, rate))
-    found = Pack(place)
-    found.check_rates(Rates(rate, logmel.sample_rate))
-    print(f"sound: the pack {place} ({len(found)} clips at {logmel.sample_rate} Hz)")
-    return _read_from("pack", config), Sound(logmel.sample_rate, samples_for(logmel, logmel.sample_rate), found)
+        sound = Sound(rate, samples_for(logmel, rate))
+    if others := ", ".join(str(other) for other in sorted(rates) if other != rate):
+        print(f"recordings of {others} Hz are resampled to {rate} Hz (--orig_sample_rate)")
+    decided = replace(config.data, read_from="pack" if found else "wav", orig_sample_rate=rate)
+    return replace(config, data=decided), sound
 
 
-def _read_from(what: str, config: Config) -> Config:
-    return replace(config, data=replace(config.data, read_from=what))
+def rates_in(folder: Path) -> Counter[int]:
+    """Return how many recordings of a data folder, of 200 at most, have each rate (Hz), as their headers say."""
+    rates: Counter[int] = Counter()
+    for path in (folder / name for name in drawn_names(folder, _HEADERS)):
+        with suppress(soundfile.SoundFileError, OSError, TypeError):  # TypeError: soundfile's, for a name in .raw
+            if path.is_file() and (rate := soundfile.info(path).samplerate) >= LOWEST_RATE:
+                rates[rate] += 1
+    return rates
+
+
+def usual_rate(rates: Counter[int], alone: int = RATE) -> int:
+    """Return the most frequent rate, of equally frequent ones the highest; ``alone`` where there is none."""
+    return max(rates, key=lambda rate: (rates[rate], rate), default=alone)
+
+
+def command(program: str, config, folder: Path, *flags: str, given: tuple[str, ...]) -> str:
+    """Return a shell command on a data folder with those of the ``given`` flags that are not the defaults."""
+    values = flags_of(config, ("data", "split", "logmel"))
+    usual = {**vars(DataConfig()), **vars(SplitConfig()), **vars(LogMelConfig())}
+    other = {name: str(values.get(name, usual[name])) for name in given if values.get(name, usual[name]) != usual[name]}
+    quoted = [f"--{name} {shlex.quote(os.path.expanduser(value))}" for name, value in other.items()]
+    return " ".join([program, "--dataset_dir", shlex.quote(str(folder)), *flags, *quoted])
 
 
 def with_sound(clips: Clips, sound: Sound, like: TAU22 | None = None) -> TAU22:

@@ -70,6 +70,24 @@ def frames_of(config: LogMelConfig, samples: int, orig_sample_rate: int) -> int:
     return 1 + resampled // config.hop_length
 
 
+def empty_bins(config: LogMelConfig, orig_sample_rate: int) -> str:
+    """Return a line where recordings of that rate (Hz) end below the highest mel bins, with flags that fit; else ""."""
+    end, highest = orig_sample_rate / 2, config.f_max or config.sample_rate / 2
+    low, here, top = (math.log1p(hz / 700) for hz in (config.f_min, end, highest))  # mel, but for a factor
+    empty = config.n_mels - math.ceil((here - low) / (top - low) * (config.n_mels + 1))
+    if empty < 1:
+        return ""
+    share = orig_sample_rate / config.sample_rate
+    window, hop = round(config.window_length * share), int(config.hop_length * share)
+    n_fft = 2 ** math.ceil(math.log2(config.n_fft * share))
+    flags = f"--sample_rate {orig_sample_rate} --n_fft {n_fft} --window_length {window} --hop_length {hop}"
+    flags += "" if config.f_max is None else f" --f_max {end:g}"
+    return (
+        f"recordings of {orig_sample_rate} Hz end at {end:g} Hz: the highest {empty} of the {config.n_mels} mel bins "
+        f"hear nothing: train with {flags}"
+    )
+
+
 def samples_for(config: LogMelConfig, sample_rate: int) -> int | None:
     """Return the samples at a rate (Hz) that the first ``target_length`` frames depend on; only these need be read.
 

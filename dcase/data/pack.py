@@ -22,7 +22,8 @@ from dcase.files import regular
 from dcase.progress import progress
 
 VERSION = 1  # of these files
-AGAIN = "make it again with `python -m dcase.prepare --pack`, or read the WAV files with --read_from wav"
+COMMAND = "python -m dcase.prepare --pack"
+AGAIN = f"make it again with `{COMMAND}`, or read the WAV files with --read_from wav"
 COLUMNS = ("filename", "start", "length", "scale", "source_size", "source_mtime_ns")  # of the index
 
 
@@ -35,15 +36,16 @@ class Rates:
 
 
 class Pack:
-    """A finished pack, opened for reading. Raises `UserError` where it is damaged or of another version.
+    """A finished pack, opened for reading. Raises `UserError` where it is damaged or of another version; ``command`` is
+    the one that makes it again.
 
     Samples are read with ``preadv`` rather than through a memory map. With the file in the page cache both are equally
     fast. But a map counts every page ever touched as the process's memory, and where the file is cut short or cannot
     be read, a map kills the process (SIGBUS), while a read can say what is wrong.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, command: str = COMMAND):
+        self.folder, self.again = Path(folder), AGAIN.replace(COMMAND, command)
         manifest = read_manifest(self.folder)
         self.rates = Rates(manifest["orig_sample_rate"], manifest["sample_rate"])
         self.path = self.folder / f"samples-{manifest['id']}.i16"
@@ -53,11 +55,11 @@ class Pack:
             content = regular(index_path).read_bytes()
             n_bytes = self.path.stat().st_size
         except OSError as error:
-            raise UserError(f"{self.folder} is not whole ({one_line(error)}): {AGAIN}") from error
+            raise UserError(f"{self.folder} is not whole ({one_line(error)}): {self.again}") from error
         if hashlib.sha256(content).hexdigest() != manifest["index_sha256"]:
-            raise UserError(f"{index_path} is damaged: {AGAIN}")
+            raise UserError(f"{index_path} is damaged: {self.again}")
         if n_bytes != manifest["n_bytes"]:
-            raise UserError(f"{self.path} has {n_bytes} bytes where {manifest['n_bytes']} were written: {AGAIN}")
+            raise UserError(f"{self.path} has {n_bytes} bytes where {manifest['n_bytes']} were written: {self.again}")
         with np.load(index_path, allow_pickle=False) as index:
             self.filename, self.start, self.length, self.scale, self._size, self._mtime_ns = (
                 index[column] for column in COLUMNS
@@ -76,9 +78,8 @@ class Pack:
         found = self.filename[np.minimum(rows, len(self) - 1)] == filenames
         if not found.all():
             n, first = int((~found).sum()), filenames[~found][0].decode()
-            raise UserError(
-                f"{self.folder} lacks {n} of these {len(filenames)} clips ({first}{', ...' if n > 1 else ''}): {AGAIN}"
-            )
+            shown = f"{first}{', ...' if n > 1 else ''}"
+            raise UserError(f"{self.folder} lacks {n} of these {len(filenames)} clips ({shown}): {self.again}")
         return rows
 
     def read(self, row: int, out: np.ndarray) -> None:
@@ -93,7 +94,7 @@ class Pack:
                     raise OSError("it ends early")
                 done += n
         except OSError as error:
-            raise UserError(f"{self.path} cannot be read ({error.strerror or error}): {AGAIN}") from error
+            raise UserError(f"{self.path} cannot be read ({error.strerror or error}): {self.again}") from error
 
     def changed_sources(self, folder: Path, rows: np.ndarray) -> list[str]:
         """Return the names of these clips whose WAV file in the data folder is missing or has another size or time.
@@ -113,7 +114,8 @@ class Pack:
         if self.rates != wanted:
             raise UserError(
                 f"{self.folder} was resampled from {self.rates.orig_sample_rate} to {self.rates.sample_rate} Hz, and "
-                f"--orig_sample_rate and --sample_rate are {wanted.orig_sample_rate} and {wanted.sample_rate}: {AGAIN}"
+                f"--orig_sample_rate (or most files) and --sample_rate say {wanted.orig_sample_rate} and "
+                f"{wanted.sample_rate} Hz: {self.again}"
             )
 
     def check_sources(self, folder: Path, filenames: np.ndarray) -> None:
@@ -123,7 +125,7 @@ class Pack:
             shown = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
             raise UserError(
                 f"{len(changed)} of these {len(filenames)} recordings are missing or have changed since {self.folder} "
-                f"was made ({shown}): {AGAIN}"
+                f"was made ({shown}): {self.again}"
             )
 
     def damaged_blocks(self) -> int:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from dcase.data.cores import over_all_cores
+from dcase.data.loading import rates_in, usual_rate
 from dcase.data.pack import COLUMNS, VERSION, Pack, Rates, checksum, exists, read_manifest, stamp
 from dcase.data.sound import read_wav, resampler
 from dcase.data.tau22 import Clips, DataConfig, check_files, load_splits
@@ -63,7 +64,7 @@ def pack_clips(folder: Path, config) -> None:
     """
     clips = load_splits(folder, f"split{config.subset}", "test")
     target = DataConfig(pack_dir=config.pack_dir).pack_folder(folder)
-    rates = Rates(config.orig_sample_rate, config.sample_rate)
+    rates = Rates(config.orig_sample_rate or usual_rate(rates_in(folder)), config.sample_rate)
     for part in clips:
         check_files(part)
     names = sorted({name.decode() for part in clips for name in part.filenames.tolist()})

@@ -6,10 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dcase.data.sound import CHECK, read_samples, resampler
+from dcase.data.sound import CHECK, is_odd_ratio, is_sound, read_samples, resampler
 from dcase.errors import UserError
 
-SUFFIXES = (".wav", ".flac")
 RESAMPLER_REACH = 7  # samples at the lower rate, to either side; torchaudio's filter has 6 zero crossings there
 
 
@@ -34,19 +33,18 @@ class DeviceResponses(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path, sample_rate: int, p: float) -> "DeviceResponses":
-        """Read the .wav and .flac files in ``folder``, sorted by name, as mono at ``sample_rate`` (Hz).
+        """Read the sound files in ``folder``, sorted by name, as mono at ``sample_rate`` (Hz).
 
         Raises `UserError` for a folder that is missing or has no such file, and for a file that is unreadable, not
         finite or silent.
         """
         folder = Path(folder)
         try:
-            files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+            files = sorted(file for file in folder.iterdir() if is_sound(file.name))  # macOS adds hidden ones
         except OSError as error:
             raise UserError(f"--dir_path {folder} cannot be read ({error.strerror}): check the folder") from error
-        files = [file for file in files if not file.name.startswith(".")]  # macOS adds such files to archives
         if not files:
-            raise UserError(f"--dir_path {folder} has no .wav or .flac file: give the folder that has them")
+            raise UserError(f"--dir_path {folder} has no sound file (.wav, .flac ...): give the folder that has them")
         return cls([_read(file, sample_rate) for file in files], p)
 
     def forward(self, waveform: Tensor, device: Tensor, length: Tensor) -> Tensor:
@@ -97,6 +95,8 @@ def _read(file: Path, sample_rate: int) -> Tensor:
         raise UserError(f"--dir_path: {file} is empty, silent or not finite: remove or replace that file")
     if rate == sample_rate:
         return response
+    if is_odd_ratio(rate, sample_rate):
+        raise UserError(f"--dir_path: {file} has {rate} Hz, too odd a ratio to resample: remove or replace that file")
     # Resampling spreads a sample to both sides. A response that begins with its peak would lose the half before it,
     # and its lowest octave would be up to 10 dB too loud.
     lead_in = math.ceil(RESAMPLER_REACH * rate / min(rate, sample_rate))

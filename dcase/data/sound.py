@@ -14,7 +14,20 @@ from dcase.errors import UserError, one_line
 from dcase.files import regular
 
 CHECK = "check the data folder with `python -m dcase.prepare`"
+ENDINGS = tuple(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .voc".split())
 LOUDEST = 1e6  # samples, of full scale 1: beyond unscaled 16-bit integers, and far below where a log-mel overflows
+LOWEST_RATE = 1000  # Hz, that a header is believed: at 1 Hz, a second of sound would be resampled to hours
+
+
+def is_sound(name: str) -> bool:
+    """Whether a file in a folder is taken for sound: by its ending, unless it is hidden."""
+    return name.lower().endswith(ENDINGS) and not name.startswith(".")
+
+
+def passed_over(names: list[str]) -> str:
+    """Return a line about files of a folder that are not taken for sound."""
+    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"passed over {len(names):,} file{'s that are' if len(names) > 1 else ' that is'} not sound: {listed}"
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, int]:
@@ -45,18 +58,16 @@ def cut_short(file: soundfile.SoundFile) -> str:
 def read_wav(path: Path, sample_rate: int) -> torch.Tensor:
     """Read a sound file of any bit depth as (1, samples), float32: mixed down and resampled to ``sample_rate`` (Hz).
 
-    Raises `UserError` naming the file where it is missing, unreadable, truncated, empty or not finite.
+    Raises `UserError` naming the file where it is missing, unreadable, truncated, empty, not finite or far too loud.
     """
     samples, rate = read_samples(path)
-    if not len(samples):
-        raise UserError(f"{path} is empty: {CHECK}")
-    if not np.isfinite(samples).all():
-        raise UserError(f"{path} holds NaN or infinite samples: {CHECK}")
+    if fault := fault_of(samples):
+        raise UserError(f"{path} is no recording, {fault}: {CHECK}")
     waveform = torch.from_numpy(samples.mean(axis=1, keepdims=True).T if samples.shape[1] > 1 else samples.T)
     if rate == sample_rate:
         return waveform
     if is_odd_ratio(rate, sample_rate):
-        raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to --sample_rate {sample_rate}: {CHECK}")
+        raise UserError(f"{path} has {rate} Hz, too odd a ratio to resample to {sample_rate} Hz: {CHECK}")
     return resampler(rate, sample_rate)(waveform)
 
 
@@ -71,9 +82,9 @@ def fault_of(samples: np.ndarray) -> str:
 
 
 def is_odd_ratio(rate: int, sample_rate: int) -> bool:
-    """Whether resampling would need more than 50 million coefficients, 200 MB."""
+    """Whether resampling would need more than 50 million coefficients, 200 MB, or a header's rate is not believed."""
     divisor = math.gcd(rate, sample_rate)
-    return (rate // divisor) * (sample_rate // divisor) > 50_000_000
+    return rate < min(LOWEST_RATE, sample_rate) or (rate // divisor) * (sample_rate // divisor) > 50_000_000
 
 
 @lru_cache

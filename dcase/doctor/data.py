@@ -20,8 +20,8 @@ import soundfile
 from aum.cache import cache_folder
 from dcase.data import pack, synth
 from dcase.data.dataset import Sound
-from dcase.data.loading import check_recordings, open_sound
-from dcase.data.logmel import LogMelConfig
+from dcase.data.loading import PACKING, check_recordings, command, open_sound, rates_in, usual_rate
+from dcase.data.logmel import LogMelConfig, empty_bins
 from dcase.data.sound import cut_short
 from dcase.data.tau22 import (
     RELEASE,
@@ -44,7 +44,6 @@ from dcase.progress import progress
 
 OWN_DATA = 'docs/extending.md, "A data set", has the lists of data of your own'
 _SECONDS = 10  # for headers: all of TAU22's take about 2 from memory, and may take minutes from a cold disk
-_READING = ("pack_dir", "subset", "sample_rate", "orig_sample_rate")  # flags that say what is read
 
 
 @dataclass(frozen=True)
@@ -57,16 +56,9 @@ class DoctorConfig:
     project_name: str = "DCASE25_Task1"
     """Folder of the runs, whose disk is checked."""
 
-    def command(self, program: str, folder: Path, *flags: str, given: tuple[str, ...]) -> str:
-        """Return a command with those of the ``given`` flags that are not the defaults."""
-        values, defaults = ({**vars(c.data), **vars(c.split), **vars(c.logmel)} for c in (self, DoctorConfig()))
-        other = {name: os.path.expanduser(str(values[name])) for name in given if values[name] != defaults[name]}
-        quoted = [f"--{name} {shlex.quote(value)}" for name, value in other.items()]
-        return " ".join([program, "--dataset_dir", shlex.quote(str(folder)), *flags, *quoted])
-
     def check(self, folder: Path) -> str:
         any_length = [] if self.logmel.target_length is None else ["--any_length"]
-        return self.command("python -m dcase.prepare", folder, *any_length, given=("orig_sample_rate",))
+        return command("python -m dcase.prepare", self, folder, *any_length, given=("orig_sample_rate",))
 
 
 def places(config: DoctorConfig) -> list[Finding]:
@@ -119,6 +111,7 @@ def _contents(folder: Path, config: DoctorConfig) -> list[Finding]:
         *lists,
         *([Finding("scenes", "warn", untrained, OWN_DATA)] if untrained else []),
         *_recordings(folder, config, splits, sound),
+        _rate(folder, config, sound),
         *_lengths(folder, config, splits, sound),
         _checked(folder, config),
         packed,
@@ -152,8 +145,8 @@ def _lists(folder: Path, asked: tuple[str, str]) -> list[Finding]:
 def _pack(folder: Path, config: DoctorConfig, splits: dict[str, Clips]) -> tuple[Finding, Sound]:
     """Return the finding, and where the sound comes from: the WAV files if the pack does not fit."""
     place = config.data.pack_folder(folder)
-    again = config.command("python -m dcase.prepare", folder, "--pack", given=_READING)
-    wav = Sound(config.data.orig_sample_rate)
+    again = command("python -m dcase.prepare", config, folder, "--pack", given=PACKING)
+    wav = Sound(config.data.orig_sample_rate or usual_rate(rates_in(folder)))
     try:
         sound = _quietly(lambda: open_sound(config, folder)[1])
         if sound.pack is None:
@@ -162,7 +155,7 @@ def _pack(folder: Path, config: DoctorConfig, splits: dict[str, Clips]) -> tuple
         for clips in splits.values():
             check_recordings(clips, sound)
     except UserError as error:
-        return Finding("pack", "FAIL", str(error).partition(f": {pack.AGAIN}")[0], again), wav
+        return Finding("pack", "FAIL", str(error).partition(": make it again")[0], again), wav
     found = f"{place}: {len(sound.pack):,} clips at {sound.sample_rate} Hz"
     return Finding("pack", "ok", found), sound
 
@@ -180,6 +173,21 @@ def _recordings(folder: Path, config: DoctorConfig, splits: dict[str, Clips], so
             found.append(Finding("recordings", "FAIL", f"{what}: unpack or exclude them", config.check(folder)))
     shown = " and ".join(f"{len(clips):,} of {split}" for split, clips in splits.items())
     return found or [Finding("recordings", "ok", f"all WAV files are there: {shown}")]
+
+
+def _rate(folder: Path, config: DoctorConfig, sound: Sound) -> Finding:
+    """Say at which rate the recordings are read, how many have others, and whether they fill the mel bins."""
+    rates = rates_in(folder)
+    rate = sound.pack.rates.orig_sample_rate if sound.pack else sound.sample_rate
+    what = f"recordings are read at {rate} Hz"
+    if others := {other: n for other, n in rates.items() if other != rate}:
+        found = ", ".join(f"{n} have {other} Hz" for other, n in sorted(others.items()))
+        what += f", and resampled to it where they have another rate (of {rates.total()} looked at, {found})"
+    if unheard := empty_bins(config.logmel, rate):
+        start, _, flags = unheard.partition(": train with ")
+        train = command("python train_base.py", config, folder, given=("pack_dir", "subset", "orig_sample_rate"))
+        return Finding("rate", "warn", f"{what}; {start}", f"{train} {flags}")
+    return Finding("rate", "ok", what)
 
 
 def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound: Sound) -> list[Finding]:
@@ -213,7 +221,7 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
         "which pads or crops every clip"
     )
     frames = 1 + usual * config.logmel.sample_rate // sound.sample_rate // config.logmel.hop_length
-    train = config.command("python train_base.py", folder, given=(*_READING, "hop_length"))
+    train = command("python train_base.py", config, folder, given=(*PACKING, "hop_length"))
     return [*findings, Finding("lengths", "FAIL", what, f"{train} --target_length {frames}")]
 
 

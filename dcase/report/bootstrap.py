@@ -15,6 +15,7 @@ from dcase.report.predictions import Predictions
 
 DRAWS, SEED, LEVEL = 5000, 0, 0.95
 FEWEST, FEW = 5, 20  # locations: with fewer there is no interval; it is a rough one
+FEWEST_CLEAR = 10  # locations: with fewer no difference is called clear
 BINS = 15  # of confidence, equally wide
 EVERY = slice(None)
 
@@ -28,8 +29,14 @@ class Estimate(NamedTuple):
 
     @property
     def clear(self) -> bool:
-        """Whether the interval of a difference excludes 0."""
-        return self.low is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval of a difference excludes 0. One without a width says only that no draw differs."""
+        return self.low is not None and self.low < self.high and (self.low > 0 or self.high < 0)
+
+
+class OfFew(Estimate):
+    """An estimate from fewer than `FEWEST_CLEAR` locations: with some luck all of them favour one side."""
+
+    clear = False
 
 
 class Figures:
@@ -95,7 +102,8 @@ class Figures:
         drawn = values[1:][np.isfinite(values[1:])]
         if n < FEWEST or not len(drawn):
             return Estimate(float(values[0]))
-        return Estimate(float(values[0]), *expanded(drawn, n).tolist())
+        kind = OfFew if n < FEWEST_CLEAR else Estimate
+        return kind(float(values[0]), *expanded(drawn, n).tolist())
 
     def _values(self, name: tuple[str, ...]) -> np.ndarray:
         """Return a figure (1 + draws,), as it is and in each draw."""
@@ -107,7 +115,7 @@ class Figures:
             )
             # Expected calibration error. Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
             error = np.abs(sure - right) if figure == "calibration_error" else sure
-            return _ratio(error.sum(1), clips.sum(1))
+            return _ratio(error.sum(1), clips.sum(1)).clip(0, 1)  # against rounding
         if figure == "loss":
             return _ratio(self._loss, total.sum((1, 2)))
         if figure in ("macro_avg_acc", "device_avg_acc"):

@@ -19,6 +19,7 @@ from dcase.runs.folder import find_run
 
 __all__ = ["COUNTS", "Group", "details_of", "figures_of", "grouped", "in_order", "read_all", "report", "write_csv"]
 
+FEWEST_CLIPS = 50  # of a test: with fewer no accuracy is marked as the best
 MAX_COLUMNS = 8  # of the table of scenes and devices, which has a column per line of the first table
 COUNTS = {"size": "complexity/total_param_bytes", "macs": "complexity/macs"}  # less is better
 
@@ -66,9 +67,17 @@ def report(groups: Sequence[Group]) -> str:
     legend = "Accuracies in percent; * is the best, (+1.00) the difference to the first line."
     if warning:
         legend = "Accuracies in percent; (+1.00) is the difference to the first line, where the clips are the same."
+    elif few := _few_clips(groups):
+        legend = f"Accuracies in percent, none marked: {few} clips are too few; (+1.00) is the difference to the first."
     if any(group.n_seeds > 1 for group in groups):
         legend += " Mean ± deviation over seeds."
     return "\n\n".join([*parts, "\n".join([legend, *notes(groups)])])
+
+
+def _few_clips(groups: Sequence[Group]) -> int:
+    """Return the number of test clips where that is too small to mark the best accuracy; else 0."""
+    n_clips = min(group.tested_on[1] for group in groups)
+    return n_clips if n_clips < FEWEST_CLIPS else 0
 
 
 def overview(groups: Sequence[Group]) -> str:
@@ -99,7 +108,8 @@ def _cells(groups: Sequence[Group], place: str, count: bool = False) -> list[str
     """Return one figure of every group as "82.53 ± 0.93 (+2.18) *"; * marks the best."""
     means = [group.mean(place) for group in groups]
     known = [mean for mean in means if mean is not None]
-    best = (min if count else max)(known) if len(set(known)) > 1 and not different_clips(groups) else None
+    marked = len(set(known)) > 1 and not different_clips(groups) and (count or not _few_clips(groups))
+    best = (min if count else max)(known) if marked else None
     cells = []
     for group, mean in zip(groups, means, strict=True):
         if mean is None:

@@ -15,7 +15,7 @@ from dcase.data import pack, synth
 from dcase.data.logmel import LogMel, LogMelConfig
 from dcase.data.pack import Pack
 from dcase.data.sound import read_wav, resampler
-from dcase.data.tau22 import DataConfig, leaves_folder
+from dcase.data.tau22 import RATE, DataConfig, leaves_folder
 from dcase.errors import UserError
 
 AUDIO_RATE = 16_000  # Hz
@@ -29,12 +29,13 @@ class Recordings:
     def __init__(self, folder: Path | None, data: DataConfig, logmel: LogMelConfig):
         """``folder``: of the data; None where it is not known."""
         self.folder = folder
-        self.front_end = LogMel(logmel, data.orig_sample_rate)
+        rate = data.orig_sample_rate or RATE
+        self.front_end = LogMel(logmel, rate)
         self.rate = logmel.sample_rate
         self._pack: Pack | None = None
         if folder is not None and data.read_from != "wav" and pack.exists(data.pack_folder(folder)):
             found = Pack(data.pack_folder(folder))
-            if found.rates == pack.Rates(data.orig_sample_rate, self.rate):
+            if found.rates == pack.Rates(rate, self.rate):
                 self._pack = found
 
     def read(self, filename: str) -> torch.Tensor:

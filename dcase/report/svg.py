@@ -57,6 +57,8 @@ def axis(label: str, values: Sequence[float], n: int = 5) -> Axis:
     """Return an axis with about ``n`` round ticks that has room for all of the values."""
     low, high = nonsingular(min(values), max(values), expander=0.1, tiny=1e-6)  # else equal values' ticks read the same
     ticks = MaxNLocator(n, steps=[1, 2, 5, 10]).tick_values(low, high).tolist()
+    if label.endswith("(%)"):
+        ticks = [tick for tick in ticks if 0 <= tick <= 100]
     return Axis(label, ticks[0], ticks[-1], ticks, _thousands)
 
 

@@ -111,6 +111,10 @@ class Run:
         path = self.folder / "config.json"
         return Labels.from_plain(json.loads(path.read_text()), str(path))
 
+    def command(self) -> list[str]:
+        """Return the script and the flags that began the run; [] where they were not recorded."""
+        return json.loads((self.folder / "config.json").read_text()).get("command", [])
+
     def teachers(self) -> list[dict] | None:
         """Return the teachers that the run began with, each with its "sha256"; None where none were recorded."""
         return json.loads((self.folder / "config.json").read_text()).get("teachers")

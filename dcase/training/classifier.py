@@ -1,6 +1,7 @@
 """The classifier of both stages: front end, general model and device models; what a checkpoint of it holds."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytorch_lightning as pl
@@ -11,6 +12,7 @@ import aum
 from dcase.data.dataset import TAU22, Batch
 from dcase.data.labels import TAU22_LABELS, Labels, refuse_other_scenes
 from dcase.data.logmel import LogMel, frames_of
+from dcase.data.tau22 import RATE
 from dcase.errors import UserError
 from dcase.model.devices import forward_by_device
 from dcase.model.named import build
@@ -31,6 +33,8 @@ class Classifier(pl.LightningModule):
         self, config: EvalConfig, frames: int, device_ids: tuple[str, ...] = (), labels: Labels = TAU22_LABELS
     ):
         super().__init__()
+        if config.data.orig_sample_rate is None:  # no recordings have told theirs
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, orig_sample_rate=RATE))
         self.config = config
         self.frames = frames
         self.labels = labels  # what the batches' numbers of scenes and devices mean

@@ -48,6 +48,7 @@ from dcase.training.teachers import Teachers
 
 DTYPES = {"32": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # of the data in the scan
 MONITOR = "macro_avg_acc"  # on the validation clips
+FEWEST_STEPS, FEWEST_VAL = 10, 50  # of an epoch, validation clips: with fewer, chance decides
 NORMALISATION_CLIPS = 5000  # at most: enough for four digits of the mean
 
 
@@ -128,9 +129,11 @@ class KeepCheckpoints(Checkpoint):
             if better:
                 self.best_score, self.best_loss, self.best_epoch = score, loss, epoch - 1
                 trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+        clips, steps = len(trainer.val_dataloaders.dataset), module.total_steps // trainer.max_epochs
+        of = f"{clips:,} clip{'s' if clips > 1 else ''}, {steps:,} step{'s' if steps > 1 else ''} an epoch"
         trainer.progress_bar_callback.print(
-            f"epoch {epoch}: validation macro_avg_acc {100 * score:.2f} %, loss {loss:.4f}"
-            + (" (best epoch so far)" if better else "")
+            f"epoch {epoch}: validation macro_avg_acc {100 * score:.2f} %, loss {loss:.4f} ({of}"
+            + ("; best epoch so far)" if better else ")")
         )
         self.validation_due = False
         self._save(trainer)
@@ -339,6 +342,28 @@ def plan(n_train: int, n_val: int, config: TrainConfig) -> Plan:
     together = config.machine.batch_size * process_count()
     every = config.fit.check_val_every_n_epoch if n_val else None
     return Plan(config.fit.n_epochs, math.ceil(n_train / together), every, math.ceil(n_val / together))
+
+
+def too_few(n_train: int, n_val: int, config: TrainConfig) -> list[str]:
+    """Return warnings about so few steps or validation clips that chance decides, with flags that help."""
+    fit, said = config.fit, []
+    steps = math.ceil(plan(n_train, n_val, config).batches / fit.accumulate_grad_batches)
+    if steps < FEWEST_STEPS:
+        smaller = 2 ** max(1, (n_train // (FEWEST_STEPS * fit.accumulate_grad_batches)).bit_length() - 1)
+        made = f"{n_train:,} training clips make only {steps} optimiser step{'s' if steps > 1 else ''} an epoch"
+        said.append(f"{made}, {steps * fit.n_epochs:,} in all: --batch_size {smaller} makes more")
+    if 0 < n_val < FEWEST_VAL:
+        said.append(
+            f"only {n_val} validation clip{'s choose' if n_val > 1 else ' chooses'} the best epoch, and a clip is "
+            f"{100 / n_val:.0f} points: --val_fraction 0.3 holds out more, and --val_fraction 0 trains on all clips "
+            "and keeps the last epoch"
+        )
+    if n_val and fit.check_val_every_n_epoch > fit.n_epochs:
+        said.append(
+            f"--check_val_every_n_epoch {fit.check_val_every_n_epoch} is more than --n_epochs {fit.n_epochs}: only the "
+            "last epoch is validated, and nothing is chosen; --check_val_every_n_epoch 1 validates each"
+        )
+    return said
 
 
 def train(

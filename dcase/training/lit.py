@@ -71,7 +71,7 @@ class SceneClassifier(Classifier):
         if self.teacher is not None:
             loss = self.config.distill.loss(loss, logits, self.teacher.targets(batch, waveform, length), mix)
         loader = self.trainer.train_dataloader
-        self._refuse_non_finite(loss, batch, loader)
+        self._refuse_non_finite(loss, logits, batch, loader)
         self.log(f"{self.log_prefix}train/loss_step", loss, prog_bar=True, batch_size=len(batch.scene))
         counted = loader.counted(batch_idx)
         seen = loss.detach().double()
@@ -169,7 +169,7 @@ class SceneClassifier(Classifier):
     def _evaluate(self, batch: Batch, batch_idx: int, loader: BatchLoader) -> None:
         logits = self.by_device(self.forward_model, *self.sound(batch), batch.device).float()
         loss = F.cross_entropy(logits, batch.scene, reduction="none")
-        self._refuse_non_finite(loss, batch, loader)
+        self._refuse_non_finite(loss, logits, batch, loader)
         n = loader.counted(batch_idx)
         self.metrics.update(logits[:n], batch.scene[:n], batch.device[:n], loss[:n])
         if not len(self.logits):
@@ -209,10 +209,11 @@ class SceneClassifier(Classifier):
         for logger in self.trainer.loggers:
             logger.log_metrics({f"{self.log_prefix}{name}": value for name, value in metrics.items()}, step=step)
 
-    def _refuse_non_finite(self, loss: Tensor, batch: Batch, loader: BatchLoader) -> None:
+    def _refuse_non_finite(self, loss: Tensor, logits: Tensor, batch: Batch, loader: BatchLoader) -> None:
         """Raise `UserError` where a loss is not finite: at once on a CPU. On a GPU, where a look makes the host wait,
         at the next logging step, or before anything is saved."""
-        self._unchecked.append((loss.isfinite().all(), batch.index, loader, self.current_epoch + 1, self.global_step))
+        at = batch.index, logits.isfinite().all(1), loader, self.current_epoch + 1, self.global_step
+        self._unchecked.append((loss.isfinite().all(), *at))
         if loss.device.type not in HOST_RUNS_AHEAD or len(self._unchecked) >= self.trainer.log_every_n_steps:
             self.refuse_non_finite()
 
@@ -220,11 +221,13 @@ class SceneClassifier(Classifier):
         """Raise `UserError` where the loss of a batch was not finite, and nobody has looked yet."""
         batches, self._unchecked = self._unchecked, []
         finite = torch.stack([finite for finite, *_ in batches]).tolist() if batches else []
-        for is_finite, (_, index, loader, epoch, step) in zip(finite, batches, strict=True):
+        for is_finite, (_, index, right, loader, epoch, step) in zip(finite, batches, strict=True):
             if not is_finite:
+                if 0 < right.sum() < len(right):  # else no clip stands out
+                    index = index[~right.to(index.device)]
                 raise UserError(
                     f"the loss is not finite in epoch {epoch}, step {step}; the checkpoints were saved before that. "
-                    f"Lower --lr, use --precision 32, or look at the batch's clips: {', '.join(loader.names(index))}"
+                    f"Lower --lr, use --precision 32, or look at these clips: {', '.join(loader.names(index))}"
                 )
 
     # Checkpoints
