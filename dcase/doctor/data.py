@@ -5,7 +5,6 @@ Nothing is fetched, made or changed.
 
 import os
 import random
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from dcase.data.tau22 import (
 )
 from dcase.doctor.findings import Finding, looked
 from dcase.doctor.machine import disk
-from dcase.errors import UserError
+from dcase.errors import UserError, command
 from dcase.progress import progress
 
 OWN_DATA = 'docs/extending.md, "A data set", has the lists of data of your own'
@@ -60,8 +59,8 @@ class DoctorConfig:
         """Return a command with those of the ``given`` flags that are not the defaults."""
         values, defaults = ({**vars(c.data), **vars(c.split), **vars(c.logmel)} for c in (self, DoctorConfig()))
         other = {name: os.path.expanduser(str(values[name])) for name in given if values[name] != defaults[name]}
-        quoted = [f"--{name} {shlex.quote(value)}" for name, value in other.items()]
-        return " ".join([program, "--dataset_dir", shlex.quote(str(folder)), *flags, *quoted])
+        changed = [part for name, value in other.items() for part in (f"--{name}", value)]
+        return command(*program.split(), "--dataset_dir", folder, *flags, *changed)
 
     def check(self, folder: Path) -> str:
         any_length = [] if self.logmel.target_length is None else ["--any_length"]
@@ -73,7 +72,7 @@ def places(config: DoctorConfig) -> list[Finding]:
     runs, cache = Path(config.project_name), cache_folder()
     return [
         *looked("data", lambda: data_folder(config)),
-        *looked("disk: runs", lambda: disk("disk: runs", runs, f"df -h; du -sh {runs}")),
+        *looked("disk: runs", lambda: disk("disk: runs", runs, f"df -h; {command('du', '-sh', runs)}")),
         *looked("disk: cache", lambda: disk("disk: cache", cache, "export AUDIO_MAMBA_CACHE=/another/folder")),
     ]
 
@@ -96,7 +95,7 @@ def data_folder(config: DoctorConfig) -> list[Finding]:
     try:
         check_folder(folder)
     except UserError as error:
-        fix = "" if folder.is_dir() else f"ls {folder}; ls {folder.absolute().parent}"
+        fix = "" if folder.is_dir() else f"{command('ls', folder)}; {command('ls', folder.absolute().parent)}"
         return [Finding("data", "FAIL", str(error), fix)]
     kind = "TAU22" if is_tau22(folder) else "not TAU22 itself, or another test split"
     return [Finding("data", "ok", f"{folder} ({kind})"), *_contents(folder, config)]
@@ -134,12 +133,12 @@ def _lists(folder: Path, asked: tuple[str, str]) -> list[Finding]:
     own = not tau22 and any(_list(folder, split).is_file() for split in SPLITS)  # TAU22's must not replace them
     for split in SPLITS:
         path = _list(folder, split)
-        fetch = f"curl -L --create-dirs -o {shlex.quote(str(path))} {RELEASE}/{path.name}"
+        fetch = command("curl", "-L", "--create-dirs", "-o", path, f"{RELEASE}/{path.name}")
         if path.is_file():
             try:
                 there.append(f"{split} ({len(read_split(path)):,} clips)")
             except UserError as error:
-                fix = f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')} && {fetch}" if tau22 else OWN_DATA
+                fix = f"{command('mv', path, f'{path}.old')} && {fetch}" if tau22 else OWN_DATA
                 found.append(Finding("split lists", "FAIL", str(error), fix))
         elif split in asked:
             what = f"{path} is missing: training fetches TAU22's, where there is a network"

@@ -18,15 +18,15 @@ of one. Checkpoints are read with ``weights_only=True``: a file that would run c
 import json
 import re
 import secrets
-import shlex
 import string
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from dcase.errors import UserError, one_line
+from dcase.errors import UserError, command, one_line
 
 CHECKPOINTS, STORED = "checkpoints", "stored"  # subfolders of a run that hold models
 CROSS_FIT = "cross_fit"  # subfolder with its own teachers
@@ -176,7 +176,7 @@ def kind_of(saved: dict) -> Literal["general", "device-specific", "test"]:
 def resume_command(script: str, run_id: str, project_name: str) -> str:
     """Return the shell command that goes on with a run."""
     project = [] if project_name == RunConfig.project_name else ["--project_name", project_name]
-    return shlex.join(["python", script, "--resume", run_id, *project])
+    return command("python", script, "--resume", run_id, *project)
 
 
 def run_of(ckpt_path: str) -> Run | None:
