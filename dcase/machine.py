@@ -51,8 +51,8 @@ class MachineConfig:
     """Refuse operations that are not bit-reproducible on one machine: mamba_ssm's scan, some of CUDA's."""
 
     def __post_init__(self):
-        check_range(self, "batch_size", least=1)
-        check_range(self, "num_workers", least=0)
+        check_range(self, "batch_size num_nodes", least=1, most=10**6)
+        check_range(self, "num_workers", least=0, most=10**6)
 
 
 def n_cores() -> int:

@@ -684,6 +684,8 @@ def test_what_submit_refuses(made, learnable, tmp_path):
     assert refusal(call, submit.main, *given, "--authors", path) == f"--authors {path}: there is no such file"
     path.write_text("- {lastname: Doe")
     assert f"{path} cannot be read as YAML" in refusal(call, submit.main, *given, "--authors", path)
+    path.write_text("[" * 10_000)
+    assert f"{path} cannot be read as YAML" in refusal(call, submit.main, *given, "--authors", path)
 
 
 @pytest.mark.parametrize(

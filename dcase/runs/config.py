@@ -80,8 +80,9 @@ class FitConfig:
     """Seed of weights, order and augmentation; on a CPU two runs with one seed give the same weights."""
 
     def __post_init__(self):
-        check_range(self, "n_epochs check_val_every_n_epoch accumulate_grad_batches", least=1)
-        check_range(self, "lr warmup_steps weight_decay gradient_clip_val qat_epochs", least=0)
+        check_range(self, "n_epochs check_val_every_n_epoch accumulate_grad_batches", least=1, most=10**6)
+        check_range(self, "warmup_steps gradient_clip_val qat_epochs", least=0, most=10**9)
+        check_range(self, "lr weight_decay", least=0, most=MOST_LR)
         check_range(self, "seed", least=0, below=2**32)
         check_range(self, "layer_decay", above=0, most=1)
         if not 0 <= self.freeze_epochs < self.n_epochs:
@@ -158,8 +159,8 @@ class BaseConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "seeds", least=1)
-        check_range(self, "cross_fit", least=0)
+        check_range(self, "seeds", least=1, most=1000)
+        check_range(self, "cross_fit", least=0, most=1000)
         if self.cross_fit == 1:
             raise UserError("--cross_fit must be 0, or at least 2 parts; got 1")
         if self.cross_fit and self.init_from:
@@ -208,10 +209,11 @@ class DeviceConfig(TrainConfig):
         super().__post_init__()
         if self.finetune != "full" and (self.fit.layer_decay != 1 or self.fit.freeze_epochs):
             raise UserError(f"--layer_decay and --freeze_epochs need --finetune full; got {self.finetune}")
-        check_range(self, "lora_rank", least=1)
+        check_range(self, "lora_rank", least=1, most=10**4)
         check_range(self, "own_share", above=0, most=1)
-        if not all(0 < lr < math.inf for lr in self.learning_rates):
-            raise UserError(f"--lr_choices must be learning rates above 0, separated by commas; got {self.lr_choices}")
+        if not all(0 < lr <= MOST_LR for lr in self.learning_rates):
+            wanted = f"learning rates above 0 and at most {MOST_LR}, separated by commas"
+            raise UserError(f"--lr_choices must be {wanted}; got {self.lr_choices}")
         if self.lr_choices and self.split.val_split != "test" and self.split.val_fraction == 0:
             raise UserError("--lr_choices needs validation clips, and --val_fraction is 0: give --lr instead")
         unknown = set(filter(None, self.only_devices.split(","))) - set(TRAIN_DEVICES)
@@ -246,8 +248,16 @@ FREE_ON_RESUME = {
     "logger", "log_checkpoints", "teacher",
 }  # fmt: skip
 SHARES = (0.5, 0.75)  # of the fine-tuned weights, to choose from; the first where nothing can choose
+MOST_LR = 100  # beyond any that trains
 LR_SHARE = 0.1  # stage 2's learning rate over the general model's, as in the challenge's baseline
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
+# What --help says where no checkpoint is given: flags of test_only.py and of stage 2 whose default that holds.
+_OF_CHECKPOINT = dict.fromkeys(cli.flags_of(EvalConfig(), ("model", "logmel", "storage")), "from the checkpoint")
+_OF_CHECKPOINT["orig_sample_rate"] = "from the checkpoint"
+_OF_GENERAL = _OF_CHECKPOINT | dict.fromkeys(
+    [*cli.flags_of(TrainConfig(), ("split", "augment")), "batch_size", "gradient_clip_val"], "from the checkpoint"
+)
+_OF_GENERAL |= {"lr": f"{LR_SHARE:g} times the checkpoint's", "mixstyle_p": "0", "dir_path": "None"}
 
 
 # Reading the command line
@@ -260,6 +270,8 @@ def split_flags(args: list[str] | None, *names: str) -> tuple[dict[str, str | No
     for name in names:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", dest=name)
     values, rest = parser.parse_known_args(args)
+    for name, value in vars(values).items():
+        cli.check_text(name, value)
     return vars(values), rest
 
 
@@ -288,13 +300,12 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
     given = {**vars(config.run), "ckpt_id": config.ckpt_id} if config else _place_flags(args)
     ckpt_id = given["ckpt_id"]
     if not ckpt_id:
-        cli.parse(DeviceConfig, description, args=args)  # --help, or a flag that does not exist
+        cli.parse(DeviceConfig, description, args=args, elsewhere=_OF_GENERAL)  # --help, or an unknown flag
         raise UserError("--ckpt_id is missing: give the run id that train_base.py printed")
     artifacts.fetch(given["project_name"], ckpt_id, given["wandb_mode"], given["logger"])
     checkpoint = load_checkpoint(find_checkpoint(given["project_name"], ckpt_id))
     if config is None:
-        general = from_plain(TrainConfig, checkpoint["config"])
-        default = for_one_device(_like_checkpoint(DeviceConfig, checkpoint), general)
+        default = defaults_from(DeviceConfig, checkpoint["config"])
         config = cli.parse(DeviceConfig, description, default, args)
         decided = ("model", "logmel", "data", "split")
         _refuse_changes(default, config, f"the checkpoint of --ckpt_id {ckpt_id}", _FREE_DATA, decided)
@@ -306,12 +317,12 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
     given = _place_flags(args)
     path = given["ckpt_path"]
     if not path:
-        cli.parse(TestConfig, description, args=args)
+        cli.parse(TestConfig, description, args=args, elsewhere=_OF_CHECKPOINT)
         raise UserError(
             "--ckpt_path is missing: give a checkpoint file, such as <project_name>/<run_id>/checkpoints/best.ckpt"
         )
     checkpoint = load_trained(path, given["project_name"])
-    default = _like_checkpoint(TestConfig, checkpoint)
+    default = defaults_from(TestConfig, checkpoint["config"])
     config = cli.parse(TestConfig, description, default, args)
     _refuse_changes(default, config, f"the checkpoint {path}", _FREE_DATA, ("model", "logmel", "data"))
     return config, checkpoint
@@ -338,12 +349,15 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     return config, run
 
 
-def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
-    """Return a script's defaults, with the model, the front end and the split of a checkpoint."""
-    saved = from_plain(cls, checkpoint["config"])
+def defaults_from(cls: type[Config], plain: dict) -> Config:
+    """Return the defaults of stage 2 or a test of a model that was trained with the configuration ``plain``: its model
+    and front end; for stage 2 also its split, and what `for_one_device` takes."""
+    saved = from_plain(cls, plain)
     data = DataConfig(orig_sample_rate=saved.data.orig_sample_rate)
-    kept = {"split": saved.split} if isinstance(saved, TrainConfig) else {}
-    return dataclasses.replace(cls(), model=saved.model, logmel=saved.logmel, data=data, storage=saved.storage, **kept)
+    default = dataclasses.replace(cls(), model=saved.model, logmel=saved.logmel, data=data, storage=saved.storage)
+    if not isinstance(saved, DeviceConfig):
+        return default
+    return for_one_device(dataclasses.replace(default, split=saved.split), from_plain(TrainConfig, plain))
 
 
 def for_one_device(default: DeviceConfig, general: TrainConfig) -> DeviceConfig:
