@@ -11,7 +11,7 @@ from conftest import ROOT
 from forked import Program
 
 import aum
-from aum.scan import BACKENDS, backends, choose, cuda_kernels
+from aum.scan import BACKENDS, backends, build, choose, cuda_kernels
 
 MIXER = """
 import logging, torch
@@ -86,6 +86,12 @@ def test_a_compiler_that_is_missing_or_does_not_work(run, tmp_path, environment,
     *before, line = run(**environment | ({"CC": compiler} if failing else {}))
     assert len(before) == failing  # "compiling ..."
     assert line.startswith("WARNING selective scan: backend 'torch' for float32 on cpu; not 'cpu': ") and said in line
+
+
+def test_a_compiler_that_takes_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "TIMEOUT", 0.1)
+    with pytest.raises(build.NotAvailable, match="took more than 0.1 s: try again when .* or name another one in CC"):
+        build._compile(["sh", "-c", "sleep 9"], (), tmp_path, "x")
 
 
 def test_a_cache_folder_that_cannot_be_written(run, tmp_path):
