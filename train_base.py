@@ -57,9 +57,8 @@ def main() -> None:
         module.refuse_other_clips(source_run, f"the run --init_from {config.init_from}")
         module.start_from(source_run)
     evaluation.warn_if_over(module)
-    run = start_run(config, run, teachers.record())
 
-    with open_loggers(config, run) as loggers:
+    with start_run(config, run, teachers.record()) as run, open_loggers(config, run) as loggers:
         if config.cross_fit:
             teachers.add(cross_fit(module, train, val, config, run))
         teachers.hear(train, config.machine)
@@ -70,7 +69,7 @@ def main() -> None:
         module = SceneClassifier.from_checkpoint(best, config)
         optimistic = config.split.val_split == "test"
         evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
-    print(f"next: python train_device_specific.py --ckpt_id {run.id} {same_place(config)}")
+    print(f"next: python train_device_specific.py {errors.command('--ckpt_id', run.id)} {same_place(config)}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ from dcase.errors import UserError, check_range
 
 Value = TypeVar("Value")
 
-# SIGUSR1 is what SLURM can send before a time limit. Windows lacks some of them.
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# SIGUSR1 is what SLURM can send before a time limit, SIGHUP what a terminal or an ssh session sends that is closed.
+# Windows lacks some of them.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass(frozen=True)

@@ -460,9 +460,14 @@ def test_explosion_in_the_last_step_of_an_epoch_does_not_overwrite_the_checkpoin
     keeps_good_checkpoint(tmp_path, epoch=0)
 
 
-def test_learning_rate_that_explodes(call, learnable):
-    args = ["--n_epochs", "1", "--lr", "1e30", "--gradient_clip_val", "0"]
+def test_a_learning_rate_that_explodes_leaves_nothing_behind(call, learnable, tmp_path):
+    args = ["--n_epochs", "1", "--lr", "100", "--warmup_steps", "0", "--gradient_clip_val", "0", "--run_id", "mine"]
     call("train_base", "--dataset_dir", learnable, *TRAIN, *args).refused("not finite")
+    assert not list((tmp_path / "P").iterdir())
+    (tmp_path / "P" / "mine").mkdir()
+    (tmp_path / "P" / "mine" / "notes.txt").touch()
+    call("train_base", "--dataset_dir", learnable, *TRAIN, *args).refused("not finite")
+    assert (tmp_path / "P" / "mine" / "notes.txt").exists()
 
 
 def test_project_folder_that_cannot_be_made(call, learnable, tmp_path):

@@ -10,9 +10,11 @@ import dataclasses
 import math
 import os
 import platform
-import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -25,8 +27,8 @@ from dcase.data.augment import AugmentConfig
 from dcase.data.labels import SCENES
 from dcase.data.logmel import LogMelConfig
 from dcase.data.tau22 import TRAIN_DEVICES, DataConfig, SplitConfig
-from dcase.errors import UserError, check_range
-from dcase.files import write_json
+from dcase.errors import UserError, check_range, command
+from dcase.files import only_one, write_json
 from dcase.machine import MachineConfig, from_main, is_main
 from dcase.model import named as models
 from dcase.model.distillation import DistillConfig
@@ -343,7 +345,9 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
         how = resume_command(script, run_id, project_name)
         raise UserError(f"--resume {run_id}: that run was made by {script}; go on with: {how}")
     refuse_other_scenes(run.scenes(), f"the run --resume {run_id}")
-    default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
+    default = from_plain(cls, saved)
+    place = dataclasses.replace(default.run, project_name=project_name)  # the folder may have been moved
+    default = dataclasses.replace(default, resume=run_id, run=place)
     config = cli.parse(cls, description, default, args)
     _refuse_changes(default, config, f"the run --resume {run_id}", FREE_ON_RESUME)
     return config, run
@@ -458,32 +462,40 @@ def with_data_of(checkpoint: dict, config: Config) -> Config:
 def same_place(config: EvalConfig) -> str:
     """Return the flags that lead the next script to this one's runs and data, for a shell."""
     data = ["--dataset_dir", config.data.dataset_dir] if config.data.dataset_dir else []
-    return shlex.join(["--project_name", config.run.project_name, *data])
+    return command("--project_name", config.run.project_name, *data)
 
 
-def start_run(config: TrainConfig | TestConfig, run: Run | None, more: dict | None = None) -> Run:
-    """Return the run to write to: the resumed one, or a new one with its config.json written. ``more`` goes into that
-    beside the configuration."""
-    if run is not None and (run.folder / "results.json").is_file():
-        print(f"run {run.id} is trained to its end: it is only tested again")
+@contextmanager
+def start_run(config: TrainConfig | TestConfig, run: Run | None, more: dict | None = None) -> Iterator[Run]:
+    """Yield the run to write to, locked: the resumed one, or a new one with its config.json written. ``more`` goes into
+    that beside the configuration.
+
+    Raises `UserError` where another process trains the run. A new training that bad input ends before it has made
+    anything leaves nothing behind.
+    """
+    began = run is None
+    print(end="", flush=True)  # where nothing can be printed, nothing is left behind either
     if run is None:
         run = from_main(new_run(config.run.project_name, config.run.run_id) if is_main() else None)
-    if is_main() and not run.has_config():
-        libraries = ("torch", "torchaudio", "pytorch_lightning", "numpy")
-        versions = {name: sys.modules[name].__version__ for name in libraries}
-        write_json(
-            run.folder / "config.json",
-            {
-                "config": to_plain(config),
-                "scenes": list(SCENES),
-                "command": sys.argv,
-                "commit": _commit(),
-                "versions": {"python": platform.python_version(), **versions},
-                **(more or {}),
-            },
-        )
-    print(f"run {run.id}: everything goes to {run.folder}/")
-    return run
+    elif (run.folder / "results.json").is_file():
+        print(f"run {run.id} is trained to its end: it is only tested again")
+    with only_one(run.folder, f"run {run.id}") if is_main() else nullcontext():
+        try:
+            if is_main() and not run.has_config():
+                _write_config(config, run, more or {})
+            print(f"run {run.id}: everything goes to {run.folder}/")
+            yield run
+        except UserError:
+            if began and is_main() and isinstance(config, TrainConfig) and run.has_only_begun():
+                shutil.rmtree(run.folder, ignore_errors=True)
+            raise
+
+
+def _write_config(config: EvalConfig, run: Run, more: dict) -> None:
+    libraries = ("torch", "torchaudio", "pytorch_lightning", "numpy")
+    versions = {"python": platform.python_version(), **{name: sys.modules[name].__version__ for name in libraries}}
+    made = {"scenes": list(SCENES), "command": sys.argv, "commit": _commit(), "versions": versions}
+    write_json(run.folder / "config.json", {"config": to_plain(config), **made, **more})
 
 
 def _commit() -> str | None:

@@ -30,6 +30,7 @@ from dcase.errors import UserError, command, one_line
 
 CHECKPOINTS, STORED = "checkpoints", "stored"  # subfolders of a run that hold models
 CROSS_FIT = "cross_fit"  # subfolder with its own teachers
+_BEGUN = {"config.json", ".lock", "metrics.csv", "wandb", "tensorboard", CHECKPOINTS, CROSS_FIT}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,12 @@ class Run:
 
     def has_config(self) -> bool:
         return (self.folder / "config.json").is_file()
+
+    def has_only_begun(self) -> bool:
+        """Return whether the folder holds nothing but what a run's start writes: nothing to go on from or to keep."""
+        trained = chain(self.checkpoints.rglob("*"), (self.folder / CROSS_FIT).rglob("*"))
+        names = {path.name for path in self.folder.iterdir()}
+        return names <= _BEGUN and not any(path.is_file() for path in trained)
 
     def commit(self) -> str | None:
         """Return the git commit of the code that began the run; None where that was no checkout."""
