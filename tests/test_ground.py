@@ -93,6 +93,17 @@ def test_halves_of_ended_processes_are_removed_and_another_machines_stay(tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([running, theirs, "x"])
 
 
+@pytest.mark.parametrize("said", ["basic_ios::clear: iostream error", "PytorchStreamWriter failed writing file data/0"])
+def test_what_torch_says_of_a_full_disk_keeps_the_old_file(said, tmp_path):
+    def full(beside):
+        beside.touch()
+        raise RuntimeError(said)
+
+    (tmp_path / "x").write_text("old")
+    assert f"{tmp_path}/x cannot be written ({said})" in refusal(replace_file, tmp_path / "x", full)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+
+
 # Locks
 
 HOLD = """
