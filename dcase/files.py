@@ -73,7 +73,7 @@ def only_one(folder: Path, what: str) -> Iterator[None]:
     """
     path, job = folder / ".lock", os.environ.get("SLURM_JOB_ID", "")
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): check rights and space there") from error
     try:
@@ -86,8 +86,9 @@ def only_one(folder: Path, what: str) -> Iterator[None]:
             taken = False
         except (OSError, ImportError) as error:
             locked = taken = getattr(error, "errno", 0) in (errno.EACCES, errno.EAGAIN)
-            if found and not locked:  # there are no locks here
-                taken = _is_running(int(pid)) if host == _HOST else not job or job != of_job
+            if found and not locked:  # there are no locks here; a container may give the same id again
+                runs = int(pid) != os.getpid() and _is_running(int(pid))
+                taken = runs if host == _HOST else not job or job != of_job
         if taken:
             who, stop = (f"process {pid} on {host}", f"there (kill {pid})") if found else ("another process", "")
             gone = "" if locked and host == _HOST else f"; if it has ended, delete {path}"

@@ -153,6 +153,8 @@ def test_where_the_file_system_has_no_locks_the_file_says_who(holder, tmp_path, 
     holder.kill()
     holder.wait()
     take(tmp_path)
+    (tmp_path / ".lock").write_text(f"{os.getpid()} {HOST} \n")  # of a container that was started again
+    take(tmp_path)
     (tmp_path / ".lock").write_text("7 node3 11\n")
     assert refusal(take, tmp_path).endswith(f"process 7 on node3: wait for its end, or stop it there (kill 7); if it has ended, delete {tmp_path}/.lock")  # fmt: skip  # noqa: E501
     (tmp_path / ".lock").write_text("7 node3 12\n")  # the same SLURM job, requeued

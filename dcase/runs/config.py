@@ -467,8 +467,7 @@ def same_place(config: EvalConfig) -> str:
 
 @contextmanager
 def start_run(config: TrainConfig | TestConfig, run: Run | None, more: dict | None = None) -> Iterator[Run]:
-    """Yield the run to write to, locked: the resumed one, or a new one with its config.json written. ``more`` goes into
-    that beside the configuration.
+    """Yield the run to write to, locked: the resumed one, or a new one with its config.json, which also holds ``more``.
 
     Raises `UserError` where another process trains the run. A new training that bad input ends before it has made
     anything leaves nothing behind.
