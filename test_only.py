@@ -25,10 +25,9 @@ def main() -> None:
     test = with_sound(source.test, sound)
     module = SceneClassifier.from_checkpoint(checkpoint, config, source.labels)
     module.refuse_other_frames(test)
-    run = start_run(config, None, source.labels)
-    if "," in config.ckpt_path and is_main():
-        save_checkpoint(module.as_checkpoint(), run.best)
-    with open_loggers(config, run) as loggers:
+    with start_run(config, None, source.labels) as run, open_loggers(config, run) as loggers:
+        if "," in config.ckpt_path and is_main():
+            save_checkpoint(module.as_checkpoint(), run.best)
         optimistic = checkpoint["config"]["split"]["val_split"] == "test"
         evaluation.evaluate(module, source, test, config, run, loggers, optimistic=optimistic)
 

@@ -65,9 +65,8 @@ def main() -> None:
     evaluation.warn_if_over(module)
     for warning in fit.too_few(len(train), len(val) if val else 0, config):
         print(f"WARNING: {warning}")
-    run = start_run(config, run, source.labels, teachers.record())
 
-    with open_loggers(config, run) as loggers:
+    with start_run(config, run, source.labels, teachers.record()) as run, open_loggers(config, run) as loggers:
         if config.cross_fit:
             teachers.add(cross_fit(module, train, val, config, run))
         teachers.hear(train, config.machine)

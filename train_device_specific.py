@@ -11,7 +11,6 @@ all devices together decide whether the devices' models are used (--keep); unkno
 """
 
 import dataclasses
-import shlex
 
 from dcase import errors
 from dcase.data.loading import clips_id, find_source, open_sound, training_clips, with_sound
@@ -49,9 +48,8 @@ def main() -> None:
     module.augment.load_responses()
     teachers = load_teachers(config, module, train, run)
     evaluation.warn_if_over(module)
-    run = start_run(config, run, source.labels, teachers.record())
 
-    with open_loggers(config, run) as loggers:
+    with start_run(config, run, source.labels, teachers.record()) as run, open_loggers(config, run) as loggers:
         teachers.hear(train, config.machine)
         outcomes, weights = FineTuning(module, clips, train, config, run, loggers, teachers).tune()
         module.set_device_models(weights)
@@ -62,7 +60,7 @@ def main() -> None:
             more = {"fine_tuning": {device_id: dataclasses.asdict(outcome) for device_id, outcome in outcomes.items()}}
             evaluation.evaluate(module, source, test, config, run, loggers, more, optimistic)
     others = ",..." if config.only_devices else ""
-    print(f"next: python test_only.py --ckpt_path {shlex.quote(str(run.best))}{others} {same_place(config)}")
+    print(f"next: python test_only.py --ckpt_path {errors.command(run.best)}{others} {same_place(config)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ result depends only on the names, and the recordings stay as they are.
 """
 
 import re
-import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from dcase.data.labels import LABELS_JSON, Labels
 from dcase.data.sound import is_sound, passed_over
 from dcase.data.synth import new_folder
 from dcase.data.tau22 import Clips, leaves_folder, split_by_location
-from dcase.errors import UserError, check_range, one_line, run
+from dcase.errors import UserError, check_range, command, one_line, run
 from dcase.files import write_json
 from dcase.progress import progress
 from dcase.report import markdown
@@ -172,8 +171,8 @@ def main() -> None:
         more = ["--val_fraction", "0"]
         print("a scene has no place to spare for validation: the last epoch's model is kept (--val_fraction 0)")
     print(f"\n{counts(training, test)}\n\n{out}: a data folder of {len(table):,} recordings")
-    print(f"check: {shlex.join(['python', '-m', 'dcase.doctor', '--dataset_dir', str(out)])}")
-    print(f"next: {shlex.join(['python', 'train_base.py', '--dataset_dir', str(out), '--model', 'aum_nano', *more])}")
+    print(f"check: {command('python', '-m', 'dcase.doctor', '--dataset_dir', out)}")
+    print(f"next: {command('python', 'train_base.py', '--dataset_dir', out, '--model', 'aum_nano', *more)}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ A field is a flag; the docstring under it is the flag's help; its default is the
 """
 
 import dataclasses
+import os
 import re
 import shutil
 import sys
@@ -11,12 +12,17 @@ import textwrap
 import typing
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 
-Config = TypeVar("Config")
+from dcase.errors import UserError
 
+Config = TypeVar("Config")
+NAMES = ("project_name", "experiment_name", "run_id", "resume", "ckpt_id", "label")  # flags whose value is a name
+
+LONGEST = 255  # bytes in the name of a file or folder
+_elsewhere: dict[str, str] = {}  # `parse`'s
 _registry = tyro.constructors.ConstructorRegistry()
 _TYROS = "by tyro's own rules"  # marks `_one_paragraph`'s question
 
@@ -53,8 +59,15 @@ def _one_paragraph(info: tyro.constructors.StructTypeInfo) -> tyro.constructors.
     spec = _registry.get_struct_spec(dataclasses.replace(info, markers=(*info.markers, _TYROS)))
     if not isinstance(spec, tyro.constructors.StructConstructorSpec):
         return None
-    fields = (dataclasses.replace(field, helptext=partial(_unfolded, field.helptext)) for field in spec.fields)
-    return dataclasses.replace(spec, fields=tuple(fields))
+    return dataclasses.replace(spec, fields=tuple(map(_shown, spec.fields)))
+
+
+def _shown(field: tyro.constructors.StructFieldSpec) -> tyro.constructors.StructFieldSpec:
+    """Return a field as --help shows it."""
+    kind = field.type
+    if field.name in _elsewhere:
+        kind = Annotated[kind, tyro.conf.arg(help_behavior_hint=f"(default: {_elsewhere[field.name]})")]
+    return dataclasses.replace(field, type=kind, helptext=partial(_unfolded, field.helptext))
 
 
 def _unfolded(text: str | Callable[[], str | None] | None) -> str | None:
@@ -85,20 +98,41 @@ def flags_of(config, parts: tuple[str, ...] | None = None) -> dict:
     return flags
 
 
+def check_text(flag: str, value: object) -> None:
+    """Raise `UserError` where a flag's text cannot be a name or a path, or would be taken for a flag or obeyed by the
+    terminal where it is printed."""
+    if not isinstance(value, str):
+        return
+    if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", value):
+        raise UserError(f"--{flag} has a control character or a line break in it: {value[:200]}")
+    if flag in NAMES and value.startswith("-"):
+        raise UserError(f"--{flag} {value[:200]} begins with -, as flags do: give another name")
+    for part in re.split("[/,]", value):
+        if len(os.fsencode(part)) > LONGEST:
+            raise UserError(f"--{flag}: {part[:20]}... has {len(part)} characters: names have at most {LONGEST} bytes")
+
+
 def parse(
-    config: type[Config], description: str, default: Config | None = None, args: list[str] | None = None
+    config: type[Config],
+    description: str,
+    default: Config | None = None,
+    args: list[str] | None = None,
+    elsewhere: dict[str, str] | None = None,
 ) -> Config:
     """Read ``config`` (a dataclass, its parts nested dataclasses) from the command line.
 
-    ``default`` replaces the dataclass's own defaults; ``args`` replaces ``sys.argv[1:]``.
+    ``default`` replaces the dataclass's own defaults; ``args`` replaces ``sys.argv[1:]``. ``elsewhere`` is for --help:
+    flags whose default is another than the dataclass's, and how to describe it.
     A flag that does not exist, or whose value does not fit its type, ends the program with exit code 2.
-    Raises `UserError` where a dataclass's own check does.
+    Raises `UserError` where a dataclass's own check does, and `check_text`.
     """
     options = {} if default is None else {"default": default}
     if {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
         # tyro would print it after the usage, in lines as long as its paragraphs.
         print(flowing(description, shutil.get_terminal_size().columns), end="\n\n")
-    return tyro.cli(
+    _elsewhere.clear()
+    _elsewhere.update(elsewhere or {})
+    parsed = tyro.cli(
         config,
         prog=_module(),
         description="",
@@ -108,3 +142,6 @@ def parse(
         registry=_registry,
         **options,
     )
+    for flag, value in flags_of(parsed).items():
+        check_text(flag, value)
+    return parsed

@@ -1,22 +1,32 @@
-"""Errors that a user can put right, signals, and what a command prints and returns for them."""
+"""Errors that a user can put right, signals, what a command prints and returns for them, and how it prints commands."""
 
+import errno
 import math
 import multiprocessing
 import operator
 import os
+import re
+import shlex
 import signal
+import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
+from typing import TextIO
 
 DOCTOR = " (`python -m dcase.doctor` tells more)"
 
 
 def printable(text: object) -> str:
-    """Return a text with escapes, such as \\x1b, for what a terminal would obey (control characters, line breaks) and
-    for what it cannot show: a file's name may hold anything."""
+    """Return a text with escapes, such as \\x1b, for what a terminal would obey (control characters) or cannot show."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def command(*parts: object) -> str:
+    """Return a command to be copied into a shell: each part is quoted where it must be."""
+    return printable(shlex.join(map(str, parts)))
 
 
 class UserError(Exception):
@@ -24,6 +34,10 @@ class UserError(Exception):
 
     Not a ``ValueError``, which libraries (tyro, Lightning) would catch and handle as their own.
     """
+
+    def __init__(self, message: object = ""):
+        text = str(message).strip().rpartition("UserError: ")[2]  # a reading process puts a traceback before it
+        super().__init__(printable(re.sub(r"\s*\n\s*", " ", text)))
 
 
 class Stopped(Exception):
@@ -40,6 +54,7 @@ def resumable(command: str) -> Iterator[None]:
     try:
         yield
     except (Stopped, KeyboardInterrupt) as end:
+        ignore_ctrl_c()
         message = str(end) or "stopped by the keyboard"
         raise Stopped(getattr(end, "number", signal.SIGINT), f"{message}; go on with: {command}") from end
 
@@ -60,14 +75,14 @@ def check_range(flags: object, names: str, **bounds: float) -> None:
     for name in names.split():
         value = getattr(flags, name)
         within = value is None or all(_COMPARISONS[bound][0](value, limit) for bound, limit in bounds.items())
-        if not within or (value is not None and not math.isfinite(value)):
+        if not within or (isinstance(value, float) and not math.isfinite(value)):
             wanted = " and ".join(f"{_COMPARISONS[bound][1]} {limit}" for bound, limit in bounds.items())
             raise UserError(f"--{name} must be {wanted}; got {value}")
 
 
 def one_line(error: Exception) -> str:
     """Return an error's message in one line, or the name of its type."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def doctor_tells_more(look: Callable) -> Callable:
@@ -91,11 +106,23 @@ def _others_are_gone(error: RuntimeError) -> bool:
 
 def run(main: Callable[[], None]) -> None:
     """Call ``main``; turn a `UserError` into one line on stderr and exit code 2, a signal into 128 + its number."""
+    sys.unraisablehook = _unraisable
     try:
-        main()
+        _run(main)
+    except KeyboardInterrupt:  # a second Ctrl-C, while the first one was dealt with
+        _end(128 + signal.SIGINT, "stopped by the keyboard")
+    finally:
+        _end_reading_processes()
+
+
+def _run(main: Callable[[], None]) -> None:
+    try:
+        try:
+            main()
+        finally:
+            print(end="", flush=True)
     except UserError as error:
-        # `_end`'s line break ends a progress bar's line. A reading process passes its message on behind a traceback.
-        _end(2, f"error: {str(error).strip().rpartition('UserError: ')[2]}")
+        _end(2, f"error: {error}")
     except RuntimeError as error:
         if not _others_are_gone(error):
             raise
@@ -104,19 +131,48 @@ def run(main: Callable[[], None]) -> None:
             f"error: the processes have lost contact; if one reports an error above, that is why ({one_line(error)})",
         )
     except (Stopped, KeyboardInterrupt) as end:
-        with suppress(ValueError):  # outside the main thread
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C changes nothing
+        ignore_ctrl_c()
         # Lightning kills the main process, which may still be busy, where another one ends with a code other than 0.
         main_process = os.environ.get("LOCAL_RANK", "0") == "0"
         _end(128 + getattr(end, "number", signal.SIGINT) if main_process else 0, str(end) or "stopped by the keyboard")
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        _end_reading_processes()
+        discard(sys.stdout)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        discard(sys.stdout)  # Python would try again at its end
+        _end(2, f"error: the output cannot be written ({error.strerror}): make room where it goes")
+
+
+def ignore_ctrl_c() -> None:
+    """Let a further Ctrl-C change nothing: the program is ending."""
+    with suppress(ValueError):  # outside the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _unraisable(unraisable) -> None:
+    """Repeat a Ctrl-C that came while Python destroyed an object, where it ignores every exception."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
+def discard(stream: TextIO) -> None:
+    """Send what is written to a stream nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def leave_closed_terminal() -> None:
+    """Send what goes to a terminal that has been closed nowhere: printing would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, AttributeError):  # it has no file
+            if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode) and not stream.isatty():
+                discard(stream)
 
 
 def _end(code: int, message: str) -> None:
-    print(f"\n{message}", file=sys.stderr)
+    print(f"\n{message}", file=sys.stderr)  # the line break ends a progress bar's line
     sys.exit(code)
 
 

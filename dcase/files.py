@@ -1,16 +1,23 @@
-"""Writing files that matter: under a temporary name beside their place, then renamed. Reading only regular files."""
+"""Writing files that matter, under a temporary name beside their place, then renamed; reading only regular files; and
+locks of folders."""
 
 import errno
 import json
 import os
+import platform
 import re
 import shutil
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dcase.errors import UserError
+
+_HOST = re.sub(r"\W", "-", platform.node())[:32]  # in names of files: a folder may be shared by several machines
+_OLD = 7 * 24 * 3600  # seconds after which nobody writes a file any more
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -19,7 +26,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises `UserError`, naming the file, where it cannot be written; the old file stays.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{_HOST}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_halves(path)
@@ -39,11 +46,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _remove_halves(path: Path) -> None:
-    """Remove what killed processes left beside this file while they wrote it."""
+    """Remove what killed processes left beside this file while they wrote it; another machine's after `_OLD`."""
     for half in path.parent.iterdir():
-        pid = half.name.removeprefix(f".{path.name}.")
-        if pid != half.name and pid.isdigit() and not _is_running(int(pid)):
-            half.unlink(missing_ok=True)
+        found = re.fullmatch(rf"\.{re.escape(path.name)}\.([\w-]*)\.(\d+)", half.name)
+        with suppress(FileNotFoundError):  # another process was faster
+            age = time.time() - half.stat().st_mtime
+            if found and (age > _OLD if found[1] != _HOST else not _is_running(int(found[2]))):
+                half.unlink()
 
 
 def _is_running(pid: int) -> bool:
@@ -68,6 +77,47 @@ def regular(path: Path | str) -> Path | str:
     if name.encode(errors="ignore").decode() != name:
         raise OSError(errno.EILSEQ, "its name is not UTF-8: rename it", name)
     return path
+
+
+@contextmanager
+def only_one(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a folder, its file ``.lock``. Raises `UserError`, naming ``what`` and the process that holds it.
+
+    The kernel's lock ends with this process, however that ends, and network file systems share it; processes that this
+    one starts do not inherit it. On a file system without locks the file's content counts: a process of this machine
+    must be running; one of another machine is believed unless its SLURM job is this one, started again.
+    """
+    path, job = folder / ".lock", os.environ.get("SLURM_JOB_ID", "")
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): check rights and space there") from error
+    try:
+        found = re.fullmatch(r"(\d+) (\S+) (\S*)\n", os.pread(file, 1000, 0).decode(errors="replace"))
+        pid, host, of_job = found.groups() if found else ("0", "", "")
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = False
+        except (OSError, ImportError) as error:
+            locked = taken = getattr(error, "errno", 0) in (errno.EACCES, errno.EAGAIN)
+            if found and not locked:  # there are no locks here; a container may give the same id again
+                runs = int(pid) != os.getpid() and _is_running(int(pid))
+                taken = runs if host == _HOST else not job or job != of_job
+        if taken:
+            who, stop = (f"process {pid} on {host}", f"there (kill {pid})") if found else ("another process", "")
+            gone = "" if locked and host == _HOST else f"; if it has ended, delete {path}"
+            raise UserError(f"{what} is in use by {who}: wait for its end, or stop it {stop}".rstrip() + gone)
+        with suppress(OSError):  # a full disk: the lock holds without a name
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()} {_HOST} {job}\n".encode(), 0)
+        try:
+            yield
+        finally:
+            os.ftruncate(file, 0)
+    finally:
+        os.close(file)
 
 
 def keep_copy(path: Path, copy: Path) -> None:

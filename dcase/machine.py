@@ -22,8 +22,9 @@ from dcase.errors import UserError, check_range
 
 Value = TypeVar("Value")
 
-# SIGUSR1 is what SLURM can send before a time limit. Windows lacks some of them.
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+# SIGUSR1 is what SLURM can send before a time limit, SIGHUP what a terminal or an ssh session sends that is closed.
+# Windows lacks some of them.
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class MachineConfig:
     """Refuse operations that are not bit-reproducible on one machine: mamba_ssm's scan, some of CUDA's."""
 
     def __post_init__(self):
-        check_range(self, "batch_size", least=1)
-        check_range(self, "num_workers", least=0)
+        check_range(self, "batch_size num_nodes", least=1, most=10**6)
+        check_range(self, "num_workers", least=0, most=10**6)
 
 
 def n_cores() -> int:

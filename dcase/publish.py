@@ -14,7 +14,7 @@ from dcase import complexity
 from dcase.cli import parse
 from dcase.deployment import card
 from dcase.deployment.prediction import load_module, span_of_module
-from dcase.errors import UserError, run
+from dcase.errors import UserError, command, run
 from dcase.runs.folder import run_of
 from dcase.runs.published import WEIGHTS, front_end_of, parts_of, save_published
 from dcase.runs.stored import GENERAL
@@ -90,7 +90,7 @@ def main() -> None:
     folders = publish(config)
     for folder in folders:
         print(f"{folder}/: config.json, {WEIGHTS}, README.md")
-    print(f"predict with it: python -m dcase.predict RECORDINGS --ckpt_path {config.out}")
+    print(f"predict with it: {command('python', '-m', 'dcase.predict', 'RECORDINGS', '--ckpt_path', config.out)}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from dcase.cli import parse
 from dcase.data.labels import SCENES, Labels
 from dcase.data.loading import Source, find_source
 from dcase.data.tau22 import DataConfig, missing_files
-from dcase.errors import UserError, run
+from dcase.errors import UserError, command, run
 from dcase.runs.config import EvalConfig, find_dataset_dir, from_plain
 from dcase.runs.folder import run_of
 from dcase.runs.trained import load_trained
@@ -66,7 +66,7 @@ def main() -> None:
     source = find_source(DataConfig(dataset_dir=find_dataset_dir(config.dataset_dir, checkpoint, config.ckpt_path)))
     output, recordings = to_predict(config, submission, source)
     write_package(submission, checkpoint, source.folder / "split_setup" / "test.csv")
-    print(f"package: {submission.package}, to be installed with: pip install {submission.folder}")
+    print(f"package: {submission.package}, to be installed with: {command('pip', 'install', submission.folder)}")
     found = run_of(config.ckpt_path)
     runs = found.lineage() if found else []
     meta = meta_yaml.meta_of(submission.system, checkpoint, runs, cost, authors)
@@ -78,7 +78,9 @@ def main() -> None:
         logits = inference.predict(models, paths, device_ids, batch_size=config.batch_size)
         write_output(output, names, torch.stack(logits))
         print(f"output: {output}")
-    print(f"check all of it: python -m dcase.validate_submission --folder {submission.folder}")
+    heard = ["--eval_dir", config.eval_dir] if config.eval_dir else []
+    check = command("python", "-m", "dcase.validate_submission", "--folder", submission.folder, *heard)
+    print(f"check all of it: {check}")
 
 
 def to_predict(
@@ -121,7 +123,8 @@ def trained(path: str) -> tuple[dict, complexity.Complexity]:
         fits = [bits for bits, n in cost.bytes_in_bits.items() if n <= complexity.MAX_PARAMS_MEMORY]
         way = "take a smaller model"
         if fits:
-            way = f"python test_only.py --ckpt_path {path} --weight_bits {fits[0]} stores it smaller, in stored/"
+            test = f"python test_only.py {command('--ckpt_path', path)} --weight_bits {fits[0]}"
+            way = f"{test} stores it smaller, in stored/"
         raise UserError(
             f"--ckpt_path {path}: a model takes {cost.total_param_bytes:,} B of {complexity.MAX_PARAMS_MEMORY:,}: {way}"
         )

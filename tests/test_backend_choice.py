@@ -89,6 +89,12 @@ def test_a_compiler_that_is_missing_or_does_not_work(run, tmp_path, environment,
     assert line.startswith("WARNING selective scan: backend 'torch' for float32 on cpu; not 'cpu': ") and said in line
 
 
+def test_a_compiler_that_takes_too_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "TIMEOUT", 0.1)
+    with pytest.raises(build.NotAvailable, match="took more than 0.1 s: try again when .* or name another one in CC"):
+        build._compile(["sh", "-c", "sleep 9"], (), tmp_path, "x")
+
+
 def test_a_cache_folder_that_cannot_be_written(run, tmp_path):
     (tmp_path / "file").touch()
     lines = run(AUDIO_MAMBA_CACHE=tmp_path / "file")

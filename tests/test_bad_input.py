@@ -88,12 +88,21 @@ def test_unknown_flag_suggests_the_right_one(call, learnable):
         (["--seed", "5000000000"], ["--seed"]),
         (["--lr", "nan"], ["--lr"]),
         (["--target_length", "3"], ["patch_size", "3 frames"]),
+        (["--mixstyle_alpha", "nan"], ["--mixstyle_alpha must be", "nan"]),
+        (["--lr", "1e38"], ["--lr must be at least 0 and at most 100"]),
+        (["--roll_sec", "inf"], ["--roll_sec"]),
+        (["--temperature", "1e-300"], ["--temperature"]),
+        (["--warmup_steps", "9" * 400], ["--warmup_steps"]),
+        (["--project_name=-rf"], ["--project_name -rf begins with -"]),
+        (["--experiment_name", "a\x1b[2J\nb"], ["--experiment_name has a control character", "a\\x1b[2J b"]),
+        (["--experiment_name", "x" * 300], ["--experiment_name: xxx", "300 characters"]),
+        (["--project_name", "Q/" + "x" * 300], ["--project_name: xxx", "300 characters"]),
     ],
 )
 def test_flags_that_make_no_sense(call, learnable, project, args, parts):
-    before = fingerprint(project)
+    before = sorted(project.parent.rglob("*"))
     call("train_base", "--dataset_dir", learnable, *TRAIN, *args).refused(*parts)
-    assert fingerprint(project) == before  # not even a folder of the run that never began
+    assert sorted(project.parent.rglob("*")) == before  # not even a folder of the run that never began
 
 
 def test_wrong_ckpt_id_lists_the_runs_there_are(call, learnable, project):
@@ -519,9 +528,14 @@ def test_explosion_in_the_last_step_of_an_epoch_does_not_overwrite_the_checkpoin
     keeps_good_checkpoint(tmp_path, epoch=0)
 
 
-def test_learning_rate_that_explodes(call, learnable):
-    args = ["--n_epochs", "1", "--lr", "1e30", "--gradient_clip_val", "0"]
+def test_a_learning_rate_that_explodes_leaves_nothing_behind(call, learnable, tmp_path):
+    args = ["--n_epochs", "1", "--lr", "100", "--warmup_steps", "0", "--gradient_clip_val", "0", "--run_id", "mine"]
     call("train_base", "--dataset_dir", learnable, *TRAIN, *args).refused("not finite")
+    assert not list((tmp_path / "P").iterdir())
+    (tmp_path / "P" / "mine").mkdir()
+    (tmp_path / "P" / "mine" / "notes.txt").touch()
+    call("train_base", "--dataset_dir", learnable, *TRAIN, *args).refused("not finite")
+    assert (tmp_path / "P" / "mine" / "notes.txt").exists()
 
 
 def test_project_folder_that_cannot_be_made(call, learnable, tmp_path):

@@ -220,7 +220,11 @@ def test_the_usage_of_a_module_is_how_it_is_run(name, script):
 
 
 def test_help_of_a_script_that_needs_a_checkpoint(script):
-    assert "--ckpt_id" in script("train_device_specific.py", "--help").succeeded().out
+    shown = " ".join(re.sub("[│╭╮╰╯─]", " ", script("train_device_specific.py", "--help").succeeded().out).split())
+    for flag in ("ckpt_id", "n_mels", "depth", "val_fraction", "freqm", "lr", "mixstyle_p", "n_epochs"):
+        default = re.search(rf" --{flag} .*?\(default: (.*?)\)", shown)[1]
+        expected = {"ckpt_id": "''", "lr": "0.1 times the checkpoint's", "mixstyle_p": "0", "n_epochs": "50"}
+        assert default == expected.get(flag, "from the checkpoint"), flag
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

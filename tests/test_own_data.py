@@ -48,7 +48,7 @@ def recordings(tmp_path_factory):
 @pytest.fixture
 def data(recordings, tmp_path, call_main):
     done = call_main(adopt.main, recordings, "--out", tmp_path / "data").succeeded()
-    assert "left out, as no .wav, .flac, .ogg in a scene's folder: 1 files" in done.out
+    assert "passed over 1 file that is not sound: " in done.out
     assert f"next: python train_base.py --dataset_dir {tmp_path / 'data'} --model aum_nano" in done.out
     return tmp_path / "data"
 

@@ -6,6 +6,8 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import refusal
+from conftest import ROOT, refusal
 from data_folder import SAMPLE_RATE, noise, write_data_folder
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -25,7 +27,7 @@ from dcase.data import packing
 from dcase.data.dataset import TAU22, Sound
 from dcase.data.loading import open_sound, with_sound
 from dcase.data.pack import Pack, Rates, checksum, read_manifest
-from dcase.data.packing import only_one, pack_clips, quantise
+from dcase.data.packing import pack_clips, quantise
 from dcase.data.sound import read_wav
 from dcase.data.tau22 import DataConfig, load_clips
 from dcase.prepare import PrepareConfig
@@ -332,8 +334,26 @@ def test_recordings_at_fault_stop_packing_with_their_name(folder, clips):
 
 def test_two_at_once(folder):
     (folder / "pack").mkdir()
-    with only_one(folder / "pack"):
-        assert "another process is packing" in refusal(pack, folder)
+    hold = "import pathlib, sys\nfrom dcase.files import only_one\n"
+    hold += "with only_one(pathlib.Path(sys.argv[1]), ''): print(flush=True); input()"
+    command = [sys.executable, "-c", hold, folder / "pack"]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert f"{folder / 'pack'} is in use by process {other.pid} on " in refusal(pack, folder)
+        other.stdin.close()
+
+
+def test_an_id_that_leads_out_of_the_folder_is_refused(folder, tmp_path):
+    pack(folder)
+    path = folder / "pack" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for kind, end in (("samples", "i16"), ("index", "npz")):
+        (folder / "pack" / f"{kind}-x").mkdir()
+        (folder / "pack" / f"{kind}-{manifest['id']}.{end}").rename(folder / f"evil.{end}")
+    manifest["id"] = "x/../../evil"
+    del manifest["manifest_sha256"]
+    path.write_text(json.dumps({**manifest, "manifest_sha256": checksum(manifest)}))
+    assert f"{path} cannot be read (its id is x/../../evil)" in refusal(Pack, folder / "pack")
 
 
 def test_a_full_disk_is_told_before_and_while(folder, monkeypatch, capsys):

@@ -245,6 +245,12 @@ def logits(path, devices=(-1, 0, 3, 5)) -> torch.Tensor:
     return load_module(path)(sound, torch.tensor(devices))
 
 
+def test_the_next_command_is_quoted(call, general_run):
+    done = call("--ckpt_path", general_run / "checkpoints" / "best.ckpt", "--out", "a b;c").succeeded()
+    assert done.out.endswith("predict with it: python -m dcase.predict RECORDINGS --ckpt_path 'a b;c'\n")
+    assert "dcase.predict recording.wav --ckpt_path 'a b;c'" in Path("a b;c/README.md").read_text()
+
+
 def test_a_published_run_gives_the_same_logits(call, general_run, tmp_path):
     ckpt = general_run / "checkpoints" / "best.ckpt"
     done = call("--ckpt_path", ckpt, "--out", "pub")

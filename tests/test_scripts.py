@@ -19,6 +19,8 @@ from conftest import DEVICE_FIT, FIT, QUIET, SMALL, assert_same_run, only_run, r
 from forked import Program, run_script
 
 from dcase.progress import on_terminal, progress
+from dcase.report import setup
+from dcase.report.run_files import read_finished
 from dcase.training.bars import Bars
 
 
@@ -103,6 +105,13 @@ def test_stage_2_judges_the_devices_together_and_says_why(device_run, general_ru
     assert all(torch.equal(state[name], value) for name, value in general.items())  # the general model is as it was
     kept = {device_id for device_id, outcome in fine_tuning.items() if outcome["kept"]}
     assert {name.split(".")[1] for name in state if name.startswith("device_models.")} == kept
+
+
+def test_stage_2_s_page_shows_as_changed_what_differs_from_the_general_model_s(device_run):
+    changed = {flag.name for flag in setup.flags(read_finished(device_run[0])) if flag.differs}
+    of_fit = {"n_epochs", "batch_size", "lr", "warmup_steps", "check_val_every_n_epoch"}
+    places = {"project_name", "run_id", "dataset_dir", "read_from", "ckpt_id"}
+    assert changed == of_fit | places | {"num_workers", "wandb_mode", "accelerator"}
 
 
 def test_fine_tuning_starts_from_the_general_model_and_moves_every_tensor(device_run, general_run):

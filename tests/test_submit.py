@@ -358,13 +358,15 @@ def test_the_runs_behind_a_checkpoint(made, general_run, tmp_path, monkeypatch):
     assert run_of("somewhere/best.ckpt") is None and Run(general_run).tested() is None
 
 
-def test_what_authors_have_filled_in_stays_when_a_submission_is_made_again(made, sub, learnable):
+def test_what_authors_have_filled_in_stays_when_a_submission_is_made_again(made, sub, learnable, capsys):
     meta = yaml.safe_load(sub.meta.read_text())
     meta["system"]["inference_code"] = "https://git.example/doe"
     meta["system"]["complexity"]["macs"] = 1
     sub.meta.write_text(yaml.safe_dump(meta))
     given = ["--ckpt_path", made.run / "stored", "--label", "Doe_Uni", "--dataset_dir", learnable]
     call(submit.main, *given, "--eval_dir", made.eval_dir, "--out", sub.folder.parent)
+    check = f"python -m dcase.validate_submission --folder {sub.folder} --eval_dir {made.eval_dir}\n"
+    assert capsys.readouterr().out.endswith(f"check all of it: {check}")
     again = yaml.safe_load(sub.meta.read_text())
     assert again["system"]["inference_code"] == "https://git.example/doe"
     assert again["submission"]["authors"] == AUTHORS and again["system"]["complexity"]["macs"] > 1
@@ -681,6 +683,8 @@ def test_what_submit_refuses(made, learnable, tmp_path):
     path = tmp_path / "authors.yaml"
     assert refusal(call, submit.main, *given, "--authors", path) == f"--authors {path}: there is no such file"
     path.write_text("- {lastname: Doe")
+    assert f"{path} cannot be read as YAML" in refusal(call, submit.main, *given, "--authors", path)
+    path.write_text("[" * 10_000)
     assert f"{path} cannot be read as YAML" in refusal(call, submit.main, *given, "--authors", path)
 
 

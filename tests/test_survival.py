@@ -4,8 +4,10 @@ import json
 import os
 import random
 import re
+import select
 import shutil
 import signal
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -55,7 +57,7 @@ def undisturbed(learnable, tmp_path_factory) -> Path:
     return only_run(cwd / "P")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_saves_the_step_and_the_run_goes_on_behind_it(number, undisturbed, learnable, script, tmp_path):
     program, last = begin(learnable, tmp_path)
     seconds = random.Random(time.time()).uniform(0, 0.6)
@@ -69,10 +71,58 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_behind_it(number, undisturb
     assert load_checkpoint(last)["global_step"] == int(found[2])
     run = only_run(tmp_path / "P")
     assert done.err.endswith(f"; go on with: python train_base.py --resume {run.name} --project_name P\n"), done.err
-    if number != signal.SIGUSR1:  # the same handler
+    if number in (signal.SIGTERM, signal.SIGINT):  # the others have the same handler
         done = script("train_base.py", *RESUME, run.name).succeeded()
         assert "only tested again" not in done.out
         assert_same_run(run, undisturbed)
+
+
+def test_a_terminal_that_is_closed_saves_the_run(learnable, tmp_path):
+    controller, terminal = os.openpty()
+    place, closing = os.ttyname(terminal), threading.Event()
+
+    def read():
+        while not closing.is_set():
+            if select.select([controller], [], [], 0.05)[0]:
+                os.read(controller, 4096)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    program = Program("train_base.py", *LONG, "--dataset_dir", learnable, cwd=tmp_path, out=place, err=place)
+    last = wait_for("P/*/checkpoints/last.ckpt", tmp_path, program)
+    closing.set()
+    reader.join()
+    os.close(terminal)
+    os.close(controller)
+    program.send(signal.SIGHUP)
+    assert program.wait().code == 128 + signal.SIGHUP
+    assert load_checkpoint(last)["global_step"] % 24  # in the middle of an epoch
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.received
+            signal.raise_signal(signal.SIGTERM)
+            assert stop.received == signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_is_resumed_by_one_process_at_a_time_and_from_where_it_was_moved(stopped, undisturbed, script):
+    moved = stopped.parent.rename(stopped.parent.with_name("Q")) / stopped.name
+    args = ["--resume", moved.name, "--project_name", "Q"]
+    time.sleep(0.01)
+    began = (moved / "checkpoints" / "last.ckpt").stat().st_mtime_ns
+    first = Program("train_base.py", *args, cwd=moved.parent.parent)
+    while (moved / "checkpoints" / "last.ckpt").stat().st_mtime_ns == began and first.is_running():
+        time.sleep(0.01)
+    second = script("train_base.py", *args)
+    second.refused(f"run {moved.name} is in use by process {first.pid} on ", f"stop it there (kill {first.pid})")
+    first.wait().succeeded()
+    assert_same_run(moved, undisturbed)  # no row is there twice
 
 
 def test_a_signal_between_accumulated_batches_waits_for_the_step(learnable, script, tmp_path):

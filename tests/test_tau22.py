@@ -1,5 +1,6 @@
 """Lists, splits and sound files of a data folder: what is read, and the one line that each mistake ends in."""
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -228,6 +229,8 @@ def test_files_missing_on_disk(folder, clips):
     assert "audio.*.zip" in message and f"dcase.prepare --dataset_dir {folder}" in message
     check_files(load_clips(folder, "test"))  # other clips may be missing
     os.rename(folder / "audio", folder / "elsewhere")
+    hostile = dataclasses.replace(clips, folder=folder / "a b;rm -rf x")
+    assert f"dcase.prepare --dataset_dir '{folder}/a b;rm -rf x'`" in refusal(check_files, hostile)
     assert "16 of these 16 clips" in refusal(check_files, clips)
 
 

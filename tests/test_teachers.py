@@ -326,6 +326,13 @@ def test_a_run_of_another_project_and_its_package_teach_alike(general_run, learn
     torch.testing.assert_close(theirs, ours, rtol=0, atol=0.02)  # 16 bit against 32
 
 
+def test_a_package_that_fails_leaves_no_run_behind(package, learnable, tmp_path):
+    package.write_text(package.read_text().replace("return [", "raise OSError; return ["))
+    args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", "P", "--teacher", package]
+    done = run_script("train_base.py", *args, cwd=tmp_path)  # which shows the package's own traceback
+    assert done.code == 2 and "predict() of" in done.error and not list((tmp_path / "P").iterdir())
+
+
 def test_what_is_no_teacher_is_refused(learnable, tmp_path):
     args = ["--dataset_dir", learnable, *SMALL, *FIT, "--project_name", "P", "--teacher"]
     for name, why in {

@@ -13,7 +13,7 @@ from dcase.data.loading import with_sound
 from dcase.data.tau22 import load_splits, split_by_location
 from dcase.model.averaging import interpolated
 from dcase.runs.checkpoints import FORMAT, load_checkpoint, save_checkpoint
-from dcase.runs.config import DeviceConfig, TrainConfig, _like_checkpoint, from_plain
+from dcase.runs.config import DeviceConfig, TrainConfig, defaults_from, from_plain
 from dcase.runs.folder import Run
 from dcase.training.fine_tuning import FineTuning
 from dcase.training.lit import SceneClassifier
@@ -105,7 +105,7 @@ def tuning(general_run, learnable, tmp_path):
 
     def plant(factors: dict[str, float], **flags) -> FineTuning:
         checkpoint = load_checkpoint(general_run / "checkpoints" / "best.ckpt")
-        config = dataclasses.replace(_like_checkpoint(DeviceConfig, checkpoint), only_devices="a,b,s1", **flags)
+        config = dataclasses.replace(defaults_from(DeviceConfig, checkpoint["config"]), only_devices="a,b,s1", **flags)
         machine = from_plain(TrainConfig, checkpoint["config"]).machine
         config = dataclasses.replace(config, machine=machine)
         clips = split_by_location(load_splits(learnable, "split25")[0], 0.34)
@@ -139,6 +139,7 @@ def test_the_share_of_the_clearest_fall_is_taken_for_all_devices(tuning, capsys)
     tried = {share: stage._test("a", stage.config.fit.lr, share).losses.mean() for share in (0.5, 0.75)}
     assert {outcome.share for outcome in outcomes.values()} == {min(tried, key=tried.get)} == {0.75}
     out = capsys.readouterr().out
+    assert out.startswith("--only_devices a,b,s1: the validation clips of these devices alone, not of all, choose")
     assert out.count(" (chosen): the validation loss falls by") == 1 and "--own_share 0.75 (chosen)" in out
 
 

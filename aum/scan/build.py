@@ -123,7 +123,10 @@ def _compile(compiler: list[str], machine: tuple[str, ...], folder: Path, name: 
         os.replace(beside, path)
         return path
     except subprocess.TimeoutExpired as error:
-        raise NotAvailable(f"the C compiler took more than {TIMEOUT} s") from error
+        raise NotAvailable(
+            f"the C compiler {compiler[0]} took more than {TIMEOUT} s: try again when the machine is less busy"
+            ", or name another one in CC"
+        ) from error
     finally:
         Path(beside).unlink(missing_ok=True)
 

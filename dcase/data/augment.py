@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dcase.data.logmel import SILENCE, LogMelConfig
 from dcase.data.responses import DeviceResponses
-from dcase.errors import UserError
+from dcase.errors import check_range
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,11 @@ class AugmentConfig:
     """Mixup's weights are drawn from Beta(alpha, alpha), such as 0.3; 0: no mixup."""
 
     def __post_init__(self):
-        for name, low, high in (
-            ("roll_sec", 0, float("inf")),
-            ("mixstyle_p", 0, 1),
-            ("freqm", 0, float("inf")),
-            ("timem", 0, float("inf")),
-            ("timem_max_fraction", 0, 1),
-            ("dir_p", 0, 1),
-            ("mixup_alpha", 0, 100),  # at 100, all weights are near a half
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"--{name} is from {low} to {high}; got {getattr(self, name)}")
-        if self.mixstyle_alpha <= 0:
-            raise UserError(f"--mixstyle_alpha is above 0; got {self.mixstyle_alpha} (--mixstyle_p 0 turns it off)")
+        check_range(self, "mixstyle_p timem_max_fraction dir_p", least=0, most=1)
+        check_range(self, "mixstyle_alpha", least=0.001, most=100)  # --mixstyle_p 0 turns it off
+        check_range(self, "mixup_alpha", least=0, most=100)  # at 100, all weights are near a half
+        check_range(self, "freqm timem", least=0, most=10**6)
+        check_range(self, "roll_sec", least=0, most=3600)
 
 
 def roll(waveform: Tensor, max_shift: int, length: Tensor) -> Tensor:

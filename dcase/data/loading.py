@@ -2,7 +2,6 @@
 
 import math
 import os
-import shlex
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from dcase.data.tau22 import (
     split_by_location,
     untrained_scenes,
 )
-from dcase.errors import doctor_tells_more
+from dcase.errors import command, doctor_tells_more
 from dcase.machine import SIGNALS, MachineConfig, main_first, n_cores, process_count, process_rank
 
 Config = TypeVar("Config")  # a dataclass with the parts ``data`` and ``logmel``
@@ -106,7 +105,7 @@ def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
     """
     logmel, place, rates = config.logmel, config.data.pack_folder(folder), rates_in(folder)
     read_from = config.data.read_from
-    again = command("python -m dcase.prepare", config, folder, "--pack", given=PACKING)
+    again = data_command("python -m dcase.prepare", config, folder, "--pack", given=PACKING)
     found = Pack(place, again) if read_from == "pack" or (read_from == "auto" and pack.exists(place)) else None
     alone = found.rates.orig_sample_rate if found else RATE  # without the recordings
     rate = config.data.orig_sample_rate or usual_rate(rates, alone)
@@ -138,13 +137,13 @@ def usual_rate(rates: Counter[int], alone: int = RATE) -> int:
     return max(rates, key=lambda rate: (rates[rate], rate), default=alone)
 
 
-def command(program: str, config, folder: Path, *flags: str, given: tuple[str, ...]) -> str:
+def data_command(program: str, config, folder: Path, *flags: str, given: tuple[str, ...]) -> str:
     """Return a shell command on a data folder with those of the ``given`` flags that are not the defaults."""
     values = flags_of(config, ("data", "split", "logmel"))
     usual = {**vars(DataConfig()), **vars(SplitConfig()), **vars(LogMelConfig())}
     other = {name: str(values.get(name, usual[name])) for name in given if values.get(name, usual[name]) != usual[name]}
-    quoted = [f"--{name} {shlex.quote(os.path.expanduser(value))}" for name, value in other.items()]
-    return " ".join([program, "--dataset_dir", shlex.quote(str(folder)), *flags, *quoted])
+    changed = [part for name, value in other.items() for part in (f"--{name}", os.path.expanduser(value))]
+    return command(*program.split(), "--dataset_dir", folder, *flags, *changed)
 
 
 def with_sound(clips: Clips, sound: Sound, like: TAU22 | None = None) -> TAU22:

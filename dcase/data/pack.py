@@ -12,6 +12,7 @@ float32's rounding, less than peak / 65000: a clip keeps 16 bits however quiet i
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,6 +153,8 @@ def read_manifest(folder: Path) -> dict:
             raise UserError(f"{path} is of version {manifest['version']}, this code reads {VERSION}: {AGAIN}")
         if manifest.pop("manifest_sha256") != checksum(manifest):
             raise ValueError("it is damaged")
+        if not re.fullmatch("[0-9a-f]{8}", manifest["id"]):  # a part of two files' names
+            raise ValueError(f"its id is {manifest['id']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
     return manifest

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from dcase.data.pack import COLUMNS, VERSION, Pack, Rates, checksum, exists, rea
 from dcase.data.sound import read_wav, resampler
 from dcase.data.tau22 import Clips, DataConfig, check_files, load_splits
 from dcase.errors import UserError, one_line
-from dcase.files import replace_file
+from dcase.files import only_one, replace_file
 from dcase.progress import progress
 
 _CHUNK = 32  # clips of a block
@@ -70,7 +70,7 @@ def pack_clips(folder: Path, config) -> None:
     names = sorted({name.decode() for part in clips for name in part.filenames.tolist()})
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with only_one(target):
+        with only_one(target, str(target)):
             if exists(target) and _is_up_to_date(target, rates, clips):
                 _remove_remains(target)  # of a packing that was killed in its last moment
                 return
@@ -230,8 +230,8 @@ def _remove_remains(target: Path, unfinished: str | None = None) -> None:
     """Remove the files of all packs but the finished and the unfinished one (IDs), and the finished one's journal."""
     finished = _finished(target)
     for path in target.iterdir():
-        found = re.fullmatch(r"\.?(samples|index|journal)-([0-9a-f]{8})\.(?:i16|npz|jsonl)(?:\.\d+)?", path.name)
-        if found and (found[2] not in (finished, unfinished) or found.groups() == ("journal", finished)):
+        found = re.fullmatch(r"\.?(samples|index|journal)-([0-9a-f]{8})\.(i16|npz|jsonl)(\.[\w-]*\.\d+)?", path.name)
+        if found and (found[2] not in (finished, unfinished) or found.group(1, 2) == ("journal", finished)):
             path.unlink()
 
 
@@ -242,18 +242,3 @@ def _refuse_full_disk(folder: Path, n_bytes: int) -> None:
             f"{folder} needs {n_bytes / 1e9:.2f} GB and its disk has {free / 1e9:.2f} GB free: make room, or give "
             "another folder as --pack_dir"
         )
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Raise `UserError` where another process packs into the folder; the lock ends with this process."""
-    with open(folder / ".lock", "w") as lock:
-        try:
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is packing into {folder}: wait for its end, or stop it") from error
-        except (OSError, ImportError):  # a file system without locks, or Windows: two at once are not noticed there
-            pass
-        yield

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 
 from dcase.data.labels import DEVICES, LABELS_JSON, SCENES, TAU22_LABELS, Labels
-from dcase.errors import UserError, one_line
+from dcase.errors import UserError, command, one_line
 from dcase.files import regular, replace_file
 
 TEST_CLIPS = 29_680  # in TAU22's test.csv
@@ -182,10 +182,11 @@ def check_files(clips: Clips) -> None:
     """Raise `UserError` where a clip's file is not in the data folder."""
     missing = missing_files(clips.folder, [name.decode() for name in clips.filenames.tolist()])
     if missing:
+        again = command("python", "-m", "dcase.prepare", "--dataset_dir", clips.folder)
         raise UserError(
             f"{len(missing)} of these {len(clips)} clips are not in {clips.folder} ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}): unpack all 16 parts {_ZIP}.audio.*.zip there, "
-            f"or leave the missing clips out with `python -m dcase.prepare --dataset_dir {clips.folder}`"
+            f"or leave the missing clips out with `{again}`"
         )
 
 
@@ -204,7 +205,8 @@ def check_folder(folder: Path) -> None:
     names = _listing(folder)
     if not names & {"meta.csv", "meta_clean.csv"}:
         if (folder / _ZIP / "meta.csv").is_file():
-            raise UserError(f"{folder} has no meta.csv, but the folder in it has: --dataset_dir {folder / _ZIP}")
+            inner = command("--dataset_dir", folder / _ZIP)
+            raise UserError(f"{folder} has no meta.csv, but the folder in it has: {inner}")
         raise UserError(
             f"{folder / 'meta.csv'} is missing: check --dataset_dir, or unpack {_ZIP}.meta.zip into that folder; "
             "`python -m dcase.adopt` makes a data folder of recordings of your own"

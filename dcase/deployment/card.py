@@ -6,6 +6,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dcase.data.labels import Labels
+from dcase.errors import command
 from dcase.report import CHECKER_NOTE, class_table, complexity_comparison, device_table, markdown
 from dcase.runs.stored import GENERAL
 
@@ -56,6 +57,7 @@ def text(
         title=title,
         run=run,
         folder=folder,
+        quoted=command(folder),
         params=complexity["params"],
         seconds=seconds,
         scenes=labels.scenes,

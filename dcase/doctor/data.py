@@ -5,7 +5,6 @@ Nothing is fetched, made or changed.
 
 import os
 import random
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import soundfile
 from aum.cache import cache_folder
 from dcase.data import pack, synth
 from dcase.data.dataset import Sound
-from dcase.data.loading import PACKING, check_recordings, command, open_sound, rates_in, usual_rate
+from dcase.data.loading import PACKING, check_recordings, data_command, open_sound, rates_in, usual_rate
 from dcase.data.logmel import LogMelConfig, empty_bins
 from dcase.data.sound import cut_short
 from dcase.data.tau22 import (
@@ -38,7 +37,7 @@ from dcase.data.tau22 import (
 )
 from dcase.doctor.findings import Finding, looked
 from dcase.doctor.machine import disk
-from dcase.errors import UserError
+from dcase.errors import UserError, command
 from dcase.files import regular
 from dcase.progress import progress
 
@@ -58,7 +57,7 @@ class DoctorConfig:
 
     def check(self, folder: Path) -> str:
         any_length = [] if self.logmel.target_length is None else ["--any_length"]
-        return command("python -m dcase.prepare", self, folder, *any_length, given=("orig_sample_rate",))
+        return data_command("python -m dcase.prepare", self, folder, *any_length, given=("orig_sample_rate",))
 
 
 def places(config: DoctorConfig) -> list[Finding]:
@@ -66,7 +65,7 @@ def places(config: DoctorConfig) -> list[Finding]:
     runs, cache = Path(config.project_name), cache_folder()
     return [
         *looked("data", lambda: data_folder(config)),
-        *looked("disk: runs", lambda: disk("disk: runs", runs, f"df -h; du -sh {runs}")),
+        *looked("disk: runs", lambda: disk("disk: runs", runs, f"df -h; {command('du', '-sh', runs)}")),
         *looked("disk: cache", lambda: disk("disk: cache", cache, "export AUDIO_MAMBA_CACHE=/another/folder")),
     ]
 
@@ -89,7 +88,7 @@ def data_folder(config: DoctorConfig) -> list[Finding]:
     try:
         check_folder(folder)
     except UserError as error:
-        fix = "" if folder.is_dir() else f"ls {folder}; ls {folder.absolute().parent}"
+        fix = "" if folder.is_dir() else f"{command('ls', folder)}; {command('ls', folder.absolute().parent)}"
         return [Finding("data", "FAIL", str(error), fix)]
     kind = "TAU22" if is_tau22(folder) else "not TAU22 itself, or another test split"
     return [Finding("data", "ok", f"{folder} ({kind})"), *_contents(folder, config)]
@@ -128,12 +127,12 @@ def _lists(folder: Path, asked: tuple[str, str]) -> list[Finding]:
     own = not tau22 and any(_list(folder, split).is_file() for split in SPLITS)  # TAU22's must not replace them
     for split in SPLITS:
         path = _list(folder, split)
-        fetch = f"curl -L --create-dirs -o {shlex.quote(str(path))} {RELEASE}/{path.name}"
+        fetch = command("curl", "-L", "--create-dirs", "-o", path, f"{RELEASE}/{path.name}")
         if path.is_file():
             try:
                 there.append(f"{split} ({len(read_split(path)):,} clips)")
             except UserError as error:
-                fix = f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')} && {fetch}" if tau22 else OWN_DATA
+                fix = f"{command('mv', path, f'{path}.old')} && {fetch}" if tau22 else OWN_DATA
                 found.append(Finding("split lists", "FAIL", str(error), fix))
         elif split in asked:
             what = f"{path} is missing: training fetches TAU22's, where there is a network"
@@ -145,7 +144,7 @@ def _lists(folder: Path, asked: tuple[str, str]) -> list[Finding]:
 def _pack(folder: Path, config: DoctorConfig, splits: dict[str, Clips]) -> tuple[Finding, Sound]:
     """Return the finding, and where the sound comes from: the WAV files if the pack does not fit."""
     place = config.data.pack_folder(folder)
-    again = command("python -m dcase.prepare", config, folder, "--pack", given=PACKING)
+    again = data_command("python -m dcase.prepare", config, folder, "--pack", given=PACKING)
     wav = Sound(config.data.orig_sample_rate or usual_rate(rates_in(folder)))
     try:
         sound = _quietly(lambda: open_sound(config, folder)[1])
@@ -185,7 +184,7 @@ def _rate(folder: Path, config: DoctorConfig, sound: Sound) -> Finding:
         what += f", and resampled to it where they have another rate (of {rates.total()} looked at, {found})"
     if unheard := empty_bins(config.logmel, rate):
         start, _, flags = unheard.partition(": train with ")
-        train = command("python train_base.py", config, folder, given=("pack_dir", "subset", "orig_sample_rate"))
+        train = data_command("python train_base.py", config, folder, given=("pack_dir", "subset", "orig_sample_rate"))
         return Finding("rate", "warn", f"{what}; {start}", f"{train} {flags}")
     return Finding("rate", "ok", what)
 
@@ -221,7 +220,7 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
         "which pads or crops every clip"
     )
     frames = 1 + usual * config.logmel.sample_rate // sound.sample_rate // config.logmel.hop_length
-    train = command("python train_base.py", config, folder, given=(*PACKING, "hop_length"))
+    train = data_command("python train_base.py", config, folder, given=(*PACKING, "hop_length"))
     return [*findings, Finding("lengths", "FAIL", what, f"{train} --target_length {frames}")]
 
 

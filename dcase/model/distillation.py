@@ -12,7 +12,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcase.errors import UserError
+from dcase.errors import UserError, check_range
 
 FILES = (".npz", ".csv", ".tsv", ".pt")  # of logits
 
@@ -33,10 +33,8 @@ class DistillConfig:
     """Divisor of the logits before the teachers' and the model's probabilities are compared."""
 
     def __post_init__(self):
-        if not 0 <= self.teacher_weight <= 1:
-            raise UserError(f"--teacher_weight is from 0 to 1; got {self.teacher_weight}")
-        if not 0 < self.temperature < float("inf"):
-            raise UserError(f"--temperature is above 0; got {self.temperature}")
+        check_range(self, "teacher_weight", least=0, most=1)
+        check_range(self, "temperature", least=0.01, most=1000)
         if self.teacher and len(set(self.teachers)) < len(self.teacher.split(",")):
             raise UserError(f"--teacher {self.teacher}: teachers with commas between them, each once")
         # A run that is resumed may be in another folder.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dcase.data.labels import Labels
 from dcase.data.tau22 import TEST_CLIPS
-from dcase.errors import UserError, one_line
+from dcase.errors import UserError, command, one_line, printable
 from dcase.files import regular
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
 from dcase.runs.config import BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
@@ -36,7 +36,7 @@ class Finished:
     @property
     def name(self) -> str:
         run, model = self.config.get("run") or {}, self.config.get("model") or {}
-        return run.get("experiment_name") or model.get("model") or self.id
+        return printable(run.get("experiment_name") or model.get("model") or self.id)
 
     @property
     def kind(self) -> str:
@@ -170,7 +170,8 @@ def read_finished(folder: Path) -> Finished:
     """Raise `UserError`, naming the file, where results.json is missing or damaged."""
     run, path = read_unfinished(folder), folder / "results.json"
     if not path.is_file() and run.kind == "test":
-        again = f"run test_only.py --ckpt_path {run.config['ckpt_path']} again; {folder}/ can be deleted"
+        again = command("test_only.py", "--ckpt_path", run.config["ckpt_path"])
+        again = f"run {again} again; {folder}/ can be deleted"
         raise UserError(f"test {run.id} has no results.json: it did not finish and cannot be resumed: {again}")
     if not path.is_file():
         how = "test its checkpoint with test_only.py" if run.config.get("only_devices") else "--resume it"

@@ -1,6 +1,5 @@
 """What a test leaves in a run's folder: predictions.csv, results.json, tables, charts and the page."""
 
-import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dcase.data.loading import Source
-from dcase.errors import one_line
+from dcase.errors import command, one_line
 from dcase.files import write_json
 from dcase.report import wandb_media
 from dcase.report.charts import CONFUSION_PNG, DEVICES_PNG
@@ -48,5 +47,5 @@ def make_page(run: Run, folder: Path, with_audio: bool) -> None:
     try:
         print(f"Page: {write_page(read_finished(run.folder), folder, with_audio)}")
     except Exception as error:
-        again = shlex.join(["python", "-m", "dcase.report", run.id, "--project_name", str(run.folder.parent)])
+        again = command("python", "-m", "dcase.report", run.id, "--project_name", run.folder.parent)
         print(f"The report's page could not be made ({one_line(error)}): {again} tries again")

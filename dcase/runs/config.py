@@ -10,9 +10,11 @@ import dataclasses
 import math
 import os
 import platform
-import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -25,8 +27,8 @@ from dcase.data.augment import AugmentConfig
 from dcase.data.labels import TAU22_LABELS, Labels
 from dcase.data.logmel import LogMelConfig
 from dcase.data.tau22 import DataConfig, SplitConfig
-from dcase.errors import UserError, check_range
-from dcase.files import write_json
+from dcase.errors import UserError, check_range, command
+from dcase.files import only_one, write_json
 from dcase.machine import MachineConfig, from_main, is_main
 from dcase.model import named as models
 from dcase.model.distillation import DistillConfig
@@ -80,8 +82,9 @@ class FitConfig:
     """Seed of weights, order and augmentation; on a CPU two runs with one seed give the same weights."""
 
     def __post_init__(self):
-        check_range(self, "n_epochs check_val_every_n_epoch accumulate_grad_batches", least=1)
-        check_range(self, "lr warmup_steps weight_decay gradient_clip_val qat_epochs", least=0)
+        check_range(self, "n_epochs check_val_every_n_epoch accumulate_grad_batches", least=1, most=10**6)
+        check_range(self, "warmup_steps gradient_clip_val qat_epochs", least=0, most=10**9)
+        check_range(self, "lr weight_decay", least=0, most=MOST_LR)
         check_range(self, "seed", least=0, below=2**32)
         check_range(self, "layer_decay", above=0, most=1)
         if not 0 <= self.freeze_epochs < self.n_epochs:
@@ -158,8 +161,8 @@ class BaseConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "seeds", least=1)
-        check_range(self, "cross_fit", least=0)
+        check_range(self, "seeds", least=1, most=1000)
+        check_range(self, "cross_fit", least=0, most=1000)
         if self.cross_fit == 1:
             raise UserError("--cross_fit must be 0, or at least 2 parts; got 1")
         if self.cross_fit and self.init_from:
@@ -208,10 +211,11 @@ class DeviceConfig(TrainConfig):
         super().__post_init__()
         if self.finetune != "full" and (self.fit.layer_decay != 1 or self.fit.freeze_epochs):
             raise UserError(f"--layer_decay and --freeze_epochs need --finetune full; got {self.finetune}")
-        check_range(self, "lora_rank", least=1)
+        check_range(self, "lora_rank", least=1, most=10**4)
         check_range(self, "own_share", above=0, most=1)
-        if not all(0 < lr < math.inf for lr in self.learning_rates):
-            raise UserError(f"--lr_choices must be learning rates above 0, separated by commas; got {self.lr_choices}")
+        if not all(0 < lr <= MOST_LR for lr in self.learning_rates):
+            wanted = f"learning rates above 0 and at most {MOST_LR}, separated by commas"
+            raise UserError(f"--lr_choices must be {wanted}; got {self.lr_choices}")
         if self.lr_choices and self.split.val_split != "test" and self.split.val_fraction == 0:
             raise UserError("--lr_choices needs validation clips, and --val_fraction is 0: give --lr instead")
 
@@ -245,8 +249,16 @@ FREE_ON_RESUME = {
     "logger", "log_checkpoints", "teacher",
 }  # fmt: skip
 SHARES = (0.5, 0.75)  # of the fine-tuned weights, to choose from; the first where nothing can choose
+MOST_LR = 100  # beyond any that trains
 LR_SHARE = 0.1  # stage 2's learning rate over the general model's, as in the challenge's baseline
 _FREE_DATA = {"dataset_dir", "read_from", "pack_dir"}  # what stage 2 and a test may choose anew
+# What --help says where no checkpoint is given: flags of test_only.py and of stage 2 whose default that holds.
+_OF_CHECKPOINT = dict.fromkeys(cli.flags_of(EvalConfig(), ("model", "logmel", "storage")), "from the checkpoint")
+_OF_CHECKPOINT["orig_sample_rate"] = "from the checkpoint"
+_OF_GENERAL = _OF_CHECKPOINT | dict.fromkeys(
+    [*cli.flags_of(TrainConfig(), ("split", "augment")), "batch_size", "gradient_clip_val"], "from the checkpoint"
+)
+_OF_GENERAL |= {"lr": f"{LR_SHARE:g} times the checkpoint's", "mixstyle_p": "0", "dir_path": "None"}
 
 
 # Reading the command line
@@ -259,6 +271,8 @@ def split_flags(args: list[str] | None, *names: str) -> tuple[dict[str, str | No
     for name in names:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", nargs="?", dest=name)
     values, rest = parser.parse_known_args(args)
+    for name, value in vars(values).items():
+        cli.check_text(name, value)
     return vars(values), rest
 
 
@@ -287,13 +301,12 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
     given = {**vars(config.run), "ckpt_id": config.ckpt_id} if config else _place_flags(args)
     ckpt_id = given["ckpt_id"]
     if not ckpt_id:
-        cli.parse(DeviceConfig, description, args=args)  # --help, or a flag that does not exist
+        cli.parse(DeviceConfig, description, args=args, elsewhere=_OF_GENERAL)  # --help, or an unknown flag
         raise UserError("--ckpt_id is missing: give the run id that train_base.py printed")
     artifacts.fetch(given["project_name"], ckpt_id, given["wandb_mode"], given["logger"])
     checkpoint = load_checkpoint(find_checkpoint(given["project_name"], ckpt_id))
     if config is None:
-        general = from_plain(TrainConfig, checkpoint["config"])
-        default = for_one_device(_like_checkpoint(DeviceConfig, checkpoint), general)
+        default = defaults_from(DeviceConfig, checkpoint["config"])
         config = cli.parse(DeviceConfig, description, default, args)
         config.devices_to_tune(Labels.from_plain(checkpoint, "the checkpoint"))
         decided = ("model", "logmel", "data", "split")
@@ -306,12 +319,12 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
     given = _place_flags(args)
     path = given["ckpt_path"]
     if not path:
-        cli.parse(TestConfig, description, args=args)
+        cli.parse(TestConfig, description, args=args, elsewhere=_OF_CHECKPOINT)
         raise UserError(
             "--ckpt_path is missing: give a checkpoint file, such as <project_name>/<run_id>/checkpoints/best.ckpt"
         )
     checkpoint = load_trained(path, given["project_name"])
-    default = _like_checkpoint(TestConfig, checkpoint)
+    default = defaults_from(TestConfig, checkpoint["config"])
     config = cli.parse(TestConfig, description, default, args)
     _refuse_changes(default, config, f"the checkpoint {path}", _FREE_DATA, ("model", "logmel", "data"))
     return config, checkpoint
@@ -331,7 +344,9 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     if kind_of(saved) != kind_of(to_plain(cls())):
         how = resume_command(script, run_id, project_name)
         raise UserError(f"--resume {run_id}: that run was made by {script}; go on with: {how}")
-    default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
+    default = from_plain(cls, saved)
+    place = dataclasses.replace(default.run, project_name=project_name)  # the folder may have been moved
+    default = dataclasses.replace(default, resume=run_id, run=place)
     config = cli.parse(cls, description, default, args)
     before, after = default.fit.n_epochs, config.fit.n_epochs
     if after > before:
@@ -341,18 +356,21 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
             how, more = "train on from its weights", ["--n_epochs", str(after - before), "--init_from", run_id]
         raise UserError(
             f"--n_epochs {after}: run {run_id} ends after {before} epochs, over which its learning rate falls to 0; "
-            f"{how} in a new run, with a schedule of its own: {shlex.join(['python', script, *flags, *more])}"
+            f"{how} in a new run, with a schedule of its own: {command('python', script, *flags, *more)}"
         )
     _refuse_changes(default, config, f"the run --resume {run_id}", FREE_ON_RESUME)
     return config, run
 
 
-def _like_checkpoint(cls: type[Config], checkpoint: dict) -> Config:
-    """Return a script's defaults, with the model, the front end and the split of a checkpoint."""
-    saved = from_plain(cls, checkpoint["config"])
+def defaults_from(cls: type[Config], plain: dict) -> Config:
+    """Return the defaults of stage 2 or a test of a model that was trained with the configuration ``plain``: its model
+    and front end; for stage 2 also its split, and what `for_one_device` takes."""
+    saved = from_plain(cls, plain)
     data = DataConfig(orig_sample_rate=saved.data.orig_sample_rate)
-    kept = {"split": saved.split} if isinstance(saved, TrainConfig) else {}
-    return dataclasses.replace(cls(), model=saved.model, logmel=saved.logmel, data=data, storage=saved.storage, **kept)
+    default = dataclasses.replace(cls(), model=saved.model, logmel=saved.logmel, data=data, storage=saved.storage)
+    if not isinstance(saved, DeviceConfig):
+        return default
+    return for_one_device(dataclasses.replace(default, split=saved.split), from_plain(TrainConfig, plain))
 
 
 def for_one_device(default: DeviceConfig, general: TrainConfig) -> DeviceConfig:
@@ -453,42 +471,50 @@ def with_data_of(checkpoint: dict, config: Config) -> Config:
 def same_place(config: EvalConfig) -> str:
     """Return the flags that lead the next script to this one's runs and data, for a shell."""
     data = ["--dataset_dir", config.data.dataset_dir] if config.data.dataset_dir else []
-    return shlex.join(["--project_name", config.run.project_name, *data])
+    return command("--project_name", config.run.project_name, *data)
 
 
 def next_after(config: BaseConfig, run: Run, n_devices: int) -> str:
     """Return the last line of stage 1: what to do next with a model trained on clips of so many devices."""
     if n_devices > 1:
-        return f"next: python train_device_specific.py --ckpt_id {run.id} {same_place(config)}"
-    command = shlex.join(["python", "-m", "dcase.predict", "RECORDINGS", "--ckpt_path", str(run.trained)])
-    return f"one recording device: stage 2, a model per device, has nothing to add\nnext: {command}"
+        return f"next: python train_device_specific.py {command('--ckpt_id', run.id)} {same_place(config)}"
+    predict = command("python", "-m", "dcase.predict", "RECORDINGS", "--ckpt_path", run.trained)
+    return f"one recording device: stage 2, a model per device, has nothing to add\nnext: {predict}"
 
 
+@contextmanager
 def start_run(
     config: TrainConfig | TestConfig, run: Run | None, labels: Labels = TAU22_LABELS, more: dict | None = None
-) -> Run:
-    """Return the run to write to: the resumed one, or a new one with its config.json written. ``labels``, of the data,
-    and ``more`` go into that beside the configuration."""
-    if run is not None and (run.folder / "results.json").is_file():
-        print(f"run {run.id} is trained to its end: it is only tested again")
+) -> Iterator[Run]:
+    """Yield the run to write to, locked: the resumed one, or a new one with its config.json written. ``labels``, of the
+    data, and ``more`` go into that beside the configuration.
+
+    Raises `UserError` where another process trains the run. A new training that bad input ends before it has made
+    anything leaves nothing behind.
+    """
+    began = run is None
+    print(end="", flush=True)  # where nothing can be printed, nothing is left behind either
     if run is None:
         run = from_main(new_run(config.run.project_name, config.run.run_id) if is_main() else None)
-    if is_main() and not run.has_config():
-        libraries = ("torch", "torchaudio", "pytorch_lightning", "numpy")
-        versions = {name: sys.modules[name].__version__ for name in libraries}
-        write_json(
-            run.folder / "config.json",
-            {
-                "config": to_plain(config),
-                **labels.plain(),
-                "command": sys.argv,
-                "commit": _commit(),
-                "versions": {"python": platform.python_version(), **versions},
-                **(more or {}),
-            },
-        )
-    print(f"run {run.id}: everything goes to {run.folder}/")
-    return run
+    elif (run.folder / "results.json").is_file():
+        print(f"run {run.id} is trained to its end: it is only tested again")
+    with only_one(run.folder, f"run {run.id}") if is_main() else nullcontext():
+        try:
+            if is_main() and not run.has_config():
+                _write_config(config, run, {**labels.plain(), **(more or {})})
+            print(f"run {run.id}: everything goes to {run.folder}/")
+            yield run
+        except UserError:
+            if began and is_main() and isinstance(config, TrainConfig) and run.has_only_begun():
+                shutil.rmtree(run.folder, ignore_errors=True)
+            raise
+
+
+def _write_config(config: EvalConfig, run: Run, more: dict) -> None:
+    libraries = ("torch", "torchaudio", "pytorch_lightning", "numpy")
+    versions = {"python": platform.python_version(), **{name: sys.modules[name].__version__ for name in libraries}}
+    made = {"command": sys.argv, "commit": _commit(), "versions": versions}
+    write_json(run.folder / "config.json", {"config": to_plain(config), **made, **more})
 
 
 def _commit() -> str | None:

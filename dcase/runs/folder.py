@@ -18,19 +18,20 @@ of one. Checkpoints are read with ``weights_only=True``: a file that would run c
 import json
 import re
 import secrets
-import shlex
 import string
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from dcase.data.labels import Labels
-from dcase.errors import UserError, one_line
+from dcase.errors import UserError, command, one_line
 
 CHECKPOINTS, STORED = "checkpoints", "stored"  # subfolders of a run that hold models
 CROSS_FIT = "cross_fit"  # subfolder with its own teachers
+_BEGUN = {"config.json", ".lock", "metrics.csv", "wandb", "tensorboard", CHECKPOINTS, CROSS_FIT}
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,12 @@ class Run:
 
     def has_config(self) -> bool:
         return (self.folder / "config.json").is_file()
+
+    def has_only_begun(self) -> bool:
+        """Return whether the folder holds nothing but what a run's start writes: nothing to go on from or to keep."""
+        trained = chain(self.checkpoints.rglob("*"), (self.folder / CROSS_FIT).rglob("*"))
+        names = {path.name for path in self.folder.iterdir()}
+        return names <= _BEGUN and not any(path.is_file() for path in trained)
 
     def commit(self) -> str | None:
         """Return the git commit of the code that began the run; None where that was no checkout."""
@@ -182,7 +189,7 @@ def kind_of(saved: dict) -> Literal["general", "device-specific", "test"]:
 def resume_command(script: str, run_id: str, project_name: str) -> str:
     """Return the shell command that goes on with a run."""
     project = [] if project_name == RunConfig.project_name else ["--project_name", project_name]
-    return shlex.join(["python", script, "--resume", run_id, *project])
+    return command("python", script, "--resume", run_id, *project)
 
 
 def run_of(ckpt_path: str) -> Run | None:

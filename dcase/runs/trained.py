@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dcase.data.labels import Labels
-from dcase.errors import UserError
+from dcase.errors import UserError, command
 from dcase.runs.checkpoints import final_state, load_checkpoint, merged_checkpoint
 from dcase.runs.folder import CHECKPOINTS, STORED, Run, RunConfig
 from dcase.runs.published import CONFIG, WEIGHTS, is_published, load_published
@@ -72,7 +72,7 @@ def _refuse_run(given: str, project_name: str) -> None:
         run = Run(stored.parent)
         how = f"nor is there a checkpoint in {run.checkpoints}/ to make it of: check the run's id"
         if run.trained.is_file():
-            how = f"python test_only.py --ckpt_path {run.trained} --weight_bits 16 makes one, in a new run"
+            how = f"python test_only.py {command('--ckpt_path', run.trained)} --weight_bits 16 makes one, in a new run"
         raise UserError(f"--ckpt_path {given}: there is no folder {stored}; {how}")
     if not path.suffix:
         raise UserError(

@@ -108,7 +108,7 @@ def read_yaml(path: Path):
     """Return the plain values of a YAML or JSON file. Raises `UserError`, naming it, where it cannot be read."""
     try:
         return yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read as YAML ({one_line(error)})") from error
 
 

@@ -79,6 +79,11 @@ class FineTuning:
         Where a run is resumed, a finished training is not done again, and an interrupted one goes on where it was.
         """
         tuned = [device_id for device_id in self._devices if self._plans(device_id)]
+        if self.config.only_devices and (self.config.own_share is None or self.config.keep == "clear"):
+            print(
+                f"--only_devices {self.config.only_devices}: the validation clips of these devices alone, not of all, "
+                "choose --own_share and decide which models are used; --own_share 0.5 --keep all leaves nothing to them"
+            )
         for device_id in tuned:
             self._train(device_id)
         outcomes = dict.fromkeys(self._devices, Outcome(False, "no training clip of this device"))

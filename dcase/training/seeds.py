@@ -59,8 +59,9 @@ def train_each(description: str) -> bool:
             print(f"seed {seed}: run {run_id} is finished")
             continue
         print(f"\nseed {seed}, {i} of {len(series.runs)}: run {run_id}", flush=True)
-        begin = [*series.args, "--seed", str(seed), "--run_id", run_id]
-        resume = ["--resume", run_id, "--project_name", project_name]
+        place = ["--project_name", project_name]
+        begin = [*split_flags(series.args, "project_name")[1], *place, "--seed", str(seed), "--run_id", run_id]
+        resume = ["--resume", run_id, *place]
         further_runs = sum(not series.is_finished(one) for one in series.runs) - 1
         environment = {"WANDB_RUN_GROUP": series.path.stem, **os.environ, FURTHER_RUNS: str(further_runs)}
         code = _run([*(resume if run.has_config() else begin), *further], environment)
@@ -123,7 +124,8 @@ def _run(args: list[str], environment: dict[str, str]) -> int:
     def pass_on(number: int, frame) -> None:
         child.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         code = child.wait()
     finally:

@@ -3,14 +3,15 @@
 import signal
 import threading
 
+from dcase.errors import leave_closed_terminal
 from dcase.machine import SIGNALS
 
 
 class StopRequest:
     """Signals request a stop, which training honours at the end of the current step.
 
-    As a context manager it handles SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (SLURM's warning) by setting ``received``, the
-    signal's number. A second Ctrl-C ends the program at once.
+    As a context manager it handles SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (SLURM's warning) and SIGHUP (a terminal that is
+    closed) by setting ``received``, the signal's number. A second Ctrl-C ends the program at once.
     """
 
     def __init__(self):
@@ -41,3 +42,5 @@ class StopRequest:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
+        if number == getattr(signal, "SIGHUP", None):
+            leave_closed_terminal()
