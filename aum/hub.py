@@ -98,7 +98,10 @@ class Pretrained:
             options |= {"force_download": force_download, "local_files_only": local_files_only}
             path = _download(str(folder), options)
         config, front_end = _read_config(path / CONFIG, cls.config_class, overrides)
-        model = cls(config)
+        try:
+            model = cls(config)
+        except ValueError as error:
+            raise ValueError(f"{path / CONFIG}: {error}") from error
         model.front_end = front_end
         state = _read_weights(path / WEIGHTS)
         try:
@@ -159,7 +162,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read ({_one_line(error)}): it is cut short, damaged or no .safetensors file"
         ) from error
     checksum = _checksum(state)
-    if header.get("__metadata__", {}).get(CHECKSUM, checksum) != checksum:
+    if (header.get("__metadata__") or {}).get(CHECKSUM, checksum) != checksum:
         raise ValueError(f"{path} is damaged: its checksum is not what was written; take another copy of it")
     return state
 

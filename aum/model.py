@@ -7,6 +7,7 @@ Source: AuM, arXiv:2406.03344 (kaistmm/Audio-Mamba-AuM), after Vim, arXiv:2401.0
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,13 @@ from aum.scan.grid import fits
 from aum.stem import Normed, RelaxedMeanNorm, Stem, convolve, is_plain
 
 CLASSIFIER_WIDTH = 512  # hidden units of the MLP head
+# The largest values of whole numbers: far above any model of use, and refused before memory is taken for them.
+MOST = {
+    "n_mels": 2048, "target_length": 2**16, "embed_dim": 8192, "depth": 256, "d_state": 1024, "d_conv": 64,
+    "expand": 16, "n_classes": 100_000, "stem_blocks": 64,
+}  # fmt: skip
+MOST_CHANNELS, MOST_STEM = 4096, 8  # of a convolution of the stem; convolutions
+MOST_VALUES = 10**9  # of all weights of a model, 4 GB
 
 
 @dataclass(frozen=True)
@@ -87,21 +95,31 @@ class AuMConfig:
 
     def __post_init__(self):
         for name in ("patch_size", "strides", "stem"):  # JSON and checkpoints hold lists
-            if getattr(self, name) is not None:
+            if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("n_mels", "target_length", "embed_dim", "depth", "d_state", "d_conv", "expand", "n_classes"):
-            _check(getattr(self, name) >= 1, f"{name} is at least 1; got {getattr(self, name)}")
+        for name, most in MOST.items():
+            value, least = getattr(self, name), 0 if name == "stem_blocks" else 1
+            _check(_is_whole(value, least, most), f"{name} is a whole number from {least} to {most}; got {value!r:.50}")
         for name in ("patch_size", "strides"):
             pair = getattr(self, name) or (1, 1)
             _check(
-                len(pair) == 2 and min(pair) >= 1,
-                f"{name} is two numbers of at least 1, mel bins and frames; got {pair}",
+                isinstance(pair, tuple)
+                and len(pair) == 2
+                and all(_is_whole(n, 1, MOST["target_length"]) for n in pair),
+                f"{name} is two numbers of at least 1, mel bins and frames; got {pair!r:.50}",
             )
-        _check(all(channels >= 1 for channels in self.stem), f"stem is channels of at least 1; got {self.stem}")
         _check(
-            self.stem_blocks == 0 or (self.stem and self.stem_blocks > 0),
-            f"stem_blocks is a number from 0, and needs a stem; got {self.stem_blocks}",
+            isinstance(self.stem, tuple)
+            and len(self.stem) <= MOST_STEM
+            and all(_is_whole(channels, 1, MOST_CHANNELS) for channels in self.stem),
+            f"stem is at most {MOST_STEM} channels, each from 1 to {MOST_CHANNELS}; got {self.stem!r:.50}",
         )
+        _check(not self.stem_blocks or bool(self.stem), f"stem_blocks above 0 needs a stem; got {self.stem_blocks}")
+        for name in ("paired_layers", "pos_embed", "factorised_pos_embed", "row_scan", "local_conv"):
+            _check(isinstance(getattr(self, name), bool), f"{name} is True or False; got {getattr(self, name)!r:.50}")
+        for name in ("freq_norm", "dropout", "drop_path", "norm_eps"):
+            value = getattr(self, name)
+            _check(type(value) in (int, float), f"{name} is a number; got {value!r:.50}")
         size, patch = self.after_stem(self.n_mels, self.target_length), self.patch_size
         _check(
             patch[0] <= size[0] and patch[1] <= size[1],
@@ -115,11 +133,12 @@ class AuMConfig:
             ("head", ("mlp", "linear", "patch")),
         ):
             _check(
-                getattr(self, name) in allowed, f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                getattr(self, name) in allowed,
+                f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r:.50}",
             )
         for name in ("dropout", "drop_path"):
             _check(0 <= getattr(self, name) < 1, f"{name} is in [0, 1); got {getattr(self, name)}")
-        _check(self.norm_eps > 0, f"norm_eps is above 0; got {self.norm_eps}")
+        _check(0 < self.norm_eps < 1, f"norm_eps is above 0 and below 1; got {self.norm_eps}")
         _check(
             not (self.pool == "cls" and self.cls_position == "none"), "pool 'cls' needs a cls_position other than none"
         )
@@ -141,9 +160,23 @@ class AuMConfig:
         mels, frames = self.after_stem(self.n_mels, frames)
         return (mels - p_mel) // s_mel + 1, (frames - p_time) // s_time + 1
 
+    @property
+    def n_values(self) -> int:
+        """Return the weights of its large parts, about those of the whole model."""
+        d_inner, (mels, frames) = self.expand * self.embed_dim, self.grid
+        block = d_inner * (3 * self.embed_dim + 6 * self.d_state + 2 * self.d_conv)
+        patches = math.prod(self.patch_size) * (self.stem[-1] if self.stem else 1) + self.pos_embed * mels * frames
+        stem = 9 * sum(a * b for a, b in zip(self.stem, self.stem[1:], strict=False))
+        blocks = self.stem_blocks * 8 * max(self.stem, default=0) ** 2
+        return self.depth * block + self.embed_dim * patches + stem + blocks + CLASSIFIER_WIDTH * self.n_classes
+
     def after_stem(self, *size: int) -> tuple[int, ...]:
         """Return the stem's output size for mel bins and frames: each convolution halves them, rounded up."""
         return tuple(-(-n // 2 ** len(self.stem)) for n in size)
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _check(ok: bool, message: str) -> None:
@@ -255,6 +288,11 @@ class AudioMamba(nn.Module, Pretrained):
 
     def __init__(self, config: AuMConfig):
         super().__init__()
+        _check(
+            config.n_values <= MOST_VALUES,
+            f"embed_dim {config.embed_dim}, depth {config.depth} and the rest make "
+            f"{config.n_values:,} weights: at most {MOST_VALUES:,}",
+        )
         self.config = config
         d = config.embed_dim
         if config.freq_norm:

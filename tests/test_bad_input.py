@@ -82,6 +82,19 @@ def test_unknown_flag_suggests_the_right_one(call, learnable):
         (["--seed", "5000000000"], ["--seed"]),
         (["--lr", "nan"], ["--lr"]),
         (["--target_length", "3"], ["patch_size", "3 frames"]),
+        # Sizes that would take all memory, or minutes, before anything else stops them
+        (["--depth", "1000000000"], ["--depth", "from 1 to 256"]),
+        (["--embed_dim", "1000000000"], ["--embed_dim", "from 1 to 8192"]),
+        (["--embed_dim", "8192", "--depth", "256"], ["--embed_dim 8192, depth 256", "weights"]),
+        (["--d_state", "1000000"], ["--d_state", "from 1 to 1024"]),
+        (["--n_mels", "10000000"], ["--n_mels", "at least 1 and at most 2048"]),
+        (["--n_fft", "1000000000"], ["--n_fft", "at most 65536"]),
+        (["--target_length", "1000000000"], ["--target_length", "at most 65536"]),
+        (
+            ["--orig_sample_rate", "44101", "--sample_rate", "32000"],
+            ["--orig_sample_rate 44101", "--sample_rate 32000"],
+        ),
+        (["--cross_fit", "1000000000"], ["--cross_fit", "at most 100"]),
     ],
 )
 def test_flags_that_make_no_sense(call, learnable, project, args, parts):

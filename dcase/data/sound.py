@@ -12,6 +12,7 @@ import torchaudio
 
 from dcase.errors import UserError, one_line
 
+MOST_HZ = 1_000_000  # of a rate
 CHECK = "check the data folder with `python -m dcase.prepare`"
 
 

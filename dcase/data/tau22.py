@@ -26,7 +26,8 @@ import numpy as np
 import pandas as pd
 
 from dcase.data.labels import DEVICES, SCENES
-from dcase.errors import UserError, one_line
+from dcase.data.sound import MOST_HZ
+from dcase.errors import UserError, check_range, one_line
 from dcase.files import replace_file
 
 TRAIN_DEVICES = ("a", "b", "c", "s1", "s2", "s3")
@@ -103,8 +104,7 @@ class DataConfig:
         return Path(self.pack_dir).expanduser() if self.pack_dir else Path(folder) / "pack"
 
     def __post_init__(self):
-        if self.orig_sample_rate < 1:
-            raise UserError(f"--orig_sample_rate is at least 1; got {self.orig_sample_rate}")
+        check_range(self, "orig_sample_rate", least=1, most=MOST_HZ)
 
 
 @dataclass(frozen=True)
