@@ -4,8 +4,8 @@ import shlex
 from typing import NamedTuple
 
 from dcase.report import words
-from dcase.report.run_files import CONFIGS, Finished
-from dcase.runs.config import to_plain
+from dcase.report.run_files import Finished
+from dcase.runs.config import CONFIGS, to_plain
 from dcase.runs.defaults import with_defaults
 from dcase.runs.folder import kind_of
 

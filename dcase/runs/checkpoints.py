@@ -4,16 +4,52 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from lightning_fabric.plugins import CheckpointIO
+from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from dcase.data.labels import DEVICES, SCENES
 from dcase.errors import UserError
 from dcase.files import keep_copy, replace_file
+from dcase.schema import Count, Name, Schema, checked
 
 FORMAT = 1
+
+
+class _Storage(Schema):
+    weight_bits: Literal[32, 16, 8] = 32
+
+
+class _Config(Schema):
+    """What every model's configuration has; `config.from_plain` reads all of it."""
+
+    model: dict
+    logmel: dict
+    data: dict
+    split: dict
+    storage: _Storage = _Storage()
+
+
+class _Average(Schema):
+    steps: Count
+    average: dict[str, InstanceOf[Tensor]]
+
+
+class Checkpoint(Schema):
+    """A checkpoint of either stage, or what stored and published models stand for. Lightning checks its own entries."""
+
+    dcase_format: Literal[FORMAT]
+    config: _Config
+    state_dict: dict[str, InstanceOf[Tensor]]
+    frames: Annotated[Count, Field(ge=1)]
+    device_ids: list[Literal[DEVICES]]
+    clips_id: Name
+    clips_per_step: Count
+    average: _Average | None = None
+    train_loss: list[float] | None = None
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
@@ -40,7 +76,16 @@ def load_checkpoint(path: Path | str) -> dict:
         raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
-    refuse_other_scenes(checkpoint.get("scenes"), f"checkpoint {path}")
+    return whole(checkpoint, f"checkpoint {path}")
+
+
+def whole(checkpoint: dict, what: str) -> dict:
+    """Return a checkpoint. Raises `UserError`, which begins with ``what``, where it is not a `Checkpoint` or of other
+    scenes."""
+    checked(Checkpoint, checkpoint, what)
+    if len(set(checkpoint["device_ids"])) < len(checkpoint["device_ids"]):
+        raise UserError(f"{what}: device_ids has a device twice")
+    refuse_other_scenes(checkpoint.get("scenes"), what)
     return checkpoint
 
 
@@ -50,7 +95,7 @@ def refuse_other_scenes(scenes: list[str] | None, what: str) -> None:
     None: it is from before scenes were recorded.
     """
     if scenes is not None and scenes != list(SCENES):
-        listed = ", ".join(map(str, scenes)) if isinstance(scenes, list) else scenes
+        listed = (", ".join(map(str, scenes)) if isinstance(scenes, list) else str(scenes))[:300]
         raise UserError(
             f"{what} was trained on the scenes {listed}; this copy's dcase/data/labels.py has {', '.join(SCENES)}: "
             "give SCENES there those names in that order, or train again"

@@ -46,6 +46,7 @@ from dcase.runs.folder import (
     run_of,
 )
 from dcase.runs.trained import load_trained
+from dcase.schema import checked
 
 
 @dataclass(frozen=True)
@@ -158,8 +159,8 @@ class BaseConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "seeds", least=1)
-        check_range(self, "cross_fit", least=0)
+        check_range(self, "seeds", least=1, most=10_000)
+        check_range(self, "cross_fit", least=0, most=100)
         if self.cross_fit == 1:
             raise UserError("--cross_fit must be 0, or at least 2 parts; got 1")
         if self.cross_fit and self.init_from:
@@ -208,7 +209,7 @@ class DeviceConfig(TrainConfig):
         super().__post_init__()
         if self.finetune != "full" and (self.fit.layer_decay != 1 or self.fit.freeze_epochs):
             raise UserError(f"--layer_decay and --freeze_epochs need --finetune full; got {self.finetune}")
-        check_range(self, "lora_rank", least=1)
+        check_range(self, "lora_rank", least=1, most=aum.model.MOST["embed_dim"])
         check_range(self, "own_share", above=0, most=1)
         if not all(0 < lr < math.inf for lr in self.learning_rates):
             raise UserError(f"--lr_choices must be learning rates above 0, separated by commas; got {self.lr_choices}")
@@ -238,6 +239,7 @@ class DeviceConfig(TrainConfig):
 
 
 Config = TypeVar("Config", bound=EvalConfig)
+CONFIGS = {"general": BaseConfig, "device-specific": DeviceConfig, "test": TestConfig}  # by `kind_of`
 
 # What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
 FREE_ON_RESUME = {
@@ -277,7 +279,7 @@ def parse_base(description: str, args: list[str] | None = None) -> tuple[BaseCon
     default = with_defaults(BaseConfig(), given["model"] or ModelConfig.model)
     config = cli.parse(BaseConfig, description, default, args)
     # Before any data is looked for: the clips' length is not known yet, so a patch may be of any length.
-    models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or 10**9)
+    models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or aum.model.MOST["target_length"])
     return config, None
 
 
@@ -293,7 +295,7 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
     artifacts.fetch(given["project_name"], ckpt_id, given["wandb_mode"], given["logger"])
     checkpoint = load_checkpoint(find_checkpoint(given["project_name"], ckpt_id))
     if config is None:
-        general = from_plain(TrainConfig, checkpoint["config"])
+        general = from_plain(TrainConfig, checkpoint["config"], f"the checkpoint of --ckpt_id {ckpt_id}")
         default = for_one_device(_like_checkpoint(DeviceConfig, checkpoint), general)
         config = cli.parse(DeviceConfig, description, default, args)
         decided = ("model", "logmel", "data", "split")
@@ -332,7 +334,7 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
         how = resume_command(script, run_id, project_name)
         raise UserError(f"--resume {run_id}: that run was made by {script}; go on with: {how}")
     refuse_other_scenes(run.scenes(), f"the run --resume {run_id}")
-    default = dataclasses.replace(from_plain(cls, saved), resume=run_id)
+    default = dataclasses.replace(from_plain(cls, saved, f"{run.folder}/config.json"), resume=run_id)
     config = cli.parse(cls, description, default, args)
     _refuse_changes(default, config, f"the run --resume {run_id}", FREE_ON_RESUME)
     return config, run
@@ -397,22 +399,29 @@ def to_plain(config) -> dict:
     return dataclasses.asdict(config)
 
 
-def from_plain(cls: type[Config], plain: dict) -> Config:
-    """Return the configuration that `to_plain` gave ``plain`` for; missing parts and fields keep their defaults."""
+def from_plain(cls: type[Config], plain: dict, what: str = "the saved configuration") -> Config:
+    """Return the configuration that `to_plain` gave ``plain`` for; missing parts and fields keep their defaults.
+
+    Raises `UserError`, which begins with ``what``, where a value is of a wrong type or refused.
+    """
+    model = plain.get("model")
+    if isinstance(model, dict) and model.get("depth") is not None:  # a run from before a field existed: as without it
+        known = {f.name for f in dataclasses.fields(ModelConfig)}
+        before = {f.name: f.default for f in dataclasses.fields(aum.AuMConfig) if f.name in known}
+        plain = plain | {"model": before | model}
     default = cls()
     parts = {}
-    for name in (f.name for f in dataclasses.fields(cls) if f.name in plain):
-        part = getattr(default, name)
-        parts[name] = _from_values(type(part), plain[name]) if dataclasses.is_dataclass(part) else plain[name]
-    return cls(**parts)
+    for field_of in dataclasses.fields(cls):
+        part = getattr(default, field_of.name)
+        if dataclasses.is_dataclass(part) and isinstance(plain.get(field_of.name), dict):
+            parts[field_of.name] = to_plain(part) | plain[field_of.name]
+    return checked(cls, plain | parts, what)
 
 
-def _from_values(cls: type, values: dict):
-    known = {f.name for f in dataclasses.fields(cls)}
-    if cls is ModelConfig and values.get("depth") is not None:  # a run from before a field existed: as without it
-        values = {f.name: f.default for f in dataclasses.fields(aum.AuMConfig) if f.name in known} | values
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}  # JSON has no tuples
-    return cls(**tuples)
+def with_all_fields(saved: dict, what: str) -> dict:
+    """Return a run's saved configuration with every field of its parts. Raises as `from_plain`."""
+    config = to_plain(from_plain(CONFIGS[kind_of(saved)], saved, what))
+    return saved | {name: part for name, part in config.items() if isinstance(part, dict)}
 
 
 # From one script to the next
@@ -426,7 +435,7 @@ def find_dataset_dir(given: str | None, checkpoint: dict, ckpt_path: str | None 
     """
     of_run = checkpoint["config"]["data"].get("dataset_dir")
     if not of_run and ckpt_path and (run := run_of(ckpt_path)):
-        of_run = run.read_config()["data"]["dataset_dir"]
+        of_run = from_plain(EvalConfig, run.read_config(), f"{run.folder}/config.json").data.dataset_dir
     if given or os.environ.get("TAU22_DIR") or not of_run:
         return given
     if not Path(of_run).expanduser().is_dir():

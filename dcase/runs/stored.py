@@ -66,7 +66,7 @@ def load_model(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:LENGTH_BYTES], "little")
-        metadata = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length]).get("__metadata__") or {}
+        metadata = dict(json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length]).get("__metadata__") or {})
     except Exception as error:  # a damaged file can make it raise anything
         raise UserError(
             f"stored model {path} cannot be read ({one_line(error)}): it is cut short, damaged or no .safetensors file"
@@ -141,7 +141,10 @@ def checkpoint_of(models: Mapping[str, tuple[dict, Mapping[str, Tensor]]], what:
     ``what``, where another one is not of the same run or not of the device that names it.
     """
     (general, (first, _)), *_ = models.items()
-    state = {name: torch.tensor(value) for name, value in first["front_end"].items()}
+    try:
+        state = {name: torch.tensor(float(value)) for name, value in dict(first["front_end"]).items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{what}: front_end holds no numbers ({one_line(error)[:100]})") from error
     device_ids = [name for name in models if name != general]
     for name, (header, weights) in models.items():
         if name != general and header != first | {"model": name}:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dcase.errors import UserError
-from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint, refuse_other_scenes
+from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint, whole
 from dcase.runs.folder import CHECKPOINTS, STORED, Run, RunConfig
 from dcase.runs.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.runs.stored import load_stored
@@ -31,12 +31,10 @@ def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
     if place.name == WEIGHTS and place.with_name(CONFIG).is_file():
         place = place.parent
     if place.is_dir() and is_published(place):
-        return load_published(place)
+        return whole(load_published(place), f"published model {place}")
     if not stored:
         return merged_checkpoint({part: load_checkpoint(part) for part in parts})
-    checkpoint = load_stored(path)
-    refuse_other_scenes(checkpoint.get("scenes"), f"stored model {path}")
-    return checkpoint
+    return whole(load_stored(path), f"stored model {path}")
 
 
 def _refuse_run(given: str, project_name: str) -> None:

@@ -64,8 +64,8 @@ def read_logits(given: str, folder: Path, subset: int = 25) -> ClipLogits:
         raise UserError("does not exist")
     try:
         filenames, logits = {".npz": _npz, ".pt": _tensor}.get(path.suffix, _table)(path, key, folder, subset)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot be read ({one_line(error)})") from error
+    except (OSError, EOFError, ValueError, TypeError, MemoryError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot be read ({one_line(error):.300})") from error
     if len(set(filenames)) < len(filenames):
         names, counts = np.unique(filenames, return_counts=True)
         raise UserError(f"has more than one row for {names[counts > 1][0]}")
