@@ -98,10 +98,7 @@ class Pretrained:
             options |= {"force_download": force_download, "local_files_only": local_files_only}
             path = _download(str(folder), options)
         config, front_end = _read_config(path / CONFIG, cls.config_class, overrides)
-        try:
-            model = cls(config)
-        except ValueError as error:
-            raise ValueError(f"{path / CONFIG}: {error}") from error
+        model = cls(config)
         model.front_end = front_end
         state = _read_weights(path / WEIGHTS)
         try:

@@ -28,7 +28,6 @@ MOST = {
     "n_mels": 2048, "target_length": 2**16, "embed_dim": 8192, "depth": 256, "d_state": 1024, "d_conv": 64,
     "expand": 16, "n_classes": 100_000, "stem_blocks": 64,
 }  # fmt: skip
-MOST_CHANNELS, MOST_STEM = 4096, 8  # of a convolution of the stem; convolutions
 MOST_VALUES = 10**9  # of all weights of a model, 4 GB
 
 
@@ -108,18 +107,12 @@ class AuMConfig:
                 and all(_is_whole(n, 1, MOST["target_length"]) for n in pair),
                 f"{name} is two numbers of at least 1, mel bins and frames; got {pair!r:.50}",
             )
+        stem = self.stem if isinstance(self.stem, tuple) and len(self.stem) <= 8 else (0,)
         _check(
-            isinstance(self.stem, tuple)
-            and len(self.stem) <= MOST_STEM
-            and all(_is_whole(channels, 1, MOST_CHANNELS) for channels in self.stem),
-            f"stem is at most {MOST_STEM} channels, each from 1 to {MOST_CHANNELS}; got {self.stem!r:.50}",
+            all(_is_whole(channels, 1, 512) for channels in stem),
+            f"stem is at most 8 channels, each from 1 to 512; got {self.stem!r:.50}",
         )
         _check(not self.stem_blocks or bool(self.stem), f"stem_blocks above 0 needs a stem; got {self.stem_blocks}")
-        for name in ("paired_layers", "pos_embed", "factorised_pos_embed", "row_scan", "local_conv"):
-            _check(isinstance(getattr(self, name), bool), f"{name} is True or False; got {getattr(self, name)!r:.50}")
-        for name in ("freq_norm", "dropout", "drop_path", "norm_eps"):
-            value = getattr(self, name)
-            _check(type(value) in (int, float), f"{name} is a number; got {value!r:.50}")
         size, patch = self.after_stem(self.n_mels, self.target_length), self.patch_size
         _check(
             patch[0] <= size[0] and patch[1] <= size[1],
@@ -148,6 +141,11 @@ class AuMConfig:
         for name in ("row_scan", "local_conv"):
             _check(plain or not getattr(self, name), f"{name} needs cls_position none and no paired_layers")
         _check(not (self.paired_layers and self.depth % 2), f"paired_layers needs an even depth; got {self.depth}")
+        block = self.expand * self.embed_dim * (3 * self.embed_dim + 6 * self.d_state + 2 * self.d_conv)
+        tokens = math.prod(self.patch_size) * max(self.stem, default=1) + bool(self.pos_embed) * math.prod(self.grid)
+        n = self.depth * block + self.embed_dim * tokens  # of its large parts
+        shape = f"embed_dim {self.embed_dim}, depth {self.depth}, expand {self.expand}, patch_size {patch}"
+        _check(n <= MOST_VALUES, f"{shape} make {n:,} weights: at most {MOST_VALUES:,}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -159,16 +157,6 @@ class AuMConfig:
         (p_mel, p_time), (s_mel, s_time) = self.patch_size, self.strides or self.patch_size
         mels, frames = self.after_stem(self.n_mels, frames)
         return (mels - p_mel) // s_mel + 1, (frames - p_time) // s_time + 1
-
-    @property
-    def n_values(self) -> int:
-        """Return the weights of its large parts, about those of the whole model."""
-        d_inner, (mels, frames) = self.expand * self.embed_dim, self.grid
-        block = d_inner * (3 * self.embed_dim + 6 * self.d_state + 2 * self.d_conv)
-        patches = math.prod(self.patch_size) * (self.stem[-1] if self.stem else 1) + self.pos_embed * mels * frames
-        stem = 9 * sum(a * b for a, b in zip(self.stem, self.stem[1:], strict=False))
-        blocks = self.stem_blocks * 8 * max(self.stem, default=0) ** 2
-        return self.depth * block + self.embed_dim * patches + stem + blocks + CLASSIFIER_WIDTH * self.n_classes
 
     def after_stem(self, *size: int) -> tuple[int, ...]:
         """Return the stem's output size for mel bins and frames: each convolution halves them, rounded up."""
@@ -288,11 +276,6 @@ class AudioMamba(nn.Module, Pretrained):
 
     def __init__(self, config: AuMConfig):
         super().__init__()
-        _check(
-            config.n_values <= MOST_VALUES,
-            f"embed_dim {config.embed_dim}, depth {config.depth} and the rest make "
-            f"{config.n_values:,} weights: at most {MOST_VALUES:,}",
-        )
         self.config = config
         d = config.embed_dim
         if config.freq_norm:

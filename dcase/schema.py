@@ -28,37 +28,35 @@ class Schema(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def checked(kind: type[Type], values: Any, what: str) -> Type:
+def checked(kind: type[Type], values: Any, what: str = "") -> Type:
     """Return ``values`` as ``kind``: a dataclass, which is made of them as JSON holds them, or a `Schema`.
 
     Raises `UserError`, which begins with ``what`` and names the place in the values: `WrongType`, or what the
     dataclass's own checks raise.
     """
+    what = f"{what}: " if what else ""
     try:
         if issubclass(kind, BaseModel):
             return kind.model_validate(values)
         return _adapter(kind).validate_json(json.dumps(values, allow_nan=False), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        place = ".".join(str(part)[:50] for part in first["loc"])
-        raise WrongType(f"{what}: {place or 'its content'}: {first['msg']}") from error
+        place = ".".join(str(part)[:50] for part in first["loc"]) or "its content"
+        raise WrongType(f"{what}{place}: {first['msg']}") from error
     except (TypeError, ValueError, RecursionError) as error:  # no JSON can hold them
-        raise WrongType(f"{what}: {one_line(error)[:200]}") from error
+        raise WrongType(f"{what}{one_line(error):.200}") from error
     except UserError as error:
-        raise UserError(f"{what}: {error}") from error
+        raise UserError(f"{what}{error}") from error
 
 
-@lru_cache
-def _adapter(kind: type) -> TypeAdapter:
-    return TypeAdapter(kind)
+_adapter = lru_cache(TypeAdapter)
 
 
-def read_json(path: Path) -> dict:
-    """Return a JSON object of a file. Raises OSError or ValueError, also where it is nested too deep."""
+def read_json(kind: type[Schema], path: Path, advice: str) -> dict:
+    """Return the content of a JSON file that must be a ``kind``. Raises `UserError`, naming it, where it is not."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"it holds no object but {type(content).__name__}")
+        checked(kind, content)
+    except (OSError, ValueError, RecursionError, UserError) as error:
+        raise UserError(f"{path} cannot be read ({one_line(error):.300}): {advice}") from error
     return content

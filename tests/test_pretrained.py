@@ -467,7 +467,7 @@ DEFECTS = {
     "nothing": ({}, "holds no state dict"),
     "another wrapper": ({"student": SOUND}, "looked for under model, state_dict, model_state_dict"),
     "more values than bytes": (
-        SOUND | {"norm_f.weight": torch.zeros(1).expand(10**12)}, "norm_f.weight claims more values than the file holds",
+        SOUND | {"norm_f.weight": torch.zeros(1).expand(10**12)}, "norm_f.weight claims more values than the file",
     ),
 }  # fmt: skip
 

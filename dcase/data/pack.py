@@ -23,7 +23,7 @@ from pydantic import Field
 from dcase.data.sound import MOST_HZ
 from dcase.errors import UserError, one_line
 from dcase.progress import progress
-from dcase.schema import Count, Name, Schema, checked, read_json
+from dcase.schema import Count, Name, Schema, read_json
 
 VERSION = 1  # of these files
 AGAIN = "make it again with `python -m dcase.prepare --pack`, or read the WAV files with --read_from wav"
@@ -45,6 +45,8 @@ class _Block(Schema):
 
 
 class Manifest(Schema):
+    version: Count
+    manifest_sha256: Name
     id: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
     orig_sample_rate: Annotated[int, Field(ge=1, le=MOST_HZ)]
     sample_rate: Annotated[int, Field(ge=1, le=MOST_HZ)]
@@ -172,15 +174,11 @@ def exists(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict:
     """Read manifest.json. Raises `UserError` where it is of another version, or damaged."""
     path = folder / "manifest.json"
-    try:
-        manifest = read_json(path)
-        if manifest["version"] != VERSION:
-            raise UserError(f"{path} is of version {manifest['version']}, this code reads {VERSION}: {AGAIN}")
-        if manifest.pop("manifest_sha256") != checksum(manifest):
-            raise ValueError("it is damaged")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
-    checked(Manifest, manifest, f"{path} cannot be used: {AGAIN}; in it")
+    manifest = read_json(Manifest, path, AGAIN)
+    if manifest["version"] != VERSION:
+        raise UserError(f"{path} is of version {manifest['version']}, this code reads {VERSION}: {AGAIN}")
+    if manifest.pop("manifest_sha256") != checksum(manifest):
+        raise UserError(f"{path} cannot be read (it is damaged): {AGAIN}")
     return manifest
 
 

@@ -69,10 +69,7 @@ def build(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
     config = fill(config, n_mels, frames)
     if config.model in FIXED:
         return FIXED[config.model](config.n_classes)
-    try:
-        return aum.AudioMamba(_shape(config, n_mels, frames))
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
+    return aum.AudioMamba(_shape(config, n_mels, frames))
 
 
 def _shape(config: ModelConfig, n_mels: int, frames: int) -> aum.AuMConfig:

@@ -160,7 +160,7 @@ def read_unfinished(folder: Path) -> Finished:
     try:
         made = run.made()
         config = made["config"]
-        with_all_fields(config, "")
+        with_all_fields(config)
     except WrongType:
         config = {}
     except UserError:  # flags that this code refuses are shown

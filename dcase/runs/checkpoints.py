@@ -19,10 +19,6 @@ from dcase.schema import Count, Name, Schema, checked
 FORMAT = 1
 
 
-class _Storage(Schema):
-    weight_bits: Literal[32, 16, 8] = 32
-
-
 class _Config(Schema):
     """What every model's configuration has; `config.from_plain` reads all of it."""
 
@@ -30,7 +26,6 @@ class _Config(Schema):
     logmel: dict
     data: dict
     split: dict
-    storage: _Storage = _Storage()
 
 
 class _Average(Schema):

@@ -279,7 +279,7 @@ def parse_base(description: str, args: list[str] | None = None) -> tuple[BaseCon
     default = with_defaults(BaseConfig(), given["model"] or ModelConfig.model)
     config = cli.parse(BaseConfig, description, default, args)
     # Before any data is looked for: the clips' length is not known yet, so a patch may be of any length.
-    models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or aum.model.MOST["target_length"])
+    models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or 4096)
     return config, None
 
 
@@ -418,7 +418,7 @@ def from_plain(cls: type[Config], plain: dict, what: str = "the saved configurat
     return checked(cls, plain | parts, what)
 
 
-def with_all_fields(saved: dict, what: str) -> dict:
+def with_all_fields(saved: dict, what: str = "") -> dict:
     """Return a run's saved configuration with every field of its parts. Raises as `from_plain`."""
     config = to_plain(from_plain(CONFIGS[kind_of(saved)], saved, what))
     return saved | {name: part for name, part in config.items() if isinstance(part, dict)}

@@ -26,8 +26,8 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field
 
-from dcase.errors import UserError, one_line
-from dcase.schema import Count, Name, Schema, Share, checked, read_json
+from dcase.errors import UserError
+from dcase.schema import Count, Name, Schema, Share, read_json
 
 CHECKPOINTS, STORED = "checkpoints", "stored"  # subfolders of a run that hold models
 CROSS_FIT = "cross_fit"  # subfolder with its own teachers
@@ -64,11 +64,6 @@ class RunConfig:
             )
 
 
-class _Teacher(Schema):
-    teacher: str
-    sha256: str
-
-
 class _Config(Schema):
     """Where a run began; `config.from_plain` reads the rest."""
 
@@ -81,7 +76,7 @@ class Made(Schema):
 
     config: _Config
     scenes: list[Name] | None = None
-    teachers: list[_Teacher] | None = None
+    teachers: list[dict[str, str]] | None = None
     command: list[str] = []
     commit: Name | None = None
     versions: dict[str, Name] = {}
@@ -181,16 +176,8 @@ class Run:
 
     def made(self) -> dict:
         """Return config.json, which is a `Made`. Raises `UserError` where the file is damaged."""
-        path = self.folder / "config.json"
-        try:
-            made = read_json(path)
-            checked(Made, made, "")
-            return made
-        except (OSError, ValueError, UserError) as error:
-            raise UserError(
-                f"{path} cannot be read ({one_line(error).lstrip(': ')}): without it the run cannot go on; its "
-                "checkpoints can still be tested (--ckpt_path) and fine-tuned (--ckpt_id)"
-            ) from error
+        left = "its checkpoints can still be tested (--ckpt_path) and fine-tuned (--ckpt_id)"
+        return read_json(Made, self.folder / "config.json", f"without it the run cannot go on; {left}")
 
     def read_config(self) -> dict:
         """Return config.json's "config". Raises `UserError` where the file is damaged."""
@@ -201,15 +188,8 @@ class Run:
         path = self.folder / "results.json"
         if not path.is_file():
             return None
-        try:
-            results = read_json(path)
-            checked(Results, results, "")
-            return {"data": "", "note": "", **results}
-        except (OSError, ValueError, UserError) as error:
-            raise UserError(
-                f"{path} cannot be read ({one_line(error).lstrip(': ')}): test the checkpoint again with test_only.py, "
-                "or move the file away"
-            ) from error
+        advice = "test the checkpoint again with test_only.py, or move the file away"
+        return {"data": "", "note": "", **read_json(Results, path, advice)}
 
     def tested(self) -> "Run | None":
         """Return the run whose model this run, a test, has tested; None where that is gone or this is no test.

@@ -64,7 +64,7 @@ def read_logits(given: str, folder: Path, subset: int = 25) -> ClipLogits:
         raise UserError("does not exist")
     try:
         filenames, logits = {".npz": _npz, ".pt": _tensor}.get(path.suffix, _table)(path, key, folder, subset)
-    except (OSError, EOFError, ValueError, TypeError, MemoryError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, zipfile.BadZipFile) as error:
         raise UserError(f"cannot be read ({one_line(error):.300})") from error
     if len(set(filenames)) < len(filenames):
         names, counts = np.unique(filenames, return_counts=True)
