@@ -170,7 +170,6 @@ class BaseConfig(TrainConfig):
         if self.fit.seed + self.seeds > 2**32:
             raise UserError(f"--seed {self.fit.seed}: it and the {self.seeds - 1} after it must be below 2^32")
         if self.pretrained_grid is not None:
-            object.__setattr__(self, "pretrained_grid", tuple(self.pretrained_grid))  # a list, from JSON
             if min(self.pretrained_grid) < 1:
                 raise UserError(f"--pretrained_grid must be two numbers of at least 1; got {self.pretrained_grid}")
             if not self.pretrained:

@@ -142,7 +142,7 @@ def checkpoint_of(models: Mapping[str, tuple[dict, Mapping[str, Tensor]]], what:
     """
     (general, (first, _)), *_ = models.items()
     try:
-        state = {name: torch.tensor(float(value)) for name, value in dict(first["front_end"]).items()}
+        state = {name: torch.tensor(float(value)) for name, value in dict(first.get("front_end")).items()}
     except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{what}: front_end holds no numbers ({one_line(error)[:100]})") from error
     device_ids = [name for name in models if name != general]
@@ -188,10 +188,5 @@ def load_stored(path: Path | str) -> dict:
         files = sorted(path.glob("*.safetensors"), key=lambda file: (file.stem != GENERAL, file.stem))
         if not files or files[0].stem != GENERAL:
             raise UserError(f"--ckpt_path {path}: there is no {GENERAL}.safetensors in this folder")
-    models = {}
-    for file in files:
-        weights, header = load_model(file)
-        if missing := [name for name in (*_PLAIN, "front_end", "model") if name not in header]:
-            raise UserError(f"stored model {file} was not written by a run: its header has no {missing[0]}")
-        models[file.stem] = header, weights
+    models = {file.stem: load_model(file)[::-1] for file in files}
     return checkpoint_of(models, f"--ckpt_path {path}")
