@@ -316,7 +316,7 @@ def _refuse(path: Path, table: pd.DataFrame, bad: pd.Series, problem: str) -> No
     """Raise `UserError` about the first row where ``bad`` holds; ``problem`` is a format of the row's columns."""
     if bad.any():
         line = int(bad.idxmax())
-        raise UserError(f"{path}, line {line + 2}: {problem.format(**table.loc[line])}")
+        raise UserError(f"{path}, line {line + 2}: {problem.format(**table.loc[line].str[:200])}")
 
 
 def _read_bytes(path: Path) -> bytes:
