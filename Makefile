@@ -1,6 +1,7 @@
 # make demo      train and test both stages on synthetic data (recipes/demo.sh), about 3 minutes on 2 cores
 # make test      run the whole test suite, as CI does
-# make drill     inject at least 200 faults (kills, full disks, damaged files) and check that nothing is lost; 5 minutes
+# make drill     inject at least 200 faults (kills, full disks, damaged files) and 2,000 values of a wrong type into files,
+#                and check that nothing is lost and every refusal is clear
 # make gpu       run the tests and benchmarks that need an NVIDIA GPU, into gpu_out/; QUICK=1: in 6 minutes
 # make lint      run ruff
 # make pictures  draw the pictures of README.md and docs/ from the demo and the notebook
@@ -33,6 +34,7 @@ test: $(VENV)/.test
 
 drill: $(VENV)/.run
 	$(BIN)/python -m tests.faults
+	$(BIN)/python -m tests.faults.typed
 
 pictures: $(VENV)/.test
 	$(BIN)/python docs/pictures.py $(DEMO)

@@ -159,7 +159,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read ({_one_line(error)}): it is cut short, damaged or no .safetensors file"
         ) from error
     checksum = _checksum(state)
-    if header.get("__metadata__", {}).get(CHECKSUM, checksum) != checksum:
+    if (header.get("__metadata__") or {}).get(CHECKSUM, checksum) != checksum:
         raise ValueError(f"{path} is damaged: its checksum is not what was written; take another copy of it")
     return state
 

@@ -7,6 +7,7 @@ Source: AuM, arXiv:2406.03344 (kaistmm/Audio-Mamba-AuM), after Vim, arXiv:2401.0
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +23,12 @@ from aum.scan.grid import fits
 from aum.stem import Normed, RelaxedMeanNorm, Stem, convolve, is_plain
 
 CLASSIFIER_WIDTH = 512  # hidden units of the MLP head
+# The largest values of whole numbers: far above any model of use, and refused before memory is taken for them.
+MOST = {
+    "n_mels": 2048, "target_length": 2**16, "embed_dim": 8192, "depth": 256, "d_state": 1024, "d_conv": 64,
+    "expand": 16, "n_classes": 100_000, "stem_blocks": 64,
+}  # fmt: skip
+MOST_VALUES = 10**9  # of all weights of a model, 4 GB
 
 
 @dataclass(frozen=True)
@@ -87,21 +94,25 @@ class AuMConfig:
 
     def __post_init__(self):
         for name in ("patch_size", "strides", "stem"):  # JSON and checkpoints hold lists
-            if getattr(self, name) is not None:
+            if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("n_mels", "target_length", "embed_dim", "depth", "d_state", "d_conv", "expand", "n_classes"):
-            _check(getattr(self, name) >= 1, f"{name} is at least 1; got {getattr(self, name)}")
+        for name, most in MOST.items():
+            value, least = getattr(self, name), 0 if name == "stem_blocks" else 1
+            _check(_is_whole(value, least, most), f"{name} is a whole number from {least} to {most}; got {value!r:.50}")
         for name in ("patch_size", "strides"):
             pair = getattr(self, name) or (1, 1)
             _check(
-                len(pair) == 2 and min(pair) >= 1,
-                f"{name} is two numbers of at least 1, mel bins and frames; got {pair}",
+                isinstance(pair, tuple)
+                and len(pair) == 2
+                and all(_is_whole(n, 1, MOST["target_length"]) for n in pair),
+                f"{name} is two numbers of at least 1, mel bins and frames; got {pair!r:.50}",
             )
-        _check(all(channels >= 1 for channels in self.stem), f"stem is channels of at least 1; got {self.stem}")
+        stem = self.stem if isinstance(self.stem, tuple) and len(self.stem) <= 8 else (0,)
         _check(
-            self.stem_blocks == 0 or (self.stem and self.stem_blocks > 0),
-            f"stem_blocks is a number from 0, and needs a stem; got {self.stem_blocks}",
+            all(_is_whole(channels, 1, 512) for channels in stem),
+            f"stem is at most 8 channels, each from 1 to 512; got {self.stem!r:.50}",
         )
+        _check(not self.stem_blocks or bool(self.stem), f"stem_blocks above 0 needs a stem; got {self.stem_blocks}")
         size, patch = self.after_stem(self.n_mels, self.target_length), self.patch_size
         _check(
             patch[0] <= size[0] and patch[1] <= size[1],
@@ -115,11 +126,12 @@ class AuMConfig:
             ("head", ("mlp", "linear", "patch")),
         ):
             _check(
-                getattr(self, name) in allowed, f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                getattr(self, name) in allowed,
+                f"{name} is one of {', '.join(allowed)}; got {getattr(self, name)!r:.50}",
             )
         for name in ("dropout", "drop_path"):
             _check(0 <= getattr(self, name) < 1, f"{name} is in [0, 1); got {getattr(self, name)}")
-        _check(self.norm_eps > 0, f"norm_eps is above 0; got {self.norm_eps}")
+        _check(0 < self.norm_eps < 1, f"norm_eps is above 0 and below 1; got {self.norm_eps}")
         _check(
             not (self.pool == "cls" and self.cls_position == "none"), "pool 'cls' needs a cls_position other than none"
         )
@@ -129,6 +141,11 @@ class AuMConfig:
         for name in ("row_scan", "local_conv"):
             _check(plain or not getattr(self, name), f"{name} needs cls_position none and no paired_layers")
         _check(not (self.paired_layers and self.depth % 2), f"paired_layers needs an even depth; got {self.depth}")
+        block = self.expand * self.embed_dim * (3 * self.embed_dim + 6 * self.d_state + 2 * self.d_conv)
+        tokens = math.prod(self.patch_size) * max(self.stem, default=1) + bool(self.pos_embed) * math.prod(self.grid)
+        n = self.depth * block + self.embed_dim * tokens  # of its large parts
+        shape = f"embed_dim {self.embed_dim}, depth {self.depth}, expand {self.expand}, patch_size {patch}"
+        _check(n <= MOST_VALUES, f"{shape} make {n:,} weights: at most {MOST_VALUES:,}")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -144,6 +161,10 @@ class AuMConfig:
     def after_stem(self, *size: int) -> tuple[int, ...]:
         """Return the stem's output size for mel bins and frames: each convolution halves them, rounded up."""
         return tuple(-(-n // 2 ** len(self.stem)) for n in size)
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
 
 
 def _check(ok: bool, message: str) -> None:

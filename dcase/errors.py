@@ -1,7 +1,6 @@
 """Errors that a user can put right, signals, what a command prints and returns for them, and how it prints commands."""
 
 import errno
-import math
 import multiprocessing
 import operator
 import os
@@ -59,6 +58,7 @@ def resumable(command: str) -> Iterator[None]:
         raise Stopped(getattr(end, "number", signal.SIGINT), f"{message}; go on with: {command}") from end
 
 
+MOST = 2**40  # of any number that a flag sets: larger ones are slips
 _COMPARISONS = {
     "least": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
@@ -70,14 +70,16 @@ _COMPARISONS = {
 def check_range(flags: object, names: str, **bounds: float) -> None:
     """Raise `UserError` where one of the attributes ``names`` of ``flags`` is not finite or not within ``bounds``.
 
-    ``bounds`` are least, above, below and most. An attribute that is None passes.
+    ``bounds`` are least, above, below and most; nothing is above `MOST`. An attribute that is None passes.
     """
+    limits = {"most": MOST} | bounds
     for name in names.split():
         value = getattr(flags, name)
-        within = value is None or all(_COMPARISONS[bound][0](value, limit) for bound, limit in bounds.items())
-        if not within or (isinstance(value, float) and not math.isfinite(value)):
-            wanted = " and ".join(f"{_COMPARISONS[bound][1]} {limit}" for bound, limit in bounds.items())
-            raise UserError(f"--{name} must be {wanted}; got {value}")
+        if value is None or all(_COMPARISONS[bound][0](value, limit) for bound, limit in limits.items()):
+            continue  # NaN and infinities never get here
+        shown = limits if value > MOST else bounds
+        wanted = " and ".join(f"{_COMPARISONS[bound][1]} {limit}" for bound, limit in shown.items())
+        raise UserError(f"--{name} must be {wanted}; got {value!r:.50}")
 
 
 def one_line(error: Exception) -> str:

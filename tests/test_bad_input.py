@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,16 @@ def test_unknown_flag_suggests_the_right_one(call, learnable):
         (["--experiment_name", "a\x1b[2J\nb"], ["--experiment_name has a control character", "a\\x1b[2J b"]),
         (["--experiment_name", "x" * 300], ["--experiment_name: xxx", "300 characters"]),
         (["--project_name", "Q/" + "x" * 300], ["--project_name: xxx", "300 characters"]),
+        # Sizes that would take all memory, or minutes, before anything else stops them
+        (["--depth", "1000000000"], ["--depth", "from 1 to 256"]),
+        (["--embed_dim", "1000000000"], ["--embed_dim", "from 1 to 8192"]),
+        (["--embed_dim", "8192", "--depth", "256"], ["--embed_dim 8192, depth 256", "weights: at most"]),
+        (["--d_state", "1000000"], ["--d_state", "from 1 to 1024"]),
+        (["--n_mels", "10000000"], ["--n_mels", "at least 1 and at most 2048"]),
+        (["--n_fft", "1000000000"], ["--n_fft", "at most 65536"]),
+        (["--target_length", "1000000000"], ["--target_length", "at most 65536"]),
+        (["--sample_rate", "7999"], ["--orig_sample_rate 8000 and --sample_rate 7999", "odd a ratio"]),
+        (["--cross_fit", "1000000000"], ["--cross_fit", "at most 100"]),
     ],
 )
 def test_flags_that_make_no_sense(call, learnable, project, args, parts):
@@ -308,6 +319,76 @@ def test_a_checkpoint_from_before_scenes_were_written_is_taken(project):
     torch.save(checkpoint, path)
     assert load_checkpoint(path).keys() == checkpoint.keys()
     assert SceneClassifier.from_checkpoint(load_checkpoint(path)).labels == TAU22_LABELS
+
+
+TYPED_WRONG = {  # place in a checkpoint: what is there, what the error names
+    "config model depth": ("12", "model.depth: Input should be a valid integer"),
+    "config model embed_dim": (10**9, "--embed_dim is a whole number from 1 to 8192"),
+    "config logmel": (None, "config.logmel: Input should be a valid dictionary"),
+    "config logmel n_mels": (10**7, "--n_mels must be at least 1 and at most 2048"),
+    "config data orig_sample_rate": (float("nan"), "Out of range float values are not JSON compliant"),
+    "frames": ("65", "frames: Input should be a valid integer"),
+    "device_ids": (None, "device_ids: Input should be a valid list"),
+    "device_ids ": (["a", "a"], "device_ids has a device twice"),
+    "state_dict": (None, "state_dict: Input should be a valid dictionary"),
+    "clips_id": ([[[]]], "clips_id: Input should be a valid string"),
+    "average": ({"steps": 3, "average": [1]}, "average.average: Input should be a valid dictionary"),
+}
+
+
+@pytest.mark.parametrize("place", TYPED_WRONG)
+def test_a_value_of_a_wrong_type_in_a_checkpoint_is_named(call, call_main, learnable, project, place):
+    value, said = TYPED_WRONG[place]
+    path = project / "general" / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    *parts, name = place.split()
+    reduce(dict.get, parts, checkpoint)[name] = value
+    torch.save(checkpoint, path)
+    call("test_only", "--ckpt_path", BEST, "--dataset_dir", learnable).refused(said)
+    call_main(predict.main, "clip.wav", "--ckpt_path", BEST).refused(said)
+    call("train_device_specific", "--ckpt_id", "general", "--dataset_dir", learnable, "--project_name", "P").refused(
+        said
+    )
+
+
+def test_what_lightning_cannot_restore_is_named(call, learnable, project):
+    last = project / "general" / "checkpoints" / "last.ckpt"
+    (project / "general" / "results.json").unlink()
+    checkpoint = torch.load(last, weights_only=True)
+    torch.save(checkpoint | {"optimizer_states": [{"state": 3}], "lr_schedulers": "x"}, last)
+    call("train_base", "--resume", "general", "--project_name", "P").refused("last.ckpt cannot be resumed (")
+    assert last.is_file()
+
+
+DEEP = "[" * 200_000
+RUN_FILES = {  # file of a run: its content, or what changes it; what the error names
+    "results.json": (lambda r: r.pop("confusion"), "results.json cannot be read (confusion: Field required)"),
+    "results.json ": (
+        lambda r: r["device_group_acc"].update(odd=0.5),
+        "results.json cannot be read (device_group_acc of",
+    ),
+    "results.json  ": (DEEP, "results.json cannot be read (maximum recursion depth"),
+    "config.json": (DEEP, "config.json cannot be read (maximum recursion depth"),
+    "config.json ": (lambda c: c.update(config=[]), "config.json cannot be read (config: Input should be"),
+}
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_damaged_run_file_is_named(call_main, project, name):
+    change, said = RUN_FILES[name]
+    path = project / "general" / name.strip()
+    content = json.loads(path.read_text())
+    path.write_text(change if change is DEEP else (change(content), json.dumps(content))[1])
+    done = call_main(compare.main, "general", "--project_name", "P")
+    assert said in done.out and "Traceback" not in done.err and done.code == 2
+    if path.name == "results.json":
+        call_main(report.main, "general", "--project_name", "P").refused(said)
+
+
+def test_metrics_that_are_not_finite_are_left_out_of_the_page(call_main, project):
+    with open(project / "general" / "metrics.csv", "a") as file:
+        file.write("3,train/loss,inf\n4,train/loss,nan\n-1,train/loss,1\n5,train/loss,1e400\n")
+    call_main(report.main, "general", "--project_name", "P", "--report_audio", "False").succeeded()
 
 
 def test_stage_2_may_not_move_the_validation_part(call, learnable, project):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_results, refusal
+from made_up_run import COMPLEXITY
 
 from dcase import compare, errors
 from dcase.compare import CompareConfig
@@ -33,7 +34,7 @@ def results_of(right: dict[str, int], n: int = 20, **more) -> dict:
             hits = right.get(scene, right["all"])
             confusion[DEVICES.index(device), i, i] = hits
             confusion[DEVICES.index(device), i, (i + 1) % len(SCENES)] = n - hits
-    complexity = {"total_param_bytes": 1000, "macs": 5000}
+    complexity = COMPLEXITY | more.pop("complexity", {"total_param_bytes": 1000, "macs": 5000})
     return {"data": "TAU22", "note": "", **metrics.results(confusion, 1.0), "complexity": complexity, **more}
 
 

@@ -15,7 +15,7 @@ FILES = sorted([*ROOT.glob("aum/**/*.py"), *ROOT.glob("dcase/**/*.py"), *ROOT.gl
 # A file of dcase imports from its own room and from the rooms before it. Every other name in dcase/ is a command, which
 # nothing imports.
 ORDER = """
-    errors files progress machine cli
+    errors files schema progress machine cli
     data model complexity runs report training deployment submission
     commands
 """.split()

@@ -465,7 +465,17 @@ DEFECTS = {
     "only a number": ({"epoch": 3}, "its entry 'epoch' is no tensor"),
     "a list": ([1, 2], "holds no state dict"),
     "nothing": ({}, "holds no state dict"),
+    "another wrapper": ({"student": SOUND}, "looked for under model, state_dict, model_state_dict"),
+    "more values than bytes": (
+        SOUND | {"norm_f.weight": torch.zeros(1).expand(10**12)}, "norm_f.weight claims more values than the file",
+    ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "net", "weights", "model_ema"])
+def test_the_wrapper_that_holds_tensors_is_taken(key, tmp_path):
+    wrapped = {"model": {"depth": 1}, "state_dict": {}, "epoch": 3} | {key: SOUND}
+    assert read_source(saved(wrapped, tmp_path)).state.keys() == SOUND.keys()
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
@@ -524,7 +534,7 @@ def test_the_command_shows_what_a_file_holds(tmp_path, capsys):
     assert pretrained.main([str(path), "--model", "aum_small"]) == 1
     assert "give --embed_dim 16" in capsys.readouterr().err
     assert pretrained.main([str(path), "--depth", "0"]) == 1
-    assert capsys.readouterr().err.startswith("error: --depth is at least 1")
+    assert capsys.readouterr().err.startswith("error: --depth is a whole number from 1 to 256")
 
 
 def test_the_command_asks_for_an_ambiguous_grid(tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_fields_can_be_overridden_where_the_weights_fit(tmp_path):
     assert (loaded.config.drop_path, loaded.config.target_length, loaded.config.embed_dim) == (0.2, 40, 16)
     for overrides, part in [
         ({"embed_dims": 3}, "AuMConfig has no field embed_dims"),
-        ({"depth": 0}, "depth is at least 1"),
+        ({"depth": 0}, "depth is a whole number from 1"),
         ({"embed_dim": 32}, "model.safetensors does not fit config.json"),
     ]:
         with pytest.raises(ValueError, match=part) as error:
@@ -344,7 +344,7 @@ EDITS = {
     "no mean": (lambda f: f.pop("mean"), "it lacks 'mean'"),
     "std 0": (lambda f: f.update(std=0), "mean, std or orig_sample_rate"),
     "mean": (lambda f: f.update(mean="x"), "could not convert"),
-    "rate": (lambda f: f.update(sample_rate=-1), "--sample_rate is at least 1"),
+    "rate": (lambda f: f.update(sample_rate=-1), "--sample_rate must be at least 1"),
     "n_mels": (lambda f: f.update(n_mels=64), "64 mel bins, and the model has 32"),
     "scenes": (lambda f: f.update(scenes=[1, 2]), "scenes are no list of names"),
     "fewer scenes": (lambda f: f.update(scenes=["forest", "kitchen"]), "2 scenes, and the model has 10"),
@@ -391,7 +391,7 @@ def test_bad_input_is_one_line(call, general_run, by_device, tmp_path):
         call(*args).refused(*parts)
     assert (tmp_path / "full" / "README.md").read_text() == (tmp_path / "file").read_text() == "mine"
     (by_device.parent.parent / "results.json").write_text("{}")
-    call("--ckpt_path", by_device, "--out", "x").refused("results.json cannot be read (it lacks data)")
+    call("--ckpt_path", by_device, "--out", "x").refused("results.json cannot be read (macro_avg_acc: Field required)")
     assert not (tmp_path / "x").exists()
 
 

@@ -14,6 +14,11 @@ import torch
 from torch import Tensor
 
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DataParallel and torch.compile
+# Where files hold their state dict: Vim's under "model", Lightning's under "state_dict", others' under the rest.
+KEYS = (
+    "model", "state_dict", "model_state_dict", "model_state", "net", "network", "weights", "params", "ema", "model_ema",
+    "state_dict_ema", "module",
+)  # fmt: skip
 BESIDE = {  # prefix of names that are no weights of an Audio Mamba -> why they are left out
     "logmel.": "the run's own front end",
     "mel.": "the earlier code's front end",
@@ -59,17 +64,18 @@ def read_file(path: Path) -> object:
 
 
 def state_dict(checkpoint: object, path: Path) -> dict[str, Tensor]:
-    """Return the state dict in a file's content: under "model" (Vim), under "state_dict" (Lightning), or all of it."""
-    found = checkpoint
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            found = checkpoint[key]
-            break
-    if not isinstance(found, Mapping) or not found:
-        raise PretrainedError(f"{path} holds no state dict, neither at its top nor under 'model' or 'state_dict'")
+    """Return the state dict in a file's content: the first under one of `KEYS` that holds tensors, or all of it."""
+    top = checkpoint if isinstance(checkpoint, Mapping) else {}
+    places = [found for found in (*map(top.get, KEYS), top) if isinstance(found, Mapping) and found]
+    if not places:
+        raise PretrainedError(f"{path} holds no state dict, neither at its top nor under {', '.join(KEYS)}")
+    found = next((x for x in places if any(isinstance(value, Tensor) for value in x.values())), places[0])
     for name, value in found.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise PretrainedError(f"{path} holds no state dict: its entry {name!r} is no tensor")
+            entry = f"its entry {str(name)[:50]!r} is no tensor (looked for under {', '.join(KEYS)}, and at its top)"
+            raise PretrainedError(f"{path} holds no state dict: {entry}")
+        if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise PretrainedError(f"{path} is damaged: {name:.50} claims more values than the file holds")
     return dict(found)
 
 

@@ -14,11 +14,17 @@ import torch
 import torchaudio
 from torch import Tensor, nn
 
-from dcase.errors import UserError
+from dcase.data.sound import MOST_HZ, is_odd_ratio
+from dcase.errors import UserError, check_range
 
 LOG_OFFSET = 1e-5  # power
 SILENCE = math.log(LOG_OFFSET)  # -11.5, the log-mel of digital silence
 _PIECE = 2**19  # samples, over all frames, that a CPU transforms at a time: their spectrum then stays in its cache
+# Of whole numbers: far above any log-mel of use, and refused before memory is taken for filters and padding.
+MOST = {
+    "sample_rate": MOST_HZ, "window_length": 2**16, "hop_length": 2**20, "n_fft": 2**16, "n_mels": 2048,
+    "target_length": 2**16,
+}  # fmt: skip
 _BLOCK = 16  # mel bins per matrix product: neighbours share few FFT bins, and elsewhere their filters are zero
 
 
@@ -43,10 +49,9 @@ class LogMelConfig:
     length (65 frames for 1 s at the default settings)."""
 
     def __post_init__(self):
-        for name in ("sample_rate", "window_length", "hop_length", "n_fft", "n_mels", "target_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} is at least 1; got {value}")
+        for name, most in MOST.items():
+            check_range(self, name, least=1, most=most)
+        check_range(self, "f_min f_max", least=0, most=MOST_HZ)
         if self.window_length > self.n_fft:
             raise UserError(f"--window_length {self.window_length} is longer than --n_fft {self.n_fft}: raise --n_fft")
         f_max = self.sample_rate / 2 if self.f_max is None else self.f_max
@@ -108,6 +113,11 @@ class LogMel(nn.Module):
 
     def __init__(self, config: LogMelConfig, orig_sample_rate: int):
         super().__init__()
+        if is_odd_ratio(orig_sample_rate, config.sample_rate):
+            raise UserError(
+                f"--orig_sample_rate {orig_sample_rate} and --sample_rate {config.sample_rate} are too odd a ratio to "
+                "resample: give another --sample_rate"
+            )
         self.config, self.orig_sample_rate = config, orig_sample_rate
         self.resample = torchaudio.transforms.Resample(orig_sample_rate, config.sample_rate)
         for name, buffer in list(self.resample.named_buffers()):  # not for checkpoints: the configuration gives them

@@ -12,15 +12,19 @@ float32's rounding, less than peak / 65000: a clip keeps 16 bits however quiet i
 import hashlib
 import json
 import os
-import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
+from dcase.data.sound import MOST_HZ
 from dcase.errors import UserError, one_line
 from dcase.files import regular
 from dcase.progress import progress
+from dcase.schema import Count, Name, Schema, read_json
 
 VERSION = 1  # of these files
 COMMAND = "python -m dcase.prepare --pack"
@@ -34,6 +38,23 @@ class Rates:
 
     orig_sample_rate: int  # of the recordings, as they were read
     sample_rate: int  # of the pack
+
+
+class _Block(Schema):
+    start: Count  # byte
+    n_bytes: Count
+    sha256: Name
+
+
+class Manifest(Schema):
+    version: Count
+    manifest_sha256: Name
+    id: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
+    orig_sample_rate: Annotated[int, Field(ge=1, le=MOST_HZ)]
+    sample_rate: Annotated[int, Field(ge=1, le=MOST_HZ)]
+    n_bytes: Count
+    index_sha256: Name
+    blocks: list[_Block]
 
 
 class Pack:
@@ -61,10 +82,19 @@ class Pack:
             raise UserError(f"{index_path} is damaged: {self.again}")
         if n_bytes != manifest["n_bytes"]:
             raise UserError(f"{self.path} has {n_bytes} bytes where {manifest['n_bytes']} were written: {self.again}")
-        with np.load(index_path, allow_pickle=False) as index:
-            self.filename, self.start, self.length, self.scale, self._size, self._mtime_ns = (
-                index[column] for column in COLUMNS
-            )
+        try:
+            with np.load(index_path, allow_pickle=False) as index:
+                columns = [index[column] for column in COLUMNS]
+            kinds = "".join(column.dtype.kind for column in columns)
+            if kinds != "Siifii" or {column.shape for column in columns} != {columns[0].shape[:1]}:
+                raise ValueError("its columns are not of one length, or of other types")
+            _, start, length, scale, *_ = columns
+            inside = (start >= 0) & (length > 0) & (start <= n_bytes // 2) & (length <= n_bytes // 2 - start)
+            if not (inside & np.isfinite(scale)).all() or not len(start):
+                raise ValueError("a clip lies outside the samples")
+        except (OSError, ValueError, KeyError, MemoryError, zipfile.BadZipFile) as error:
+            raise UserError(f"{index_path} cannot be used ({one_line(error)}): {self.again}") from error
+        self.filename, self.start, self.length, self.scale, self._size, self._mtime_ns = columns
         self._file = None
 
     def __len__(self) -> int:
@@ -147,16 +177,11 @@ def exists(folder: Path) -> bool:
 def read_manifest(folder: Path) -> dict:
     """Read manifest.json. Raises `UserError` where it is of another version, or damaged."""
     path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-        if manifest["version"] != VERSION:
-            raise UserError(f"{path} is of version {manifest['version']}, this code reads {VERSION}: {AGAIN}")
-        if manifest.pop("manifest_sha256") != checksum(manifest):
-            raise ValueError("it is damaged")
-        if not re.fullmatch("[0-9a-f]{8}", manifest["id"]):  # a part of two files' names
-            raise ValueError(f"its id is {manifest['id']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): {AGAIN}") from error
+    manifest = read_json(Manifest, path, AGAIN)
+    if manifest["version"] != VERSION:
+        raise UserError(f"{path} is of version {manifest['version']}, this code reads {VERSION}: {AGAIN}")
+    if manifest.pop("manifest_sha256") != checksum(manifest):
+        raise UserError(f"{path} cannot be read (it is damaged): {AGAIN}")
     return manifest
 
 

@@ -13,6 +13,7 @@ import torchaudio
 from dcase.errors import UserError, one_line
 from dcase.files import regular
 
+MOST_HZ = 1_000_000  # of a rate
 CHECK = "check the data folder with `python -m dcase.prepare`"
 ENDINGS = tuple(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf .w64 .rf64 .voc".split())
 LOUDEST = 1e6  # samples, of full scale 1: beyond unscaled 16-bit integers, and far below where a log-mel overflows

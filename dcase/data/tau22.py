@@ -30,7 +30,8 @@ import numpy as np
 import pandas as pd
 
 from dcase.data.labels import DEVICES, LABELS_JSON, SCENES, TAU22_LABELS, Labels
-from dcase.errors import UserError, command, one_line
+from dcase.data.sound import MOST_HZ
+from dcase.errors import UserError, check_range, command, one_line
 from dcase.files import regular, replace_file
 
 TEST_CLIPS = 29_680  # in TAU22's test.csv
@@ -109,8 +110,7 @@ class DataConfig:
         return Path(self.pack_dir).expanduser() if self.pack_dir else Path(folder) / "pack"
 
     def __post_init__(self):
-        if self.orig_sample_rate is not None and self.orig_sample_rate < 1:
-            raise UserError(f"--orig_sample_rate is at least 1; got {self.orig_sample_rate}")
+        check_range(self, "orig_sample_rate", least=1, most=MOST_HZ)
 
 
 @dataclass(frozen=True)
@@ -386,7 +386,7 @@ def _refuse(path: Path, table: pd.DataFrame, bad: pd.Series, problem: str) -> No
     """Raise `UserError` about the first row where ``bad`` holds; ``problem`` is a format of the row's columns."""
     if bad.any():
         line = int(bad.idxmax())
-        raise UserError(f"{path}, line {line + 2}: {problem.format(**table.loc[line])}")
+        raise UserError(f"{path}, line {line + 2}: {problem.format(**table.loc[line].str[:200])}")
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -107,7 +107,7 @@ def read_predictions(path: Path, labels: Labels = TAU22_LABELS) -> Predictions:
         if not len(table) or not np.isfinite(logits).all():
             raise ValueError("a logit is not finite" if len(table) else "it has no clip")
         scene, device = _indices(table["scene_label"], labels.scenes), _indices(table["device_id"], labels.devices)
-    except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
+    except (OSError, ValueError, OverflowError) as error:  # pandas' own errors are ValueErrors
         raise UserError(f"{path} cannot be read ({one_line(error)}): {again}") from error
     return Predictions(table["filename"].to_numpy(str), scene, device, table["location"].to_numpy(str), logits, labels)
 

@@ -1,21 +1,21 @@
 """A tested run, read from its folder: plain files only, no checkpoint."""
 
 import csv
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from dcase.data.labels import Labels
 from dcase.data.tau22 import TEST_CLIPS
-from dcase.errors import UserError, command, one_line, printable
+from dcase.errors import UserError, command, printable
 from dcase.files import regular
 from dcase.report.predictions import PREDICTIONS_CSV, Predictions, read_predictions
-from dcase.runs.config import BaseConfig, DeviceConfig, TestConfig, from_plain, to_plain
+from dcase.runs.config import CONFIGS, from_plain, to_plain, with_all_fields
 from dcase.runs.folder import Run, kind_of
+from dcase.schema import WrongType
 
 Curves = dict[str, tuple[list[int], list[float]]]  # name of a metric -> optimiser steps, values
-CONFIGS = {"general": BaseConfig, "device-specific": DeviceConfig, "test": TestConfig}  # by `kind_of`
 PARTS = ("scene_acc", "device_acc", "device_group_acc")  # of results.json
 _OF_TRAINING = {"batch_size", "devices", "num_nodes"}  # a test has these flags too, but they hardly change its figures
 
@@ -151,19 +151,29 @@ class Finished:
                 for row in list(csv.reader(file))[1:]:
                     try:
                         step, name, value = row
-                        found.setdefault(name, {})[int(step)] = float(value)
+                        if 0 <= int(step) < 2**40 and abs(float(value)) < 1e30:  # neither NaN nor infinite
+                            found.setdefault(name, {})[int(step)] = float(value)
                     except ValueError:
                         continue
-        except (OSError, ValueError):
+        except (OSError, ValueError, csv.Error):
             return {}
         return {name: ([*sorted(points)], [points[s] for s in sorted(points)]) for name, points in found.items()}
 
 
 def read_unfinished(folder: Path) -> Finished:
     """Return a run that may have no results; a file that is missing or damaged counts as empty."""
-    made = _read_object(folder / "config.json")
-    config = made.pop("config", None)
-    return Finished(folder, _read_object(folder / "results.json"), config if isinstance(config, dict) else {}, made)
+    run, made, config, results = Run(folder), {}, {}, {}
+    with suppress(UserError):
+        results = run.results() or {}
+    try:
+        made = run.made()
+        config = made["config"]
+        with_all_fields(config)
+    except WrongType:
+        config = {}
+    except UserError:  # flags that this code refuses are shown
+        pass
+    return Finished(folder, results, config, made)
 
 
 def read_finished(folder: Path) -> Finished:
@@ -176,23 +186,10 @@ def read_finished(folder: Path) -> Finished:
     if not path.is_file():
         how = "test its checkpoint with test_only.py" if run.config.get("only_devices") else "--resume it"
         raise UserError(f"run {run.id} has no results.json: it has not been tested to its end: {how}")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("macro_avg_acc", "acc", "loss", "n_clips", "confusion"):
-            results[name]
-        ours = run.labels
-        for part, names in zip(PARTS, (ours.scenes, ours.devices, ours.device_groups), strict=True):
-            for name in names:
-                results[part][name]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({one_line(error)}): test the run again with test_only.py") from error
-    return Finished(folder, {"data": "", "note": "", **results}, run.config, run.made)
-
-
-def _read_object(path: Path) -> dict:
-    """Return a JSON object; an empty one where the file is missing or damaged."""
-    try:
-        content = json.loads(regular(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    results, ours = Run(folder).results(), run.labels
+    for part, names in zip(PARTS, (ours.scenes, ours.devices, ours.device_groups), strict=True):
+        if other := set(results[part]) ^ set(names):
+            raise UserError(f"{path} cannot be read ({part} of {min(other):.50}): test the run again with test_only.py")
+    if {len(ours.scenes)} != {len(results["confusion"]), *map(len, results["confusion"])}:
+        raise UserError(f"{path} cannot be read (confusion is of another size): test the run again with test_only.py")
+    return Finished(folder, results, run.config, run.made)

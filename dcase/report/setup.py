@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 from dcase.errors import command
 from dcase.report import words
-from dcase.report.run_files import CONFIGS, Finished
-from dcase.runs.config import defaults_from, to_plain
+from dcase.report.run_files import Finished
+from dcase.runs.config import CONFIGS, defaults_from, to_plain
 from dcase.runs.defaults import with_defaults
 from dcase.runs.folder import Run, kind_of
 

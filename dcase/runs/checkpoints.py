@@ -4,16 +4,47 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from lightning_fabric.plugins import CheckpointIO
+from pydantic import Field, InstanceOf
 from torch import Tensor
 
 from dcase.data.labels import Labels
 from dcase.errors import UserError
 from dcase.files import keep_copy, replace_file
+from dcase.schema import Count, Name, Schema, checked
 
 FORMAT = 1
+
+
+class _Config(Schema):
+    """What every model's configuration has; `config.from_plain` reads all of it."""
+
+    model: dict
+    logmel: dict
+    data: dict
+    split: dict
+
+
+class _Average(Schema):
+    steps: Count
+    average: dict[str, InstanceOf[Tensor]]
+
+
+class Checkpoint(Schema):
+    """A checkpoint of either stage, or what stored and published models stand for. Lightning checks its own entries."""
+
+    dcase_format: Literal[FORMAT]
+    config: _Config
+    state_dict: dict[str, InstanceOf[Tensor]]
+    frames: Annotated[Count, Field(ge=1)]
+    device_ids: list[Name]
+    clips_id: Name
+    clips_per_step: Count
+    average: _Average | None = None
+    train_loss: list[float] | None = None
 
 
 def save_checkpoint(checkpoint: dict, path: Path) -> None:
@@ -40,7 +71,15 @@ def load_checkpoint(path: Path | str) -> dict:
         raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
-    Labels.from_plain(checkpoint, f"checkpoint {path}")
+    return whole(checkpoint, f"checkpoint {path}")
+
+
+def whole(checkpoint: dict, what: str) -> dict:
+    """Return a checkpoint. Raises `UserError`, which begins with ``what``, where it is not a `Checkpoint`."""
+    checked(Checkpoint, checkpoint, what)
+    labels, device_ids = Labels.from_plain(checkpoint, what), checkpoint["device_ids"]
+    if len(set(device_ids) & set(labels.devices)) < len(device_ids):
+        raise UserError(f"{what}: device_ids has a device twice, or one that is not among its devices")
     return checkpoint
 
 

@@ -48,6 +48,7 @@ from dcase.runs.folder import (
     run_of,
 )
 from dcase.runs.trained import load_trained
+from dcase.schema import checked
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,8 @@ class BaseConfig(TrainConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "seeds", least=1, most=1000)
-        check_range(self, "cross_fit", least=0, most=1000)
+        check_range(self, "seeds", least=1, most=10_000)
+        check_range(self, "cross_fit", least=0, most=100)
         if self.cross_fit == 1:
             raise UserError("--cross_fit must be 0, or at least 2 parts; got 1")
         if self.cross_fit and self.init_from:
@@ -172,7 +173,6 @@ class BaseConfig(TrainConfig):
         if self.fit.seed + self.seeds > 2**32:
             raise UserError(f"--seed {self.fit.seed}: it and the {self.seeds - 1} after it must be below 2^32")
         if self.pretrained_grid is not None:
-            object.__setattr__(self, "pretrained_grid", tuple(self.pretrained_grid))  # a list, from JSON
             if min(self.pretrained_grid) < 1:
                 raise UserError(f"--pretrained_grid must be two numbers of at least 1; got {self.pretrained_grid}")
             if not self.pretrained:
@@ -211,7 +211,7 @@ class DeviceConfig(TrainConfig):
         super().__post_init__()
         if self.finetune != "full" and (self.fit.layer_decay != 1 or self.fit.freeze_epochs):
             raise UserError(f"--layer_decay and --freeze_epochs need --finetune full; got {self.finetune}")
-        check_range(self, "lora_rank", least=1, most=10**4)
+        check_range(self, "lora_rank", least=1, most=aum.model.MOST["embed_dim"])
         check_range(self, "own_share", above=0, most=1)
         if not all(0 < lr <= MOST_LR for lr in self.learning_rates):
             wanted = f"learning rates above 0 and at most {MOST_LR}, separated by commas"
@@ -241,6 +241,7 @@ class DeviceConfig(TrainConfig):
 
 
 Config = TypeVar("Config", bound=EvalConfig)
+CONFIGS = {"general": BaseConfig, "device-specific": DeviceConfig, "test": TestConfig}  # by `kind_of`
 
 # What a resumed run may change: none of it changes the figures by more than rounding (compile: and by other dropout).
 FREE_ON_RESUME = {
@@ -290,7 +291,7 @@ def parse_base(description: str, args: list[str] | None = None) -> tuple[BaseCon
     default = with_defaults(BaseConfig(), given["model"] or ModelConfig.model)
     config = cli.parse(BaseConfig, description, default, args)
     # Before any data is looked for: the clips' length is not known yet, so a patch may be of any length.
-    models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or 10**9)
+    models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or 4096)
     return config, None
 
 
@@ -306,7 +307,7 @@ def parse_device_specific(description: str, args: list[str] | None = None) -> tu
     artifacts.fetch(given["project_name"], ckpt_id, given["wandb_mode"], given["logger"])
     checkpoint = load_checkpoint(find_checkpoint(given["project_name"], ckpt_id))
     if config is None:
-        default = defaults_from(DeviceConfig, checkpoint["config"])
+        default = defaults_from(DeviceConfig, checkpoint["config"], f"the checkpoint of --ckpt_id {ckpt_id}")
         config = cli.parse(DeviceConfig, description, default, args)
         config.devices_to_tune(Labels.from_plain(checkpoint, "the checkpoint"))
         decided = ("model", "logmel", "data", "split")
@@ -324,7 +325,7 @@ def parse_test(description: str, args: list[str] | None = None) -> tuple[TestCon
             "--ckpt_path is missing: give a checkpoint file, such as <project_name>/<run_id>/checkpoints/best.ckpt"
         )
     checkpoint = load_trained(path, given["project_name"])
-    default = defaults_from(TestConfig, checkpoint["config"])
+    default = defaults_from(TestConfig, checkpoint["config"], f"the checkpoint {path}")
     config = cli.parse(TestConfig, description, default, args)
     _refuse_changes(default, config, f"the checkpoint {path}", _FREE_DATA, ("model", "logmel", "data"))
     return config, checkpoint
@@ -344,7 +345,7 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     if kind_of(saved) != kind_of(to_plain(cls())):
         how = resume_command(script, run_id, project_name)
         raise UserError(f"--resume {run_id}: that run was made by {script}; go on with: {how}")
-    default = from_plain(cls, saved)
+    default = from_plain(cls, saved, f"{run.folder}/config.json")
     place = dataclasses.replace(default.run, project_name=project_name)  # the folder may have been moved
     default = dataclasses.replace(default, resume=run_id, run=place)
     config = cli.parse(cls, description, default, args)
@@ -362,15 +363,15 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     return config, run
 
 
-def defaults_from(cls: type[Config], plain: dict) -> Config:
+def defaults_from(cls: type[Config], plain: dict, what: str = "the saved configuration") -> Config:
     """Return the defaults of stage 2 or a test of a model that was trained with the configuration ``plain``: its model
-    and front end; for stage 2 also its split, and what `for_one_device` takes."""
-    saved = from_plain(cls, plain)
+    and front end; for stage 2 also its split, and what `for_one_device` takes. Raises as `from_plain`."""
+    saved = from_plain(cls, plain, what)
     data = DataConfig(orig_sample_rate=saved.data.orig_sample_rate)
     default = dataclasses.replace(cls(), model=saved.model, logmel=saved.logmel, data=data, storage=saved.storage)
     if not isinstance(saved, DeviceConfig):
         return default
-    return for_one_device(dataclasses.replace(default, split=saved.split), from_plain(TrainConfig, plain))
+    return for_one_device(dataclasses.replace(default, split=saved.split), from_plain(TrainConfig, plain, what))
 
 
 def for_one_device(default: DeviceConfig, general: TrainConfig) -> DeviceConfig:
@@ -424,22 +425,29 @@ def to_plain(config) -> dict:
     return dataclasses.asdict(config)
 
 
-def from_plain(cls: type[Config], plain: dict) -> Config:
-    """Return the configuration that `to_plain` gave ``plain`` for; missing parts and fields keep their defaults."""
+def from_plain(cls: type[Config], plain: dict, what: str = "the saved configuration") -> Config:
+    """Return the configuration that `to_plain` gave ``plain`` for; missing parts and fields keep their defaults.
+
+    Raises `UserError`, which begins with ``what``, where a value is of a wrong type or refused.
+    """
+    model = plain.get("model")
+    if isinstance(model, dict) and model.get("depth") is not None:  # a run from before a field existed: as without it
+        known = {f.name for f in dataclasses.fields(ModelConfig)}
+        before = {f.name: f.default for f in dataclasses.fields(aum.AuMConfig) if f.name in known}
+        plain = plain | {"model": before | model}
     default = cls()
     parts = {}
-    for name in (f.name for f in dataclasses.fields(cls) if f.name in plain):
-        part = getattr(default, name)
-        parts[name] = _from_values(type(part), plain[name]) if dataclasses.is_dataclass(part) else plain[name]
-    return cls(**parts)
+    for field_of in dataclasses.fields(cls):
+        part = getattr(default, field_of.name)
+        if dataclasses.is_dataclass(part) and isinstance(plain.get(field_of.name), dict):
+            parts[field_of.name] = to_plain(part) | plain[field_of.name]
+    return checked(cls, plain | parts, what)
 
 
-def _from_values(cls: type, values: dict):
-    known = {f.name for f in dataclasses.fields(cls)}
-    if cls is ModelConfig and values.get("depth") is not None:  # a run from before a field existed: as without it
-        values = {f.name: f.default for f in dataclasses.fields(aum.AuMConfig) if f.name in known} | values
-    tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}  # JSON has no tuples
-    return cls(**tuples)
+def with_all_fields(saved: dict, what: str = "") -> dict:
+    """Return a run's saved configuration with every field of its parts. Raises as `from_plain`."""
+    config = to_plain(from_plain(CONFIGS[kind_of(saved)], saved, what))
+    return saved | {name: part for name, part in config.items() if isinstance(part, dict)}
 
 
 # From one script to the next
@@ -453,7 +461,7 @@ def find_dataset_dir(given: str | None, checkpoint: dict, ckpt_path: str | None 
     """
     of_run = checkpoint["config"]["data"].get("dataset_dir")
     if not of_run and ckpt_path and (run := run_of(ckpt_path)):
-        of_run = run.read_config()["data"]["dataset_dir"]
+        of_run = from_plain(EvalConfig, run.read_config(), f"{run.folder}/config.json").data.dataset_dir
     if given or os.environ.get("TAU22_DIR") or not of_run:
         return given
     if not Path(of_run).expanduser().is_dir():

@@ -15,7 +15,6 @@ Files that matter are written beside their place and renamed, so a kill leaves t
 of one. Checkpoints are read with ``weights_only=True``: a file that would run code is refused.
 """
 
-import json
 import re
 import secrets
 import string
@@ -25,9 +24,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field
 
 from dcase.data.labels import Labels
-from dcase.errors import UserError, command, one_line
+from dcase.errors import UserError, command
+from dcase.schema import Count, Name, Schema, Share, read_json
 
 CHECKPOINTS, STORED = "checkpoints", "stored"  # subfolders of a run that hold models
 CROSS_FIT = "cross_fit"  # subfolder with its own teachers
@@ -63,6 +64,66 @@ class RunConfig:
             raise UserError(
                 f"--run_id is 1 to 64 letters, digits, _ and -, beginning with a letter or digit; got {self.run_id!r}"
             )
+
+
+class _Config(Schema):
+    """Where a run began; `config.from_plain` reads the rest."""
+
+    ckpt_path: str = ""
+    ckpt_id: str = ""
+
+
+class Made(Schema):
+    """config.json. Runs from before a key was recorded lack it."""
+
+    config: _Config
+    scenes: list[Name] | None = None
+    teachers: list[dict[str, str]] | None = None
+    command: list[str] = []
+    commit: Name | None = None
+    versions: dict[str, Name] = {}
+
+
+class _Complexity(Schema):
+    params: Count
+    total_param_bytes: Count
+    bytes_in_16_bit: Count
+    bytes_in_8_bit: Count
+    macs: Annotated[Count, Field(ge=1)]
+    macs_by_part: dict[str, Count] = {}
+    torchinfo_macs: Count
+    max_param_bytes: Annotated[Count, Field(ge=1)]
+    max_macs: Annotated[Count, Field(ge=1)]
+    weight_bits: int = 32
+
+
+class _Outcome(Schema):
+    kept: bool
+    reason: str
+    n_train: Count
+    n_val: Count
+    general: Share | None
+    fine_tuned: Share | None
+    lr: float | None = None
+
+
+class Results(Schema):
+    """results.json: `model.metrics.results`, and what the test adds."""
+
+    data: Name = ""
+    note: str = ""
+    macro_avg_acc: Share | None
+    acc: Share | None
+    loss: float | None
+    n_clips: Count
+    scene_acc: dict[str, Share | None]
+    device_acc: dict[str, Share | None]
+    device_group_acc: dict[str, Share | None]
+    confusion: list[list[Count]]
+    device_models: list[str] = []
+    complexity: _Complexity | None = None
+    tested_on: dict[str, str | int | None] | None = None
+    fine_tuning: dict[str, _Outcome] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,46 +172,36 @@ class Run:
 
     def commit(self) -> str | None:
         """Return the git commit of the code that began the run; None where that was no checkout."""
-        return json.loads((self.folder / "config.json").read_text()).get("commit")
+        return self.made().get("commit")
 
     def labels(self) -> Labels:
         """Return the scenes and devices that the run began with. Raises `UserError` where they cannot be used."""
-        path = self.folder / "config.json"
-        return Labels.from_plain(json.loads(path.read_text()), str(path))
+        return Labels.from_plain(self.made(), f"{self.folder}/config.json")
 
     def command(self) -> list[str]:
         """Return the script and the flags that began the run; [] where they were not recorded."""
-        return json.loads((self.folder / "config.json").read_text()).get("command", [])
+        return self.made().get("command", [])
 
     def teachers(self) -> list[dict] | None:
         """Return the teachers that the run began with, each with its "sha256"; None where none were recorded."""
-        return json.loads((self.folder / "config.json").read_text()).get("teachers")
+        return self.made().get("teachers")
+
+    def made(self) -> dict:
+        """Return config.json, which is a `Made`. Raises `UserError` where the file is damaged."""
+        left = "its checkpoints can still be tested (--ckpt_path) and fine-tuned (--ckpt_id)"
+        return read_json(Made, self.folder / "config.json", f"without it the run cannot go on; {left}")
 
     def read_config(self) -> dict:
         """Return config.json's "config". Raises `UserError` where the file is damaged."""
-        path = self.folder / "config.json"
-        try:
-            return json.loads(path.read_text())["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} cannot be read ({one_line(error)}): without it the run cannot go on; its checkpoints can "
-                "still be tested (--ckpt_path) and fine-tuned (--ckpt_id)"
-            ) from error
+        return self.made()["config"]
 
     def results(self) -> dict | None:
         """Return results.json; None where there is none. Raises `UserError` where it is damaged."""
         path = self.folder / "results.json"
         if not path.is_file():
             return None
-        try:
-            results = json.loads(path.read_text())
-            if missing := {"data", "note", "macro_avg_acc", "scene_acc", "device_acc", "device_models"} - set(results):
-                raise ValueError(f"it lacks {min(missing)}")
-            return results
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{path} cannot be read ({one_line(error)}): test the checkpoint again, or move the file away"
-            ) from error
+        advice = "test the checkpoint again with test_only.py, or move the file away"
+        return {"data": "", "note": "", **read_json(Results, path, advice)}
 
     def tested(self) -> "Run | None":
         """Return the run whose model this run, a test, has tested; None where that is gone or this is no test.

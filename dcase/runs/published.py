@@ -23,6 +23,7 @@ from dcase.errors import UserError
 from dcase.model.named import ModelConfig
 from dcase.runs.checkpoints import FORMAT
 from dcase.runs.stored import GENERAL, checkpoint_of, header_of
+from dcase.schema import checked
 
 
 def front_end_of(checkpoint: dict, model_of: str) -> dict:
@@ -50,7 +51,8 @@ def _header_of(front_end: dict, config: aum.AuMConfig) -> dict:
     Raises KeyError, TypeError, ValueError or `UserError` for a front end that `front_end_of` does not make.
     """
     run = front_end["run"]
-    logmel = LogMelConfig(**{field.name: front_end[field.name] for field in dataclasses.fields(LogMelConfig)})
+    logmel = {field.name: front_end[field.name] for field in dataclasses.fields(LogMelConfig)}
+    logmel = checked(LogMelConfig, logmel, FRONT_END)
     mean, std, orig_sample_rate = (float(front_end[name]) for name in ("mean", "std", "orig_sample_rate"))
     if not (math.isfinite(mean) and 0 < std < math.inf and orig_sample_rate == int(orig_sample_rate)):
         raise ValueError("mean, std or orig_sample_rate is out of range")
@@ -126,7 +128,7 @@ def load_published(folder: Path) -> dict:
             raise UserError(str(error)) from error
         try:
             header = _header_of(model.front_end, model.config)
-        except (KeyError, TypeError, ValueError, UserError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, UserError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise UserError(
                 f'{part / CONFIG} was not written by dcase.publish: under "{FRONT_END}", {reason}'

@@ -67,7 +67,7 @@ def load_model(path: Path | str) -> tuple[dict[str, Tensor], dict]:
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:LENGTH_BYTES], "little")
-        metadata = json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length]).get("__metadata__") or {}
+        metadata = dict(json.loads(data[LENGTH_BYTES : LENGTH_BYTES + length]).get("__metadata__") or {})
     except Exception as error:  # a damaged file can make it raise anything
         raise UserError(
             f"stored model {path} cannot be read ({one_line(error)}): it is cut short, damaged or no .safetensors file"
@@ -142,7 +142,10 @@ def checkpoint_of(models: Mapping[str, tuple[dict, Mapping[str, Tensor]]], what:
     ``what``, where another one is not of the same run or not of the device that names it.
     """
     (general, (first, _)), *_ = models.items()
-    state = {name: torch.tensor(value) for name, value in first["front_end"].items()}
+    try:
+        state = {name: torch.tensor(float(value)) for name, value in dict(first.get("front_end")).items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{what}: front_end holds no numbers ({one_line(error)[:100]})") from error
     device_ids = [name for name in models if name != general]
     for name, (header, weights) in models.items():
         if name != general and header != first | {"model": name}:
@@ -186,10 +189,5 @@ def load_stored(path: Path | str) -> dict:
         files = sorted(path.glob("*.safetensors"), key=lambda file: (file.stem != GENERAL, file.stem))
         if not files or files[0].stem != GENERAL:
             raise UserError(f"--ckpt_path {path}: there is no {GENERAL}.safetensors in this folder")
-    models = {}
-    for file in files:
-        weights, header = load_model(file)
-        if missing := [name for name in (*_PLAIN, "front_end", "model") if name not in header]:
-            raise UserError(f"stored model {file} was not written by a run: its header has no {missing[0]}")
-        models[file.stem] = header, weights
+    models = {file.stem: load_model(file)[::-1] for file in files}
     return checkpoint_of(models, f"--ckpt_path {path}")

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from dcase.data.labels import Labels
 from dcase.errors import UserError, command
-from dcase.runs.checkpoints import final_state, load_checkpoint, merged_checkpoint
+from dcase.runs.checkpoints import final_state, load_checkpoint, merged_checkpoint, whole
 from dcase.runs.folder import CHECKPOINTS, STORED, Run, RunConfig
 from dcase.runs.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.runs.stored import load_stored
@@ -42,12 +41,10 @@ def _read(path: str, project_name: str) -> dict:
     if place.name == WEIGHTS and place.with_name(CONFIG).is_file():
         place = place.parent
     if place.is_dir() and is_published(place):
-        return load_published(place)
+        return whole(load_published(place), f"published model {place}")
     if not stored:
         return merged_checkpoint({part: load_checkpoint(part) for part in parts})
-    checkpoint = load_stored(path)
-    Labels.from_plain(checkpoint, f"stored model {path}")
-    return checkpoint
+    return whole(load_stored(path), f"stored model {path}")
 
 
 def _refuse_run(given: str, project_name: str) -> None:

@@ -13,6 +13,7 @@ from dcase.data.labels import DEVICES, SCENES
 from dcase.errors import UserError, one_line
 from dcase.files import replace_file
 from dcase.model.named import FIXED
+from dcase.runs.config import with_all_fields
 from dcase.runs.folder import CROSS_FIT, Run
 
 TODO = "TODO"
@@ -61,7 +62,7 @@ def meta_of(system: str, checkpoint: dict, runs: list[Run], cost: Complexity, au
     Raises `UserError` where a file of a run is damaged.
     """
     model = checkpoint["config"]["model"]["model"]
-    configs = [run.read_config() for run in runs]
+    configs = [with_all_fields(run.read_config(), f"{run.folder}/config.json") for run in runs]
     external = _external(configs)
     return {
         "submission": {
@@ -157,7 +158,7 @@ def _description(checkpoint: dict, training: list[dict]) -> dict:
     config, device_ids = checkpoint["config"], checkpoint["device_ids"]
     general = next((config for config in training if "ckpt_id" not in config), None)
     tuning = next((config for config in training if "ckpt_id" in config), None) if device_ids else None
-    finetune = tuning["finetune"] if tuning else None
+    finetune = tuning.get("finetune", "full") if tuning else None
     bits = config["storage"]["weight_bits"]
     used = [name for name, flag in AUGMENTATION.items() if any(run["augment"].get(flag) for run in training)]
     management = ["network design", *OF_BITS[bits]]
@@ -228,9 +229,13 @@ def _results(checkpoint: dict, runs: list[Run]) -> dict:
     for run in runs:
         if (results := run.results()) is None:
             continue  # not tested, or fine-tuned for some of the devices only
-        block = "device_specific" if results["device_models"] else "general"
-        same = results["complexity"]["weight_bits"] == checkpoint["config"]["storage"]["weight_bits"]
-        if found[block] is None and same and set(results["device_models"]) in (set(), set(checkpoint["device_ids"])):
+        block = "device_specific" if results.get("device_models") else "general"
+        same = (results.get("complexity") or {}).get("weight_bits") == checkpoint["config"]["storage"]["weight_bits"]
+        if (
+            found[block] is None
+            and same
+            and set(results.get("device_models") or []) in (set(), set(checkpoint["device_ids"]))
+        ):
             found[block] = _figures(results)
             note = note or results["note"]
     return found | ({"note": note} if note else {})
@@ -244,7 +249,10 @@ def _figures(results: dict) -> dict:
         return {name: {"accuracy": percent(accuracies.get(name)), "logloss": None} for name in names}
 
     return {
-        "overall": {"accuracy": percent(results["macro_avg_acc"]), "logloss": round(results["loss"], 4)},
+        "overall": {
+            "accuracy": percent(results["macro_avg_acc"]),
+            "logloss": None if results["loss"] is None else round(results["loss"], 4),
+        },
         "class_wise": table(results["scene_acc"], SCENES),
         "device_wise": table(results["device_acc"], DEVICES),
     }

@@ -24,7 +24,7 @@ from aum.allocator import keep_freed_memory
 from aum.scan import choose
 from dcase.data.dataset import TAU22
 from dcase.data.loading import Batches, evaluation_batches, loader, shuffled
-from dcase.errors import Stopped, UserError, doctor_tells_more
+from dcase.errors import Stopped, UserError, doctor_tells_more, one_line
 from dcase.machine import (
     MachineConfig,
     from_main,
@@ -366,6 +366,17 @@ def too_few(n_train: int, n_val: int, config: TrainConfig) -> list[str]:
     return said
 
 
+@contextmanager
+def clear_restore(module: SceneClassifier, path: Path | None) -> Iterator[None]:
+    """Raise `UserError`, naming the checkpoint, where Lightning cannot restore it: of its entries it checks nothing."""
+    try:
+        yield
+    except Exception as error:
+        if path is None or module.restored or isinstance(error, Stopped | UserError | torch.OutOfMemoryError):
+            raise
+        raise UserError(f"{path} cannot be resumed ({type(error).__name__}: {one_line(error):.200})") from error
+
+
 def train(
     module: SceneClassifier,
     train_clips: TAU22,
@@ -407,15 +418,17 @@ def train(
     trainer.progress_bar_callback.time_left = TimeLeft(planned, later, earlier)
     module.clips_per_step = batches.together * fit.accumulate_grad_batches
     validation = loader(val_clips, config.machine, evaluation_batches(val_clips, config.machine)) if val_clips else None
+    resumed = checkpoint_to_resume(folder)
     with stop:
         with no_silent_exit():
-            trainer.fit(
-                module,
-                loader(train_clips, config.machine, batches),
-                validation,
-                ckpt_path=checkpoint_to_resume(folder),
-                weights_only=True,
-            )
+            with clear_restore(module, resumed):
+                trainer.fit(
+                    module,
+                    loader(train_clips, config.machine, batches),
+                    validation,
+                    ckpt_path=resumed,
+                    weights_only=True,
+                )
         number = largest_of_all(stop.received, trainer.strategy.root_device)
         if number:  # it came after the last step's end
             raise Stopped(number, f"stopped by {signal.Signals(number).name} after training")

@@ -53,6 +53,7 @@ class SceneClassifier(Classifier):
         self.adapters: LowRank | None = None  # while they are trained
         self.average: WeightAverage | None = None  # of `model`, while it is trained
         self.freeze_epochs = 0
+        self.restored = False  # a checkpoint's optimiser, schedule and loops, as the first step shows
         if isinstance(config, TrainConfig):
             self.freeze_epochs = config.fit.freeze_epochs
             self.augment = Augment(config.augment, config.logmel, frames)
@@ -120,6 +121,7 @@ class SceneClassifier(Classifier):
 
     def optimizer_step(self, *args, **kwargs) -> None:
         super().optimizer_step(*args, **kwargs)
+        self.restored = True
         if self.average is not None:
             self.average.update(self.trained())
 

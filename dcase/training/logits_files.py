@@ -66,8 +66,8 @@ def read_logits(given: str, folder: Path, subset: int = 25, labels: Labels = TAU
     try:
         read = {".npz": _npz, ".pt": _tensor}.get(path.suffix, _table)
         filenames, logits = read(path, key, labels.scenes, folder, subset)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(f"cannot be read ({one_line(error)})") from error
+    except (OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot be read ({one_line(error):.300})") from error
     if len(set(filenames)) < len(filenames):
         names, counts = np.unique(filenames, return_counts=True)
         raise UserError(f"has more than one row for {names[counts > 1][0]}")

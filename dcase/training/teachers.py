@@ -217,9 +217,9 @@ def _refuse_others(teachers: Sequence[OneTeacher], config: TrainConfig, run: Run
     if before is None:  # it has none, or is from before they were recorded
         same = run.read_config().get("distill", {}).get("teacher", "") == config.distill.teacher
     else:
-        same = [teacher.sha256 for teacher in teachers] == [teacher["sha256"] for teacher in before]
+        same = [teacher.sha256 for teacher in teachers] == [teacher.get("sha256") for teacher in before]
     if not same:
-        names = ", ".join(teacher["teacher"] for teacher in before or []) or "none"
+        names = ", ".join(teacher.get("teacher", "?") for teacher in before or []) or "none"
         raise UserError(
             f"--teacher {config.distill.teacher or '(none)'}: the run --resume {run.id} began with other contents "
             f"(of {names}): give the same teachers, or start a new run"
