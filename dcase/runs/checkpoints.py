@@ -33,12 +33,17 @@ class _Average(Schema):
     average: dict[str, InstanceOf[Tensor]]
 
 
-class Checkpoint(Schema):
-    """A checkpoint of either stage, or what stored and published models stand for. Lightning checks its own entries."""
+class Weights(Schema):
+    """Weights alone: those that stage 2 fine-tuned for a device."""
 
     dcase_format: Literal[FORMAT]
-    config: _Config
     state_dict: dict[str, InstanceOf[Tensor]]
+
+
+class Checkpoint(Weights):
+    """A checkpoint of either stage, or what stored and published models stand for. Lightning checks its own entries."""
+
+    config: _Config
     frames: Annotated[Count, Field(ge=1)]
     device_ids: list[Name]
     clips_id: Name
@@ -53,7 +58,15 @@ def save_checkpoint(checkpoint: dict, path: Path) -> None:
 
 def load_checkpoint(path: Path | str) -> dict:
     """Return a checkpoint of this code, on the CPU. Raises `UserError`, naming the file, for anything else."""
-    path = Path(path)
+    return whole(_read(Path(path)), f"checkpoint {path}")
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Return the weights of a file that holds `Weights`. Raises as `load_checkpoint`."""
+    return checked(Weights, _read(path), f"checkpoint {path}").state_dict
+
+
+def _read(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist, or is no regular file: check --ckpt_path or --ckpt_id")
     try:
@@ -71,7 +84,7 @@ def load_checkpoint(path: Path | str) -> dict:
         raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
         raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
-    return whole(checkpoint, f"checkpoint {path}")
+    return checkpoint
 
 
 def whole(checkpoint: dict, what: str) -> dict:

@@ -18,7 +18,7 @@ from dcase.data.tau22 import Clips
 from dcase.files import write_json
 from dcase.machine import is_main, main_first
 from dcase.model.averaging import interpolated
-from dcase.runs.checkpoints import FORMAT, final_state, load_checkpoint, save_checkpoint
+from dcase.runs.checkpoints import FORMAT, final_state, load_checkpoint, load_weights, save_checkpoint
 from dcase.runs.config import DeviceConfig
 from dcase.runs.folder import Run
 from dcase.training.fit import MONITOR, make_trainer, no_silent_exit, plan, seed_everything, train
@@ -215,7 +215,7 @@ class FineTuning:
 
     def _weights(self, device_id: str, lr: float, share: float) -> dict[str, Tensor]:
         """Return the weights of the device's model: ``share`` of the way from the general ones to its own."""
-        own = load_checkpoint(self._folder(device_id, lr) / TUNED)["state_dict"]
+        own = load_weights(self._folder(device_id, lr) / TUNED)
         general = {name: value.cpu() for name, value in self.general.model.state_dict().items()}
         return interpolated(general, own, share)
 
