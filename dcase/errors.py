@@ -72,7 +72,7 @@ def check_range(flags: object, names: str, **bounds: float) -> None:
 
     ``bounds`` are least, above, below and most; nothing is above `MOST`. An attribute that is None passes.
     """
-    limits = {"most": MOST} | bounds
+    limits = bounds | {"most": bounds.get("most", MOST)}
     for name in names.split():
         value = getattr(flags, name)
         if value is None or all(_COMPARISONS[bound][0](value, limit) for bound, limit in limits.items()):
