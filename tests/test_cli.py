@@ -10,6 +10,7 @@ import torch
 from conftest import ROOT, refusal
 
 from dcase import cli, predict
+from dcase.adopt import AdoptConfig
 from dcase.compare import CompareConfig
 from dcase.complexity import ComplexityConfig
 from dcase.data.synth import SynthConfig
@@ -29,6 +30,7 @@ CONFIGS = {
     "train_device_specific.py": config.DeviceConfig,
     "test_only.py": config.TestConfig,
     "dcase.prepare": PrepareConfig,
+    "dcase.adopt": AdoptConfig,
     "dcase.synth": SynthConfig,
     "dcase.complexity": ComplexityConfig,
     "dcase.compare": CompareConfig,
@@ -163,7 +165,7 @@ def names_of(cls: type) -> list[str]:
 @pytest.mark.parametrize("script", CONFIGS)
 def test_help_explains_every_flag(script, capsys):
     shown = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(script, capsys).partition("options")[2])
-    no_flags = {"fit", "paths", "run_ids"}  # a part made by a lambda; what has no flag before it
+    no_flags = {"fit", "paths", "run_ids", "recordings"}  # a part made by a lambda; what has no flag before it
     names = [name for name in names_of(CONFIGS[script]) if name not in no_flags]
     assert len(names) > 1
     for name in names:
