@@ -439,7 +439,7 @@ def test_split_that_no_choice_of_places_allows():
         (SplitConfig, "val_fraction", 1.0, "is at least 0 and less than 1; got 1.0"),
         (SplitConfig, "val_fraction", -0.1, "is at least 0"),
         (SplitConfig, "val_fraction", float("nan"), "is at least 0"),
-        (DataConfig, "orig_sample_rate", 0, "at least 1"),
+        (DataConfig, "orig_sample_rate", 0, "must be at least 1"),
     ],
 )
 def test_configuration_refused(config, flag, value, expected):
