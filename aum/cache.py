@@ -17,6 +17,9 @@ def make_cache_folder() -> Path:
     folder = cache_folder()
     for place in (*reversed(folder.parents), folder):
         place.mkdir(0o700, exist_ok=True)  # parents=True would make the parents with the umask's rights
+    found = folder.lstat()  # with a umask of 002, earlier versions let the group write; the files are looked at, too
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & 0o022 == 0o020:
+        folder.chmod(0o700)
     return folder
 
 

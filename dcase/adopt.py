@@ -27,7 +27,7 @@ from dcase.data.sound import is_sound, passed_over
 from dcase.data.synth import new_folder
 from dcase.data.tau22 import Clips, leaves_folder, split_by_location
 from dcase.errors import UserError, check_range, command, one_line, run
-from dcase.files import write_json
+from dcase.files import regular, write_json
 from dcase.progress import progress
 from dcase.report import markdown
 
@@ -71,7 +71,7 @@ def of_folder(folder: Path, devices: Sequence[str]) -> pd.DataFrame:
         place = "/".join(part for part in places if part not in devices)
         rows.append(("/".join((*parents, name)), scene, place, named[0]))
     if others:
-        print(passed_over(others))
+        print(passed_over(others, "<scene>/*.wav, .flac, .mp3 ..."))
     if not rows:
         raise UserError(f"{folder} has no recordings <scene>/*.wav: check the folder, or give a list")
     return pd.DataFrame(rows, columns=COLUMNS)
@@ -80,15 +80,15 @@ def of_folder(folder: Path, devices: Sequence[str]) -> pd.DataFrame:
 def of_list(path: Path) -> pd.DataFrame:
     """Return the recordings of a list as rows of meta.csv; a place may be "". Raises `UserError` for a bad list."""
     try:
-        separator = "\t" if "\t" in path.read_text("utf-8-sig").partition("\n")[0] else ","
+        separator = "\t" if "\t" in regular(path).read_text("utf-8-sig").partition("\n")[0] else ","
         table = pd.read_csv(path, sep=separator, dtype=str, na_filter=False, encoding="utf-8-sig")
         table = table[list(COLUMNS[:2])].join(table.reindex(columns=COLUMNS[2:], fill_value=""))
+        lost = [x for x in table["filename"] if leaves_folder(x) or not (path.parent / x).is_file()]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is no list of {', '.join(COLUMNS)} ({one_line(error)})") from error
-    names = table["filename"]
-    if lost := [name for name in names if leaves_folder(name) or not (path.parent / name).is_file()]:
+    if lost:
         raise UserError(f"{path}: {len(lost):,} of its {len(table):,} files are not in {path.parent}, as {lost[0]!r}")
-    if table.empty or names.duplicated().any():
+    if table.empty or table["filename"].duplicated().any():
         raise UserError(f"{path} lists no file, or one of them twice")
     return table.replace({"source_label": {"": AdoptConfig.devices}})
 
@@ -102,8 +102,12 @@ def with_places(table: pd.DataFrame) -> pd.DataFrame:
     if unknown.any():
         together = begin[unknown].groupby(scene[unknown]).nunique().min() >= FEWEST
         stem = begin if together else stem
-        how = "files whose names differ in the last number only are of one" if together else "each is one of its own"
-        print(f"places: {unknown.sum():,} recordings have none, so {how}; subfolders <scene>/<place>/ would say more")
+        how = (
+            "files whose names differ in the last number only are of one place"
+            if together
+            else "each is one of its own"
+        )
+        print(f"recordings without a place: {unknown.sum():,}, so {how}; subfolders <scene>/<place>/ would say more")
     return table.assign(identifier=table["identifier"].where(~unknown, scene + "-" + stem))
 
 

@@ -48,10 +48,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 def _remove_halves(path: Path) -> None:
     """Remove what killed processes left beside this file while they wrote it; another machine's after `_OLD`."""
     for half in path.parent.iterdir():
-        found = re.fullmatch(rf"\.{re.escape(path.name)}\.([\w-]*)\.(\d+)", half.name)
+        found = re.fullmatch(rf"\.{re.escape(path.name)}\.(?:([\w-]*)\.)?(\d+)", half.name)  # before: no host
         with suppress(FileNotFoundError):  # another process was faster
-            age = time.time() - half.stat().st_mtime
-            if found and (age > _OLD if found[1] != _HOST else not _is_running(int(found[2]))):
+            if found and found[1] in (_HOST, None):
+                gone = not _is_running(int(found[2]))
+            else:
+                gone = found and time.time() - half.lstat().st_mtime > _OLD
+            if gone:
                 half.unlink()
 
 
@@ -85,7 +88,8 @@ def only_one(folder: Path, what: str) -> Iterator[None]:
 
     The kernel's lock ends with this process, however that ends, and network file systems share it; processes that this
     one starts do not inherit it. On a file system without locks the file's content counts: a process of this machine
-    must be running; one of another machine is believed unless its SLURM job is this one, started again.
+    must be running; one of another machine is believed unless its SLURM job is this one, started again. A process must
+    not take a lock twice: the end of the second would end the first.
     """
     path, job = folder / ".lock", os.environ.get("SLURM_JOB_ID", "")
     try:

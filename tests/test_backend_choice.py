@@ -142,6 +142,8 @@ def test_the_cache_is_made_for_its_user_alone(loaded, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")} == {0o700}
     tmp_path.chmod(0o1777)  # as /tmp
     assert loaded().parent == tmp_path / "cache" / "audio_mamba"
+    loaded().parent.chmod(0o775)  # as an earlier version made it
+    assert loaded().parent.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.skipif(not {"avx"} & set(Path("/proc/cpuinfo").read_text().split()), reason="not an x86-64 with AVX")

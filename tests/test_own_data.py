@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 from itertools import product
 
@@ -48,7 +49,7 @@ def recordings(tmp_path_factory):
 @pytest.fixture
 def data(recordings, tmp_path, call_main):
     done = call_main(adopt.main, recordings, "--out", tmp_path / "data").succeeded()
-    assert "passed over 1 file that is not sound: " in done.out
+    assert "passed over 1 file that is not <scene>/*.wav, .flac, .mp3 ...: notes.txt" in done.out
     assert f"next: python train_base.py --dataset_dir {tmp_path / 'data'} --model aum_nano" in done.out
     return tmp_path / "data"
 
@@ -181,6 +182,9 @@ def test_labels_are_the_files_else_tau22s_else_those_of_the_lists(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps(labels | {"scenes": ["tram", "{bus}"]}))
     message = refusal(load_clips, tmp_path, "test")
     assert "meta.csv, line 2: unknown scene 'airport' (scene_label), not one of tram, {bus}" in message
+    labels = {"scenes": ["tram", "airport"], "devices": ["A", "a"]}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    assert "is in its devices twice" in refusal(load_clips, tmp_path, "test")
     (tmp_path / "labels.json").unlink()
     for path in (tmp_path / "meta.csv", *(tmp_path / "split_setup").iterdir()):
         path.write_text(path.read_text().replace("\tairport", "\toffice").replace("\ttram", "\tkitchen"))
@@ -190,6 +194,17 @@ def test_labels_are_the_files_else_tau22s_else_those_of_the_lists(tmp_path):
         )
         assert {clips.labels.scenes[i] for i in clips.scene} == {"kitchen", "office"}
     assert "split5.csv is missing (there is split25.csv, test.csv)" in refusal(load_clips, tmp_path, "split5")
+
+
+def test_a_number_means_the_same_device_where_files_are_left_out(tmp_path):
+    (tmp_path / "split_setup").mkdir()
+    rows = [f"audio/{scene}-{device}.wav\t{scene}\tx\t{device}\n" for scene in SCENES for device in ("alpha", "beta")]
+    head = "filename\tscene_label\tidentifier\tsource_label\n"
+    (tmp_path / "meta.csv").write_text(head + "".join(rows))
+    (tmp_path / "meta_clean.csv").write_text(head + "".join(row for row in rows if "beta" in row))
+    (tmp_path / "split_setup" / "test.csv").write_text("filename\tscene_label\naudio/bus-beta.wav\tbus\n")
+    clips = load_clips(tmp_path, "test")
+    assert clips.labels.devices == ("alpha", "beta") and clips.device.tolist() == [1]
 
 
 def test_a_strange_scene_among_tau22s_is_a_mistake_until_it_is_declared(tmp_path):
@@ -216,6 +231,10 @@ def test_adopt_refuses_what_it_cannot_do(recordings, two_devices, call_main, tmp
     call_main(adopt.main, recordings, "--out", "there").refused("there exists already")
     (tmp_path / "list.csv").write_text("filename,scene\na.wav,street\n")
     call_main(adopt.main, "list.csv", "--out", "x").refused("list.csv is no list of filename, scene_label")
+    (tmp_path / "list.csv").write_text(f"filename,scene_label\n{'x' * 300}.wav,street\n")
+    call_main(adopt.main, "list.csv", "--out", "x").refused("list.csv is no list of", "name too long")
+    os.mkfifo(tmp_path / "fifo.csv")
+    call_main(adopt.main, "fifo.csv", "--out", "x").refused("fifo.csv", "FIFO")
     (tmp_path / "list.csv").write_text("filename,scene_label\n../a.wav,street\n")
     call_main(adopt.main, "list.csv", "--out", "x").refused("1 of its 1 files are not in .")
     assert not (tmp_path / "x").exists() and [path.name for path in (tmp_path / "there").iterdir()] == ["meta.csv"]

@@ -33,14 +33,29 @@ LABELS_JSON = "labels.json"  # in a data folder
 _MOST = {"scenes": 600, "devices": 100}  # more are a mistake, and counts by device, scene and scene would be large
 # Names with a meaning of their own: columns of predictions, folders of models, parts of a page and of torch's modules.
 _TAKEN = {
-    "scenes": {"filename", "scene_label", "device_id", "location", "file", "seconds", "windows"},
+    "scenes": {
+        *(
+            "filename",
+            "scene_label",
+            "device_id",
+            "location",
+            "file",
+            "seconds",
+            "windows",
+            "macro_avg_acc",
+            "size",
+            "macs",
+        ),
+        *(f"{name}_{n}" for name in ("scene", "probability") for n in (1, 2, 3)),
+        *DEVICE_GROUPS,
+    },
     "devices": {"general", "unknown", "auto", "all", *DEVICE_GROUPS, *dir(nn.ModuleDict())},
 }
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What the numbers of scenes and devices mean. Raises `UserError` in `from_plain` only."""
+    """What the numbers of scenes and devices mean."""
 
     scenes: tuple[str, ...]  # in the order of the logits
     devices: tuple[str, ...]
@@ -106,9 +121,12 @@ def _checked(names: object, kind: str, what: str) -> tuple[str, ...]:
     if len(names) > _MOST[kind]:
         raise UserError(f"{what}: it has {len(names):,} {kind}, and {_MOST[kind]} are the most: is that column right?")
     pattern = r"\w[\w-]{0,39}" if kind == "devices" else r"[^\s-](.{0,58}\S)?"  # a device's name is a folder's, too
-    for name, times in Counter(names).items():
-        if times > 1 or name in _TAKEN[kind]:
-            raise UserError(f"{what}: {name!r} in its {kind} {'is there twice' if times > 1 else 'is taken'}")
+    same = Counter(name.lower() if kind == "devices" else name for name in names)  # a disk may not tell a from A
+    for name in names:
+        if same[name.lower() if kind == "devices" else name] > 1:
+            raise UserError(f"{what}: {name!r} is in its {kind} twice (devices: A is a)")
+        if name in _TAKEN[kind]:
+            raise UserError(f"{what}: {name!r} in its {kind} has a meaning of its own here: give it another name")
         if not (re.fullmatch(pattern, name) and name.isprintable()):
             of = "up to 40 letters, digits, _ and -" if kind == "devices" else "up to 60 visible characters"
             raise UserError(f"{what}: {name!r} in its {kind} is no name: a name has {of}, and does not begin with -")

@@ -82,6 +82,10 @@ def empty_bins(config: LogMelConfig, orig_sample_rate: int) -> str:
     empty = config.n_mels - math.ceil((here - low) / (top - low) * (config.n_mels + 1))
     if empty < 1:
         return ""
+    if empty >= config.n_mels:
+        return (
+            f"recordings of {orig_sample_rate} Hz end at {end:g} Hz, below --f_min {config.f_min:g}: nothing is heard"
+        )
     share = orig_sample_rate / config.sample_rate
     window, hop = round(config.window_length * share), int(config.hop_length * share)
     n_fft = 2 ** math.ceil(math.log2(config.n_fft * share))

@@ -230,7 +230,7 @@ def _remove_remains(target: Path, unfinished: str | None = None) -> None:
     """Remove the files of all packs but the finished and the unfinished one (IDs), and the finished one's journal."""
     finished = _finished(target)
     for path in target.iterdir():
-        found = re.fullmatch(r"\.?(samples|index|journal)-([0-9a-f]{8})\.(i16|npz|jsonl)(\.[\w-]*\.\d+)?", path.name)
+        found = re.fullmatch(r"\.?(samples|index|journal)-([0-9a-f]{8})\.(i16|npz|jsonl)((\.[\w-]*)?\.\d+)?", path.name)
         if found and (found[2] not in (finished, unfinished) or found.group(1, 2) == ("journal", finished)):
             path.unlink()
 

@@ -10,7 +10,7 @@ import soundfile
 import torch
 import torchaudio
 
-from dcase.errors import UserError, one_line
+from dcase.errors import UserError, one_line, printable
 from dcase.files import regular
 
 MOST_HZ = 1_000_000  # of a rate
@@ -25,10 +25,10 @@ def is_sound(name: str) -> bool:
     return name.lower().endswith(ENDINGS) and not name.startswith(".")
 
 
-def passed_over(names: list[str]) -> str:
-    """Return a line about files of a folder that are not taken for sound."""
-    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"passed over {len(names):,} file{'s that are' if len(names) > 1 else ' that is'} not sound: {listed}"
+def passed_over(names: list[str], what: str = "sound") -> str:
+    """Return a line about files of a folder that are not taken, as they are not ``what``."""
+    listed = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+    return f"passed over {len(names):,} file{'s that are' if len(names) > 1 else ' that is'} not {what}: {listed}"
 
 
 def read_samples(path: Path) -> tuple[np.ndarray, int]:

@@ -225,7 +225,8 @@ def _read_meta(path: Path) -> tuple[pd.DataFrame, Labels]:
         labels = _read_labels(path.with_name(LABELS_JSON))
     else:  # of all clips, also those that meta_clean.csv leaves out: an index means the same with it and without
         whole = path.with_name("meta.csv")
-        is_part = path != whole and whole.name in names and set(meta["scene_label"]) != set(SCENES)
+        complete = all(set(meta[column]) == set(known) for column, known in _TAU22_NAMES)
+        is_part = path != whole and whole.name in names and not complete
         of_all = _read_list(whole, _META_COLUMNS) if is_part else meta
         labels = _labels_in(of_all, path)
     _refuse_unknown(path, meta, labels)

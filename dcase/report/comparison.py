@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dcase.errors import UserError
 from dcase.report import render, setup, svg
 from dcase.report.bootstrap import Estimate, Figures, reliability
 from dcase.report.gallery import Card, Gallery, source_of
@@ -114,6 +115,10 @@ def compare(runs: Sequence[Finished]) -> list[Compared]:
     for run in runs:
         p = run.predictions
         p = None if p is None else p.select(np.argsort(p.filenames, kind="stable"))
+        if run.labels.scenes != runs[0].labels.scenes:
+            raise UserError(
+                f"runs {runs[0].id} and {run.id} were trained on other scenes: compare runs of the same data"
+            )
         if first is None:
             first = p
         same = first is not None and p is not None and np.array_equal(p.filenames, first.filenames)

@@ -351,13 +351,12 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     config = cli.parse(cls, description, default, args)
     before, after = default.fit.n_epochs, config.fit.n_epochs
     if after > before:
-        _, flags = split_flags(run.command()[1:], "n_epochs", "run_id", "init_from", "pretrained", "pretrained_grid")
-        how, more = "start again", ["--n_epochs", str(after)]
+        how = f"start a new one with --n_epochs {after}"
         if cls is BaseConfig:
-            how, more = "train on from its weights", ["--n_epochs", str(after - before), "--init_from", run_id]
+            how = f"train on from its weights in a new run, with --init_from {run_id} --n_epochs {after - before}"
         raise UserError(
             f"--n_epochs {after}: run {run_id} ends after {before} epochs, over which its learning rate falls to 0; "
-            f"{how} in a new run, with a schedule of its own: {command('python', script, *flags, *more)}"
+            f"{how} and the other flags of {run.folder}/config.json"
         )
     _refuse_changes(default, config, f"the run --resume {run_id}", FREE_ON_RESUME)
     return config, run

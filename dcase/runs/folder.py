@@ -32,6 +32,7 @@ from dcase.schema import Count, Name, Schema, Share, read_json
 
 CHECKPOINTS, STORED = "checkpoints", "stored"  # subfolders of a run that hold models
 CROSS_FIT = "cross_fit"  # subfolder with its own teachers
+_FIRST_ROWS = 20  # of metrics.csv: a run that went on longer tells something
 _BEGUN = {"config.json", ".lock", "metrics.csv", "wandb", "tensorboard", CHECKPOINTS, CROSS_FIT}
 
 
@@ -165,10 +166,13 @@ class Run:
         return (self.folder / "config.json").is_file()
 
     def has_only_begun(self) -> bool:
-        """Return whether the folder holds nothing but what a run's start writes: nothing to go on from or to keep."""
+        """Return whether the folder holds nothing but what a run's start writes: nothing to go on from or to keep, no
+        checkpoint, and metrics of the first steps at most."""
         trained = chain(self.checkpoints.rglob("*"), (self.folder / CROSS_FIT).rglob("*"))
         names = {path.name for path in self.folder.iterdir()}
-        return names <= _BEGUN and not any(path.is_file() for path in trained)
+        metrics = self.folder / "metrics.csv"
+        n_rows = metrics.read_bytes().count(b"\n") if metrics.is_file() else 0
+        return names <= _BEGUN and n_rows <= _FIRST_ROWS and not any(path.is_file() for path in trained)
 
     def commit(self) -> str | None:
         """Return the git commit of the code that began the run; None where that was no checkout."""
@@ -177,10 +181,6 @@ class Run:
     def labels(self) -> Labels:
         """Return the scenes and devices that the run began with. Raises `UserError` where they cannot be used."""
         return Labels.from_plain(self.made(), f"{self.folder}/config.json")
-
-    def command(self) -> list[str]:
-        """Return the script and the flags that began the run; [] where they were not recorded."""
-        return self.made().get("command", [])
 
     def teachers(self) -> list[dict] | None:
         """Return the teachers that the run began with, each with its "sha256"; None where none were recorded."""

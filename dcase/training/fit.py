@@ -349,7 +349,8 @@ def too_few(n_train: int, n_val: int, config: TrainConfig) -> list[str]:
     fit, said = config.fit, []
     steps = math.ceil(plan(n_train, n_val, config).batches / fit.accumulate_grad_batches)
     if steps < FEWEST_STEPS:
-        smaller = 2 ** max(1, (n_train // (FEWEST_STEPS * fit.accumulate_grad_batches)).bit_length() - 1)
+        together = FEWEST_STEPS * fit.accumulate_grad_batches * process_count()
+        smaller = 2 ** max(1, (n_train // together).bit_length() - 1)
         made = f"{n_train:,} training clips make only {steps} optimiser step{'s' if steps > 1 else ''} an epoch"
         said.append(f"{made}, {steps * fit.n_epochs:,} in all: --batch_size {smaller} makes more")
     if 0 < n_val < FEWEST_VAL:
@@ -371,8 +372,8 @@ def clear_restore(module: SceneClassifier, path: Path | None) -> Iterator[None]:
     """Raise `UserError`, naming the checkpoint, where Lightning cannot restore it: of its entries it checks nothing."""
     try:
         yield
-    except Exception as error:
-        if path is None or module.restored or isinstance(error, Stopped | UserError | torch.OutOfMemoryError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if path is None or module.restored:
             raise
         raise UserError(f"{path} cannot be resumed ({type(error).__name__}: {one_line(error):.200})") from error
 

@@ -228,7 +228,7 @@ class SceneClassifier(Classifier):
                 if 0 < right.sum() < len(right):  # else no clip stands out
                     index = index[~right.to(index.device)]
                 raise UserError(
-                    f"the loss is not finite in epoch {epoch}, step {step}; the checkpoints were saved before that. "
+                    f"the loss is not finite in epoch {epoch}, step {step}; its checkpoints, if any, are from before. "
                     f"Lower --lr, use --precision 32, or look at these clips: {', '.join(loader.names(index))}"
                 )
 

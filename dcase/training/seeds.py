@@ -149,6 +149,6 @@ def _finish(series: Series, project_name: str) -> None:
     print(f"\n{compare.report([together])}\n\nMean and deviation of all figures: {series.path}")
     place = same_place(from_plain(BaseConfig, series.run(min(series.runs)).read_config()))
     ids = " ".join(series.runs.values())
-    if len(finished[0].devices) < 2:
+    if len(set(finished[0].devices) & set(finished[0].labels.train_devices)) < 2:
         return  # a model per device has nothing to add
     print(f"next: for run in {ids}; do python train_device_specific.py --ckpt_id $run {place}; done")
