@@ -118,21 +118,28 @@ def engine(rng: np.random.Generator, pitch: float, tilt: float, drift: float) ->
     return tone(rng, pitch * 2**slide, from_db(tilt * OCTAVES + 6 * bump(rng.uniform(300, 1200), 0.6)))
 
 
-def voice(rng: np.random.Generator, pitch: float, rate: float) -> Waveform:
-    """One talker: a gliding tone with three formants, ``rate`` syllables a second, and consonants around 5 kHz.
-
-    Without them, the upper octaves would hold nothing but steady noise.
-    """
+def vowels(rng: np.random.Generator, pitch: float, rate: float) -> Waveform:
+    """A gliding tone with three formants, ``rate`` syllables a second."""
     formants = sum(bump(rng.uniform(*hz), 0.3) for hz in ((350, 800), (1000, 2200), (2400, 3200)))
     wave = tone(rng, pitch * 2 ** (0.15 * slow_curve(rng, rate)), formants * from_db(-4 * OCTAVES))
-    vowels = unit(wave * from_db(np.minimum(10 * slow_curve(rng, rate), 6)))
-    return vowels + squeal(rng, rng.uniform(4500, 6500), 0.7, 2 * rate) * np.float32(0.15)
+    return unit(wave * from_db(np.minimum(10 * slow_curve(rng, rate), 6)))
+
+
+def consonants(rng: np.random.Generator, rate: float) -> Waveform:
+    """Noise around 5 kHz: without it, the upper octaves of speech would hold nothing but steady noise."""
+    return squeal(rng, rng.uniform(4500, 6500), 0.7, 2 * rate) * np.float32(0.15)
+
+
+def voice(rng: np.random.Generator, pitch: float, rate: float) -> Waveform:
+    """One talker."""
+    return vowels(rng, pitch, rate) + consonants(rng, rate)
 
 
 def babble(rng: np.random.Generator, talkers: float, rate: float) -> Waveform:
-    """Several talkers, some nearer than others."""
-    distances = from_db(5 * rng.standard_normal(round(talkers)))
-    return unit(sum(distance * voice(rng, rng.uniform(90, 260), rate) for distance in distances.astype(np.float32)))
+    """Several talkers, some nearer than others. They share one noise of consonants, which saves time."""
+    distances = from_db(5 * rng.standard_normal(round(talkers))).astype(np.float32)
+    voices = (distance * vowels(rng, rng.uniform(90, 260), rate) for distance in distances)
+    return unit(unit(sum(voices)) + consonants(rng, rate))
 
 
 def music(rng: np.random.Generator, pitch: float, rate: float) -> Waveform:
@@ -220,8 +227,8 @@ SCENE_MIXES: dict[str, tuple[float, tuple[float, float], tuple[float, float], di
     "tram": (-25, (0.1, 0.25), (-3, 6), dict(
         track=(0, 1), group=(-8, 0.9), whine=(-30, 0.8), joints=(-10, 0.5), squeal=(-20, 0.4), chime=(-20, 0.2))),
 }  # fmt: skip
-LOUDNESS_SPREAD = 2.0  # dB, deviation over locations
-LEVEL_SPREAD, SEGMENT_LEVEL_SPREAD = 2.5, 2.0  # dB, deviation of a layer over locations, over a location's segments
+LOUDNESS_SPREAD = 4.0  # dB, deviation over locations
+LEVEL_SPREAD, SEGMENT_LEVEL_SPREAD = 5.0, 4.5  # dB, deviation of a layer over locations, over a location's segments
 SEGMENT_SPREAD = 0.15  # deviation of a parameter over a location's segments, as a part of its range
 
 
@@ -286,14 +293,14 @@ class Device(NamedTuple):
 
 RECORDERS = {
     "a": Device(0, 0, 30, 20000, 1.0, -75),
-    "b": Device(3, 3, 80, 16000, 1.0, -67),
-    "c": Device(3, 3, 60, 17000, 1.0, -70),
-    "s1": Device(3.5, 4, 120, 13000, 1.5, -67),
-    "s2": Device(3.5, 4, 90, 10000, 2.0, -65),
-    "s3": Device(3.5, 4, 150, 15000, 1.8, -69),
-    "s4": Device(4.5, 6, 180, 11000, 1.6, -66),
-    "s5": Device(4.5, 6, 100, 8000, 1.9, -64),
-    "s6": Device(4.5, 6, 220, 14000, 2.2, -65),
+    "b": Device(3.5, 3.5, 80, 16000, 1.0, -65),
+    "c": Device(3.5, 3.5, 60, 17000, 1.0, -68),
+    "s1": Device(5, 6, 150, 13000, 1.7, -62),
+    "s2": Device(5, 6, 110, 10000, 2.4, -60),
+    "s3": Device(5, 6, 180, 15000, 2.1, -64),
+    "s4": Device(7, 9, 210, 11000, 1.9, -61),
+    "s5": Device(7, 9, 120, 8000, 2.3, -59),
+    "s6": Device(7, 9, 260, 14000, 2.7, -60),
 }
 THRESHOLD = -35.0  # dB full scale
 N_RESPONSES = 40
@@ -323,8 +330,8 @@ def further_response(k: int) -> np.ndarray:
     """Return the impulse response (RESPONSE_SAMPLES,) of the k-th further device, from the family of b to s6."""
     rng = generator("response", k)
     device = Device(
-        colour=rng.uniform(3, 4.5),
-        resonance=rng.uniform(3, 6),
+        colour=rng.uniform(3.5, 5),
+        resonance=rng.uniform(3.5, 7),
         low_cut=60 * 4 ** rng.random(),
         high_cut=8000 * 2 ** rng.random(),
         ratio=1,  # a response has no dynamics and no noise
