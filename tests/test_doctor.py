@@ -328,7 +328,7 @@ def test_no_data_folder_given(tmp_path, monkeypatch):
     (found,) = [finding for finding in places() if not finding.name.startswith("disk")]
     assert found.state == "warn" and "synthetic, and make it at first use" in found.found
     assert not (tmp_path / "cache").exists()
-    (tmp_path / "cache" / "audio_mamba" / "synth_tau_v1").mkdir(parents=True)
+    (tmp_path / "cache" / "audio_mamba" / "synth_tau_v2").mkdir(parents=True)
     assert "make it again at their next use" in places()[0].found
 
 

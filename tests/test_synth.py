@@ -100,6 +100,30 @@ def test_clips_are_sound(folder):
         assert path.stat().st_size == synth.WAV_BYTES
 
 
+def test_clips_are_as_loud_as_tau22s():
+    """About -26 dB full scale on average; a metro and a street with traffic are far louder than a park."""
+    levels = {}
+    for name in synth.names_on_a(60, 1, 6, 0, 0):
+        wave = synth.record(synth.scene_spectrum(name, 0), name, 0)
+        levels.setdefault(name.scene, []).append(20 * np.log10(wave.std()))
+    scenes = {scene: np.mean(of_scene) for scene, of_scene in levels.items()}
+    assert -29 < np.mean(list(scenes.values())) < -24, scenes
+    assert min(scenes["metro"], scenes["street_traffic"]) > scenes["park"] + 8, scenes
+
+
+def test_a_location_keeps_its_loudness_however_reverberant(monkeypatch):
+    loudness, reverberation, _, layers = synth.SCENE_MIXES["metro_station"]
+    levels = []
+    for wet in (-40, 0, 20):
+        monkeypatch.setitem(synth.SCENE_MIXES, "metro_station", (loudness, reverberation, (wet, wet), layers))
+        synth.room.cache_clear()
+        power = np.mean([np.abs(synth.room("metro_station", place, 0)[:2000]) ** 2 for place in range(40)])
+        levels.append(10 * np.log10(power))
+    synth.room.cache_clear()
+    assert np.ptp(levels) < 1.5, levels  # dB
+    assert np.mean(levels) == pytest.approx(loudness, abs=2)
+
+
 def test_seed_changes_the_sound(folder):
     name = next(synth.names_for_train(1))
     waves = [synth.record(synth.scene_spectrum(name, seed), name, seed) for seed in (0, 1)]
@@ -129,7 +153,7 @@ def test_compression_reduces_level_differences():
 
 def test_every_scene_names_layers_that_exist():
     assert set(synth.SCENE_MIXES) == set(SCENES) and set(synth.RECORDERS) == set(DEVICES)
-    for _, _, layers in synth.SCENE_MIXES.values():
+    for *_, layers in synth.SCENE_MIXES.values():
         assert set(layers) <= set(synth.LAYERS)
 
 
@@ -204,9 +228,9 @@ def small_default(tmp_path, monkeypatch, silent) -> Path:
 def test_default_folder_follows_the_environment(monkeypatch):
     monkeypatch.delenv("AUDIO_MAMBA_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert synth.default_folder() == Path("/x/audio_mamba/synth_tau_v1")
+    assert synth.default_folder() == Path("/x/audio_mamba/synth_tau_v2")
     monkeypatch.setenv("AUDIO_MAMBA_CACHE", "/y")
-    assert synth.default_folder() == Path("/y/audio_mamba/synth_tau_v1")
+    assert synth.default_folder() == Path("/y/audio_mamba/synth_tau_v2")
 
 
 def test_default_is_made_once_and_again_where_it_is_not_whole(small_default, capsys):
