@@ -376,7 +376,7 @@ def test_a_damaged_split_list(of_tau22, data, diagnose, monkeypatch):
     path.write_text(path.read_text().replace("\ttram", "\ttramm"))
     if of_tau22:
         taken_for_tau22(data, monkeypatch)
-    found = diagnose("split lists")
+    found = diagnose("split lists" if of_tau22 else "clips")
     assert found.state == "FAIL" and "'tramm'" in found.found
     put_aside = f"mv {path} {path}.old && curl -L --create-dirs -o {path} "
     assert found.fix.startswith(put_aside) if of_tau22 else found.fix == OWN_DATA  # an own list is not to be replaced

@@ -128,7 +128,7 @@ def test_a_series_of_seeds_or_the_user_names_the_group(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_RUN_GROUP", "many")
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"config": {}}')
     assert wandb_logger(TrainConfig(run=RunConfig(wandb_mode="offline")), Run(tmp_path)) is None
     assert given["group"] == "many"
 

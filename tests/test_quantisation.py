@@ -426,7 +426,7 @@ def test_another_s_file_is_refused_with_the_reason(tmp_path):
     path = saved(tmp_path, tiny())
     message = refusal(load_model, tmp_path / "none.safetensors")
     assert "none.safetensors cannot be read (No such file" in message and "--ckpt_path" in message
-    assert "directory" in refusal(load_model, tmp_path)
+    assert "it is a folder" in refusal(load_model, tmp_path)
     tensors = {"a": torch.ones(2)}
     assert f"has no {KEY}" in forged(path, tensors, None)
     assert f"has no {KEY}" in forged(path, tensors, {"format": "pt"})

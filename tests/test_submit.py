@@ -325,7 +325,6 @@ def test_meta_yaml_of_a_distilled_run_with_data_of_others(general_run, tmp_path)
     config |= {
         "distill": {"teacher": "x1,/data/beats.pt,/P/x2/cross_fit/logits.npz"},
         "pretrained": "/data/aum_base.pth",
-        "init_from": "x3",
     }
     write_json(run.folder / "config.json", {"config": config})
     module = SceneClassifier.from_checkpoint(load_checkpoint(run.best))
@@ -334,7 +333,7 @@ def test_meta_yaml_of_a_distilled_run_with_data_of_others(general_run, tmp_path)
     description = meta["system"]["description"]
     assert description["data_augmentation"] == "mixup, dir augmentation, time rolling, frequency masking, time masking"
     assert description["external_data_usage"] == "impulse responses of devices, pre-trained model, teachers"
-    assert description["complexity_management"] == "network design, knowledge distillation, pruning"
+    assert description["complexity_management"] == "network design, knowledge distillation"
     assert description["pipeline"].startswith(
         "train teachers, train general student model with knowledge distillation ("
     )
@@ -344,6 +343,9 @@ def test_meta_yaml_of_a_distilled_run_with_data_of_others(general_run, tmp_path)
     assert reported["general"]["overall"]["logloss"] == round(read_results(general_run)["loss"], 4)
     data = meta["system"]["external_datasets"]
     assert todo_fields(data) == ["1.name", "1.url", "2.name", "2.url", "3.name", "3.url"]
+    write_json(run.folder / "config.json", {"config": config | {"pretrained": "", "init_from": "x3"}})
+    pruned = meta_of("Doe_Uni_task1_1", module.as_checkpoint(), [run], cost, [])["system"]["description"]
+    assert pruned["complexity_management"] == "network design, knowledge distillation, pruning"
     moved = meta_of("Doe_Uni_task1_1", module.as_checkpoint(), [], cost, [])["system"]["description"]
     assert todo_fields(moved) == ["data_augmentation", "pipeline"]  # no run to look them up in
 

@@ -2,10 +2,12 @@
 
 import itertools
 from datetime import datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from conftest import FIT, SMALL
 
+from dcase.data.labels import TAU22_LABELS
 from dcase.data.tau22 import load_splits, split_by_location
 from dcase.runs.config import DeviceConfig, MachineConfig
 from dcase.training import pace, seeds
@@ -124,7 +126,7 @@ def test_a_time_of_day(hours, said, monkeypatch):
 def test_stage_2_counts_the_devices_that_follow(learnable):
     clips = split_by_location(load_splits(learnable, "split25")[0], 0.34)
     config = DeviceConfig(machine=MachineConfig(batch_size=5), lr_choices="0.1,0.2")
-    tuning = FineTuning(None, clips, None, config, None, ())
+    tuning = FineTuning(SimpleNamespace(labels=TAU22_LABELS), clips, None, config, None, ())
     n_train, n_val = (len(part.of_device("b")) for part in clips)
     per_device = [Plan(50, -(-n_train // 5), 10, -(-n_val // 5))] * 2
     assert tuning._after("a") == 2 * per_device  # b and s1: c, s2 and s3 have no clips

@@ -124,7 +124,7 @@ def _checked(names: object, kind: str, what: str) -> tuple[str, ...]:
     same = Counter(name.lower() if kind == "devices" else name for name in names)  # a disk may not tell a from A
     for name in names:
         if same[name.lower() if kind == "devices" else name] > 1:
-            raise UserError(f"{what}: {name!r} is in its {kind} twice (devices: A is a)")
+            raise UserError(f"{what}: {name!r} is in its {kind} twice" + (", as A is a" if kind == "devices" else ""))
         if name in _TAKEN[kind]:
             raise UserError(f"{what}: {name!r} in its {kind} has a meaning of its own here: give it another name")
         if not (re.fullmatch(pattern, name) and name.isprintable()):

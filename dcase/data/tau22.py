@@ -270,9 +270,13 @@ def _refuse_unknown(path: Path, table: pd.DataFrame, labels: Labels) -> None:
             _refuse(path, table, ~table[column].isin(names), f"unknown {what} {{{column}!r}} ({column}), {known}")
 
 
-def read_split(path: Path, content: bytes | None = None) -> pd.DataFrame:
-    """Read and check a split list, or its ``content``, columns as strings. Raises `UserError` with file and line."""
-    return _read_list(path, _SPLIT_COLUMNS, content)
+def read_split(path: Path, content: bytes | None = None, labels: Labels | None = None) -> pd.DataFrame:
+    """Read and check a split list, or its ``content``, columns as strings, where they are known with the folder's
+    ``labels``. Raises `UserError` with file and line."""
+    rows = _read_list(path, _SPLIT_COLUMNS, content)
+    if labels:
+        _refuse_unknown(path, rows, labels)
+    return rows
 
 
 def drawn_names(folder: Path, n: int) -> list[str]:

@@ -19,6 +19,7 @@ import soundfile
 from aum.cache import cache_folder
 from dcase.data import pack, synth
 from dcase.data.dataset import Sound
+from dcase.data.labels import TAU22_LABELS
 from dcase.data.loading import PACKING, check_recordings, data_command, open_sound, rates_in, usual_rate
 from dcase.data.logmel import LogMelConfig, empty_bins
 from dcase.data.sound import cut_short
@@ -130,7 +131,7 @@ def _lists(folder: Path, asked: tuple[str, str]) -> list[Finding]:
         fetch = command("curl", "-L", "--create-dirs", "-o", path, f"{RELEASE}/{path.name}")
         if path.is_file():
             try:
-                there.append(f"{split} ({len(read_split(path)):,} clips)")
+                there.append(f"{split} ({len(read_split(path, labels=TAU22_LABELS if tau22 else None)):,} clips)")
             except UserError as error:
                 fix = f"{command('mv', path, f'{path}.old')} && {fetch}" if tau22 else OWN_DATA
                 found.append(Finding("split lists", "FAIL", str(error), fix))
