@@ -15,7 +15,7 @@ import dataclasses
 from dcase import errors
 from dcase.data.labels import refuse_other_scenes
 from dcase.data.loading import clips_id, find_source, open_sound, training_clips, with_sound
-from dcase.data.logmel import empty_bins, frames_of
+from dcase.data.logmel import empty_bins, fitting, frames_of
 from dcase.model import named as models
 from dcase.runs import defaults
 from dcase.runs.checkpoints import load_checkpoint
@@ -41,7 +41,9 @@ def main() -> None:
     train_clips, val_clips = training_clips(source, config.split)
     config, sound = open_sound(config, source.folder)
     if unheard := empty_bins(config.logmel, config.data.orig_sample_rate):
-        print(f"WARNING: {unheard}")
+        fits = fitting(config.logmel, config.data.orig_sample_rate)
+        flags = [f"--{name} {value}" for name, value in vars(fits).items() if value != getattr(config.logmel, name)]
+        print(f"WARNING: {unheard}: train with {' '.join(flags)}")
     train = with_sound(train_clips, sound)
     val = with_sound(val_clips, sound, like=train) if val_clips else None
     test = with_sound(source.test, sound, like=train)

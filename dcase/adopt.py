@@ -13,12 +13,14 @@ result depends only on the names, and the recordings stay as they are.
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
+import soundfile
 import tyro
 
 from dcase.cli import parse
@@ -69,6 +71,7 @@ def of_folder(folder: Path, devices: Sequence[str]) -> pd.DataFrame:
         if len(named) != 1:
             raise UserError(f"{path}: which of --devices {','.join(devices)} is it? Its name or folder must have one")
         place = "/".join(part for part in places if part not in devices)
+        place = place and f"{scene}-{place}"  # the place1 of a kitchen is not that of a garden
         rows.append(("/".join((*parents, name)), scene, place, named[0]))
     if others:
         print(passed_over(others, "<scene>/*.wav, .flac, .mp3 ..."))
@@ -168,7 +171,7 @@ def main() -> None:
         }.items():
             lines = ["\t".join(row) + "\n" for row in [list(rows), *rows.values.tolist()]]
             (folder / f"{name}.csv").write_text("".join(lines), encoding="utf-8")
-    more = []
+    several, more = len(_lengths(out)) > 1, []
     try:
         split_by_location(training, 0.1)
     except UserError:
@@ -176,7 +179,20 @@ def main() -> None:
         print("a scene has no place to spare for validation: the last epoch's model is kept (--val_fraction 0)")
     print(f"\n{counts(training, test)}\n\n{out}: a data folder of {len(table):,} recordings")
     print(f"check: {command('python', '-m', 'dcase.doctor', '--dataset_dir', out)}")
-    print(f"next: {command('python', 'train_base.py', '--dataset_dir', out, '--model', 'aum_nano', *more)}")
+    if several:
+        print("the recordings have several lengths: the doctor says which --target_length to train with, and all flags")
+    else:
+        print(f"next: {command('python', 'train_base.py', '--dataset_dir', out, '--model', 'aum_nano', *more)}")
+
+
+def _lengths(folder: Path) -> set[float]:
+    """Return the lengths of the recordings, s; those that cannot be read are left to the doctor."""
+    lengths = set()
+    for path in (folder / "audio").rglob("*"):
+        with suppress(soundfile.SoundFileError, TypeError):  # TypeError: soundfile's, for a name in .raw
+            if path.is_file():
+                lengths.add(round(soundfile.info(path).duration, 3))
+    return lengths - {0.0}
 
 
 if __name__ == "__main__":

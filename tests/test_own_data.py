@@ -221,6 +221,13 @@ def test_a_strange_scene_among_tau22s_is_a_mistake_until_it_is_declared(tmp_path
     assert load_clips(tmp_path, "test").labels.scenes == tuple(names)
 
 
+def test_several_lengths_are_left_to_the_doctor(recordings, call_main, tmp_path):
+    shutil.copytree(recordings, tmp_path / "more")
+    soundfile.write(tmp_path / "more" / "yard" / "yard-0-9.wav", np.full(RATE, 0.1), RATE)
+    done = call_main(adopt.main, "more", "--out", "d").succeeded()
+    assert "several lengths" in done.out and "check: python -m dcase.doctor" in done.out and "next:" not in done.out
+
+
 def test_adopt_refuses_what_it_cannot_do(recordings, two_devices, call_main, tmp_path):
     call_main(adopt.main, recordings).refused("--out DIR")
     call_main(adopt.main, tmp_path / "nowhere", "--out", "x").refused(

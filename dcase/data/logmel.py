@@ -6,6 +6,7 @@ clips, which `fit` has computed: 0 and 1 without it. At 32 kHz, hop 500 and wind
 ms long; a 1-second clip has 65 frames.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -75,8 +76,24 @@ def frames_of(config: LogMelConfig, samples: int, orig_sample_rate: int) -> int:
     return 1 + resampled // config.hop_length
 
 
+def fitting(config: LogMelConfig, orig_sample_rate: int) -> LogMelConfig:
+    """Return the front end for recordings of that rate (Hz): this one, or one of their rate with the same durations
+    where some of its mel bins would hear nothing."""
+    if not empty_bins(config, orig_sample_rate) or config.f_min >= orig_sample_rate / 2:
+        return config
+    share, end = orig_sample_rate / config.sample_rate, orig_sample_rate / 2
+    return dataclasses.replace(
+        config,
+        sample_rate=orig_sample_rate,
+        n_fft=2 ** math.ceil(math.log2(config.n_fft * share)),
+        window_length=round(config.window_length * share),
+        hop_length=int(config.hop_length * share),
+        f_max=None if config.f_max is None else end,
+    )
+
+
 def empty_bins(config: LogMelConfig, orig_sample_rate: int) -> str:
-    """Return a line where recordings of that rate (Hz) end below the highest mel bins, with flags that fit; else ""."""
+    """Return a line where recordings of that rate (Hz) end below the highest mel bins; else ""."""
     end, highest = orig_sample_rate / 2, config.f_max or config.sample_rate / 2
     low, here, top = (math.log1p(hz / 700) for hz in (config.f_min, end, highest))  # mel, but for a factor
     empty = config.n_mels - math.ceil((here - low) / (top - low) * (config.n_mels + 1))
@@ -86,15 +103,8 @@ def empty_bins(config: LogMelConfig, orig_sample_rate: int) -> str:
         return (
             f"recordings of {orig_sample_rate} Hz end at {end:g} Hz, below --f_min {config.f_min:g}: nothing is heard"
         )
-    share = orig_sample_rate / config.sample_rate
-    window, hop = round(config.window_length * share), int(config.hop_length * share)
-    n_fft = 2 ** math.ceil(math.log2(config.n_fft * share))
-    flags = f"--sample_rate {orig_sample_rate} --n_fft {n_fft} --window_length {window} --hop_length {hop}"
-    flags += "" if config.f_max is None else f" --f_max {end:g}"
-    return (
-        f"recordings of {orig_sample_rate} Hz end at {end:g} Hz: the highest {empty} of the {config.n_mels} mel bins "
-        f"hear nothing: train with {flags}"
-    )
+    of = f"{empty} of the {config.n_mels} mel bins"
+    return f"recordings of {orig_sample_rate} Hz end at {end:g} Hz: the highest {of} hear nothing"
 
 
 def samples_for(config: LogMelConfig, sample_rate: int) -> int | None:

@@ -145,8 +145,8 @@ class Pack:
         if self.rates != wanted:
             raise UserError(
                 f"{self.folder} was resampled from {self.rates.orig_sample_rate} to {self.rates.sample_rate} Hz, and "
-                f"--orig_sample_rate (or most files) and --sample_rate say {wanted.orig_sample_rate} and "
-                f"{wanted.sample_rate} Hz: {self.again}"
+                f"now recordings are read at {wanted.orig_sample_rate} Hz (--orig_sample_rate, or most files) and "
+                f"--sample_rate is {wanted.sample_rate}: {self.again}"
             )
 
     def check_sources(self, folder: Path, filenames: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from dcase.data import pack, synth
 from dcase.data.dataset import Sound
 from dcase.data.labels import TAU22_LABELS
 from dcase.data.loading import PACKING, check_recordings, data_command, open_sound, rates_in, usual_rate
-from dcase.data.logmel import LogMelConfig, empty_bins
+from dcase.data.logmel import LogMelConfig, empty_bins, fitting
 from dcase.data.sound import cut_short
 from dcase.data.tau22 import (
     RELEASE,
@@ -56,8 +56,11 @@ class DoctorConfig:
     project_name: str = "DCASE25_Task1"
     """Folder of the runs, whose disk is checked."""
 
-    def check(self, folder: Path) -> str:
-        any_length = [] if self.logmel.target_length is None else ["--any_length"]
+    def train(self, folder: Path, *flags: str) -> str:
+        return data_command("python train_base.py", self, folder, *flags, given=(*PACKING, *vars(self.logmel)))
+
+    def check(self, folder: Path, several_lengths: bool = False) -> str:
+        any_length = ["--any_length"] if several_lengths or self.logmel.target_length is not None else []
         return data_command("python -m dcase.prepare", self, folder, *any_length, given=("orig_sample_rate",))
 
 
@@ -106,14 +109,18 @@ def _contents(folder: Path, config: DoctorConfig) -> list[Finding]:
         fix = config.check(folder) if is_tau22(folder) else OWN_DATA
         return [*lists, Finding("clips", "FAIL", str(error), fix)]
     untrained = untrained_scenes(*splits.values())
-    packed, sound = _pack(folder, config, splits)
+    rates, asked_for = rates_in(folder), config.logmel
+    usual = config.data.orig_sample_rate or usual_rate(rates)
+    config = replace(config, logmel=fitting(asked_for, usual))  # so that all commands fit each other
+    packed, sound = _pack(folder, config, splits, usual)
+    lengths = _lengths(folder, config, splits, sound)
     return [
         *lists,
         *([Finding("scenes", "warn", untrained, OWN_DATA)] if untrained else []),
         *_recordings(folder, config, splits, sound),
-        _rate(folder, config, sound),
-        *_lengths(folder, config, splits, sound),
-        _checked(folder, config),
+        _rate(folder, config, rates, usual, empty_bins(asked_for, usual)),
+        *lengths,
+        _checked(folder, config, any((one.name, one.state) == ("lengths", "FAIL") for one in lengths)),
         packed,
     ]
 
@@ -142,11 +149,11 @@ def _lists(folder: Path, asked: tuple[str, str]) -> list[Finding]:
     return [*([Finding("split lists", "ok", ", ".join(there))] if there else []), *found]
 
 
-def _pack(folder: Path, config: DoctorConfig, splits: dict[str, Clips]) -> tuple[Finding, Sound]:
+def _pack(folder: Path, config: DoctorConfig, splits: dict[str, Clips], usual: int) -> tuple[Finding, Sound]:
     """Return the finding, and where the sound comes from: the WAV files if the pack does not fit."""
     place = config.data.pack_folder(folder)
     again = data_command("python -m dcase.prepare", config, folder, "--pack", given=PACKING)
-    wav = Sound(config.data.orig_sample_rate or usual_rate(rates_in(folder)))
+    wav = Sound(usual)
     try:
         sound = _quietly(lambda: open_sound(config, folder)[1])
         if sound.pack is None:
@@ -175,18 +182,14 @@ def _recordings(folder: Path, config: DoctorConfig, splits: dict[str, Clips], so
     return found or [Finding("recordings", "ok", f"all WAV files are there: {shown}")]
 
 
-def _rate(folder: Path, config: DoctorConfig, sound: Sound) -> Finding:
+def _rate(folder: Path, config: DoctorConfig, rates: Counter[int], rate: int, unheard: str) -> Finding:
     """Say at which rate the recordings are read, how many have others, and whether they fill the mel bins."""
-    rates = rates_in(folder)
-    rate = sound.pack.rates.orig_sample_rate if sound.pack else sound.sample_rate
     what = f"recordings are read at {rate} Hz"
     if others := {other: n for other, n in rates.items() if other != rate}:
         found = ", ".join(f"{n} have {other} Hz" for other, n in sorted(others.items()))
         what += f", and resampled to it where they have another rate (of {rates.total()} looked at, {found})"
-    if unheard := empty_bins(config.logmel, rate):
-        start, _, flags = unheard.partition(": train with ")
-        train = data_command("python train_base.py", config, folder, given=("pack_dir", "subset", "orig_sample_rate"))
-        return Finding("rate", "warn", f"{what}; {start}", f"{train} {flags}")
+    if unheard:
+        return Finding("rate", "warn", f"{what}; {unheard}", config.train(folder))
     return Finding("rate", "ok", what)
 
 
@@ -197,18 +200,20 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
         return [Finding("lengths", "ok", what)]
     names = np.unique(np.concatenate([clips.filenames for clips in splits.values()]))
     decoded = [name.decode() for name in names.tolist()]
-    findings = []
+    findings, faulty = [], []
     if sound.pack:
         found = dict(zip(decoded, sound.pack.length[sound.pack.rows(names)].tolist(), strict=True))
         shown = f"all {len(found):,} clips"
     else:
         found, faulty, shown = _lengths_of_files(folder, decoded, sound.sample_rate)
-        if faulty:
-            what = f"in {shown}: {len(faulty):,} unreadable, empty or cut short ({faulty[0]}, ...)"
-            findings.append(Finding("recordings", "FAIL", f"{what}: replace or exclude them", config.check(folder)))
-        if not found:
-            return findings
-    usual, n_usual = Counter(found.values()).most_common(1)[0]
+    counts = Counter(found.values())
+    if faulty:
+        what = f"in {shown}: {len(faulty):,} unreadable, empty or cut short ({faulty[0]}, ...)"
+        check = config.check(folder, len(counts) > 1)
+        findings.append(Finding("recordings", "FAIL", f"{what}: replace or exclude them", check))
+    if not found:
+        return findings
+    usual, n_usual = max(counts.items(), key=lambda pair: (pair[1], -pair[0]))  # of equally frequent ones the shortest
     length = f"{usual:,} samples at {sound.sample_rate} Hz ({usual / sound.sample_rate:.4g} s)"
     if n_usual == len(found):
         return [*findings, Finding("lengths", "ok", f"{length} in {shown}")]
@@ -221,8 +226,7 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
         "which pads or crops every clip"
     )
     frames = 1 + usual * config.logmel.sample_rate // sound.sample_rate // config.logmel.hop_length
-    train = data_command("python train_base.py", config, folder, given=(*PACKING, "hop_length"))
-    return [*findings, Finding("lengths", "FAIL", what, f"{train} --target_length {frames}")]
+    return [*findings, Finding("lengths", "FAIL", what, config.train(folder, "--target_length", str(frames)))]
 
 
 def _lengths_of_files(folder: Path, names: list[str], sample_rate: int) -> tuple[dict[str, int], list[str], str]:
@@ -247,7 +251,7 @@ def _lengths_of_files(folder: Path, names: list[str], sample_rate: int) -> tuple
     return found, faulty, shown
 
 
-def _checked(folder: Path, config: DoctorConfig) -> Finding:
+def _checked(folder: Path, config: DoctorConfig, several_lengths: bool) -> Finding:
     clean, excluded, meta = (folder / name for name in ("meta_clean.csv", "meta_excluded.csv", "meta.csv"))
     if not clean.is_file():
         if (folder / synth.MARK).is_file():
@@ -260,7 +264,7 @@ def _checked(folder: Path, config: DoctorConfig) -> Finding:
     else:
         n_out = len(excluded.read_text().splitlines()) - 1
         return Finding("checked", "ok", f"{clean.name} leaves out {n_out:,} recordings ({excluded.name} says why)")
-    return Finding("checked", "warn", what, config.check(folder))
+    return Finding("checked", "warn", what, config.check(folder, several_lengths))
 
 
 def _quietly(what: Callable):

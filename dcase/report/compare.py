@@ -108,7 +108,7 @@ def _cells(groups: Sequence[Group], place: str, count: bool = False) -> list[str
     """Return one figure of every group as "82.53 ± 0.93 (+2.18) *"; * marks the best."""
     means = [group.mean(place) for group in groups]
     known = [mean for mean in means if mean is not None]
-    marked = len(set(known)) > 1 and not different_clips(groups) and (count or not _few_clips(groups))
+    marked = len(set(known)) > 1 and not different_clips(groups) and not _few_clips(groups)
     best = (min if count else max)(known) if marked else None
     cells = []
     for group, mean in zip(groups, means, strict=True):

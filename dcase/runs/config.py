@@ -351,6 +351,11 @@ def _resumed(cls: type[Config], description: str, args: list[str] | None) -> tup
     config = cli.parse(cls, description, default, args)
     before, after = default.fit.n_epochs, config.fit.n_epochs
     if after > before:
+        if not (run.folder / "results.json").is_file():
+            again = resume_command(script, run_id, project_name)
+            raise UserError(
+                f"--n_epochs {after}: run {run_id} was planned for {before} epochs: let it end first: {again}"
+            )
         how = f"start a new one with --n_epochs {after}"
         if cls is BaseConfig:
             how = f"train on from its weights in a new run, with --init_from {run_id} --n_epochs {after - before}"
@@ -513,6 +518,7 @@ def start_run(
             yield run
         except UserError:
             if began and is_main() and isinstance(config, TrainConfig) and run.has_only_begun():
+                print(f"nothing was trained: {run.folder}/ is removed")
                 shutil.rmtree(run.folder, ignore_errors=True)
             raise
 

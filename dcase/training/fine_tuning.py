@@ -172,7 +172,8 @@ class FineTuning:
             chosen = " (chosen)" if choice == best and len(choices) > 1 else ""
             print(f"--lr {lr:g} --own_share {share:g}{chosen}: the validation loss {found[choice][0].together}")
         verdict, after = found[best]
-        print(f"mean over the devices ({', '.join(verdict.heard)}): the validation loss {verdict.together}")
+        heard = ", ".join(verdict.heard) or "none has validation clips of two locations, and nothing can be decided"
+        print(f"mean over the devices ({heard}): the validation loss {verdict.together}")
         return {d: self._outcome(d, best, verdict, before.get(d), after.get(d)) for d in devices}
 
     def _outcome(

@@ -26,7 +26,8 @@ class Fall:
     error: float
 
     def __str__(self) -> str:
-        return f"{'falls' if self.mean > 0 else 'rises'} by {abs(self.mean):.3f} (standard error {self.error:.3f})"
+        error = f"standard error {self.error:.3f}" if math.isfinite(self.error) else "of one location: may be chance"
+        return f"{'falls' if self.mean > 0 else 'rises'} by {abs(self.mean):.3f} ({error})"
 
 
 @dataclass(frozen=True)
