@@ -458,7 +458,7 @@ def test_the_commands_have_the_flags_that_were_given(data):
     flags = ["--pack_dir", f"{data}/other pack", "--sample_rate", "8000", "--orig_sample_rate", "22050"]
     found = {one.name: one.fix for one in places("--dataset_dir", data, *flags)}
     flags = f"--pack_dir '{data}/other pack' --sample_rate 8000 --orig_sample_rate 22050"
-    assert found["lengths"] == f"python train_base.py --dataset_dir {data} {flags} --target_length 2"
+    assert found["lengths"] == f"python train_base.py --dataset_dir {data} --target_length 2 {flags}"
     assert found["pack"] == f"python -m dcase.prepare --dataset_dir {data} --pack {flags}"
     assert found["checked"] == f"python -m dcase.prepare --dataset_dir {data} --orig_sample_rate 22050"
     shutil.rmtree(data / "audio")
@@ -512,7 +512,7 @@ def test_recordings_of_other_rates(data, diagnose):
         soundfile.write(path, noise(i, rate // 10), rate)
     found = diagnose("pack")
     assert found.state == "FAIL" and "was resampled from 44100 to 32000 Hz" in found.found and "16000" in found.found
-    assert found.fix == f"python -m dcase.prepare --dataset_dir {data} --pack"
+    assert found.fix == f"python -m dcase.prepare --dataset_dir {data} --pack --sample_rate 16000"
     pack_clips(data, PrepareConfig(pack=True, num_workers=0))
     for read_from in ("auto", "wav"):
         found = diagnose("rate", "--read_from", read_from)

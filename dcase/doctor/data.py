@@ -59,8 +59,8 @@ class DoctorConfig:
     def train(self, folder: Path, *flags: str) -> str:
         return data_command("python train_base.py", self, folder, *flags, given=(*PACKING, *vars(self.logmel)))
 
-    def check(self, folder: Path, several_lengths: bool = False) -> str:
-        any_length = ["--any_length"] if several_lengths or self.logmel.target_length is not None else []
+    def check(self, folder: Path, are_mixed: bool = False) -> str:
+        any_length = ["--any_length"] if are_mixed or self.logmel.target_length is not None else []
         return data_command("python -m dcase.prepare", self, folder, *any_length, given=("orig_sample_rate",))
 
 
@@ -113,14 +113,14 @@ def _contents(folder: Path, config: DoctorConfig) -> list[Finding]:
     usual = config.data.orig_sample_rate or usual_rate(rates)
     config = replace(config, logmel=fitting(asked_for, usual))  # so that all commands fit each other
     packed, sound = _pack(folder, config, splits, usual)
-    lengths = _lengths(folder, config, splits, sound)
+    lengths, are_mixed = _lengths(folder, config, splits, sound)
     return [
         *lists,
         *([Finding("scenes", "warn", untrained, OWN_DATA)] if untrained else []),
         *_recordings(folder, config, splits, sound),
         _rate(folder, config, rates, usual, empty_bins(asked_for, usual)),
         *lengths,
-        _checked(folder, config, any((one.name, one.state) == ("lengths", "FAIL") for one in lengths)),
+        _checked(folder, config, are_mixed),
         packed,
     ]
 
@@ -193,11 +193,14 @@ def _rate(folder: Path, config: DoctorConfig, rates: Counter[int], rate: int, un
     return Finding("rate", "ok", what)
 
 
-def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound: Sound) -> list[Finding]:
-    """Check that all clips have one length: without --target_length, training refuses any other one."""
+def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound: Sound) -> tuple[list[Finding], bool]:
+    """Check that all clips have one length: without --target_length, training refuses any other one.
+
+    Return also whether more than half of them have another one: `dcase.prepare` refuses to exclude so many.
+    """
     if config.logmel.target_length is not None:
         what = f"any: --target_length {config.logmel.target_length} pads or crops every clip"
-        return [Finding("lengths", "ok", what)]
+        return [Finding("lengths", "ok", what)], False
     names = np.unique(np.concatenate([clips.filenames for clips in splits.values()]))
     decoded = [name.decode() for name in names.tolist()]
     findings, faulty = [], []
@@ -206,27 +209,31 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
         shown = f"all {len(found):,} clips"
     else:
         found, faulty, shown = _lengths_of_files(folder, decoded, sound.sample_rate)
+    # Of equally frequent lengths the shortest: its model is the smallest.
     counts = Counter(found.values())
+    usual, n_usual = max(counts.items(), key=lambda pair: (pair[1], -pair[0]), default=(0, 0))
+    are_mixed = 2 * n_usual < len(found)
     if faulty:
         what = f"in {shown}: {len(faulty):,} unreadable, empty or cut short ({faulty[0]}, ...)"
-        check = config.check(folder, len(counts) > 1)
+        check = config.check(folder, are_mixed)
         findings.append(Finding("recordings", "FAIL", f"{what}: replace or exclude them", check))
     if not found:
-        return findings
-    usual, n_usual = max(counts.items(), key=lambda pair: (pair[1], -pair[0]))  # of equally frequent ones the shortest
+        return findings, are_mixed
     length = f"{usual:,} samples at {sound.sample_rate} Hz ({usual / sound.sample_rate:.4g} s)"
     if n_usual == len(found):
-        return [*findings, Finding("lengths", "ok", f"{length} in {shown}")]
+        return [*findings, Finding("lengths", "ok", f"{length} in {shown}")], are_mixed
     other = next(name for name, n_samples in found.items() if n_samples != usual)
-    # `dcase.prepare` refuses to exclude more than half.
-    exclude = "exclude the others with `python -m dcase.prepare`, " if 2 * n_usual >= len(found) else ""
+    exclude = "" if are_mixed else "exclude the others with `python -m dcase.prepare`, "
     what = (
         f"several in {shown}: {len(found) - n_usual:,} have not the most frequent one, {length} ({other} has "
         f"{found[other]:,}). Training refuses that: cut them to one length, {exclude}or train with --target_length, "
         "which pads or crops every clip"
     )
     frames = 1 + usual * config.logmel.sample_rate // sound.sample_rate // config.logmel.hop_length
-    return [*findings, Finding("lengths", "FAIL", what, config.train(folder, "--target_length", str(frames)))]
+    return [
+        *findings,
+        Finding("lengths", "FAIL", what, config.train(folder, "--target_length", str(frames))),
+    ], are_mixed
 
 
 def _lengths_of_files(folder: Path, names: list[str], sample_rate: int) -> tuple[dict[str, int], list[str], str]:
@@ -251,7 +258,7 @@ def _lengths_of_files(folder: Path, names: list[str], sample_rate: int) -> tuple
     return found, faulty, shown
 
 
-def _checked(folder: Path, config: DoctorConfig, several_lengths: bool) -> Finding:
+def _checked(folder: Path, config: DoctorConfig, are_mixed: bool) -> Finding:
     clean, excluded, meta = (folder / name for name in ("meta_clean.csv", "meta_excluded.csv", "meta.csv"))
     if not clean.is_file():
         if (folder / synth.MARK).is_file():
@@ -264,7 +271,7 @@ def _checked(folder: Path, config: DoctorConfig, several_lengths: bool) -> Findi
     else:
         n_out = len(excluded.read_text().splitlines()) - 1
         return Finding("checked", "ok", f"{clean.name} leaves out {n_out:,} recordings ({excluded.name} says why)")
-    return Finding("checked", "warn", what, config.check(folder, several_lengths))
+    return Finding("checked", "warn", what, config.check(folder, are_mixed))
 
 
 def _quietly(what: Callable):
