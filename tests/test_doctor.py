@@ -518,7 +518,7 @@ def test_recordings_of_other_rates(data, diagnose):
         found = diagnose("rate", "--read_from", read_from)
         assert found.state == "warn" and "recordings are read at 16000 Hz" in found.found
         assert "of 18 looked at, 2 have 48000 Hz" in found.found and "end at 8000 Hz" in found.found
-        front_end = "--sample_rate 16000 --n_fft 2048 --window_length 1536 --hop_length 250"
+        front_end = "--sample_rate 16000 --window_length 1536 --hop_length 250 --n_fft 2048"
         assert found.fix == f"python train_base.py --dataset_dir {data} {front_end}"
         assert diagnose("lengths", "--read_from", read_from).state == "ok"
     assert diagnose("rate", "--orig_sample_rate", 44100).found.startswith("recordings are read at 44100 Hz")

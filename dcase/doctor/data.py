@@ -230,10 +230,8 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
         "which pads or crops every clip"
     )
     frames = 1 + usual * config.logmel.sample_rate // sound.sample_rate // config.logmel.hop_length
-    return [
-        *findings,
-        Finding("lengths", "FAIL", what, config.train(folder, "--target_length", str(frames))),
-    ], are_mixed
+    train = config.train(folder, "--target_length", str(frames))
+    return [*findings, Finding("lengths", "FAIL", what, train)], are_mixed
 
 
 def _lengths_of_files(folder: Path, names: list[str], sample_rate: int) -> tuple[dict[str, int], list[str], str]:
