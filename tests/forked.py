@@ -96,6 +96,7 @@ def _become(name: str, args: list[str], cwd: str, env: dict, files: list[str]) -
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this under nohup
     multiprocessing.set_start_method(None, force=True)  # the usual one for the script's own processes
     os.environ.clear()
     os.environ.update(env)

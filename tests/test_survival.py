@@ -31,6 +31,7 @@ from test_scripts import copy_general
 
 import train_base
 from dcase import files
+from dcase.data.labels import TAU22_LABELS
 from dcase.errors import UserError
 from dcase.runs.checkpoints import load_checkpoint, merged_checkpoint, newest_checkpoint
 from dcase.runs.config import DeviceConfig
@@ -284,7 +285,7 @@ def test_parts_that_do_not_belong_together():
 
 
 def test_unknown_device():
-    said = refusal(lambda: DeviceConfig(only_devices="a,s4"))
+    said = refusal(DeviceConfig(only_devices="a,s4").devices_to_tune, TAU22_LABELS)
     assert said == "--only_devices a,s4: known devices are a,b,c,s1,s2,s3"
 
 
@@ -317,7 +318,8 @@ def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypa
 
 
 def test_of_equal_scores_the_first_epoch_is_the_best(tmp_path):
-    trainer, module = MagicMock(loggers=[]), MagicMock(results={"macro_avg_acc": 0.5, "loss": 1.0})
+    trainer = MagicMock(loggers=[], max_epochs=2)
+    module = MagicMock(results={"macro_avg_acc": 0.5, "loss": 1.0}, total_steps=2)
     module.averaged.side_effect = nullcontext
     keep = KeepCheckpoints(tmp_path, Plan(epochs=2, batches=1), StopRequest())
     for epochs in (1, 2):
