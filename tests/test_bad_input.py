@@ -367,6 +367,7 @@ RUN_FILES = {  # file of a run: its content, or what changes it; what the error 
         lambda r: r["device_group_acc"].update(odd=0.5),
         "results.json cannot be read (device_group_acc of",
     ),
+    "results.json   ": (lambda r: r.update(device_avg_acc={"x": 1}), "results.json cannot be read (device_avg_acc: "),
     "results.json  ": (DEEP, "results.json cannot be read (maximum recursion depth"),
     "config.json": (DEEP, "config.json cannot be read (maximum recursion depth"),
     "config.json ": (lambda c: c.update(config=[]), "config.json cannot be read (config: Input should be"),

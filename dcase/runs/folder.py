@@ -116,6 +116,7 @@ class Results(Schema):
     macro_avg_acc: Share | None
     acc: Share | None
     loss: float | None
+    device_avg_acc: Share | None = None
     n_clips: Count
     scene_acc: dict[str, Share | None]
     device_acc: dict[str, Share | None]
