@@ -78,7 +78,7 @@ def frames_of(config: LogMelConfig, samples: int, orig_sample_rate: int) -> int:
 
 def fitting(config: LogMelConfig, orig_sample_rate: int) -> LogMelConfig:
     """Return the front end for recordings of that rate (Hz): this one, or one of their rate with the same durations
-    where some of its mel bins would hear nothing."""
+    where some of its mel bins would be empty."""
     if not empty_bins(config, orig_sample_rate) or config.f_min >= orig_sample_rate / 2:
         return config
     share, end = orig_sample_rate / config.sample_rate, orig_sample_rate / 2
@@ -100,11 +100,10 @@ def empty_bins(config: LogMelConfig, orig_sample_rate: int) -> str:
     if empty < 1:
         return ""
     if empty >= config.n_mels:
-        return (
-            f"recordings of {orig_sample_rate} Hz end at {end:g} Hz, below --f_min {config.f_min:g}: nothing is heard"
-        )
+        below = f"below --f_min {config.f_min:g}"
+        return f"recordings of {orig_sample_rate} Hz end at {end:g} Hz, {below}: every mel bin is empty"
     of = f"{empty} of the {config.n_mels} mel bins"
-    return f"recordings of {orig_sample_rate} Hz end at {end:g} Hz: the highest {of} hear nothing"
+    return f"recordings of {orig_sample_rate} Hz end at {end:g} Hz: the highest {of} are empty"
 
 
 def samples_for(config: LogMelConfig, sample_rate: int) -> int | None:
