@@ -104,7 +104,7 @@ class Pretrained:
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
+            reason = str(error).splitlines()[1].strip()[:300]
             raise ValueError(f"{path / WEIGHTS} does not fit {CONFIG} beside it: {reason}") from error
         return model.eval()
 

@@ -331,6 +331,7 @@ TYPED_WRONG = {  # place in a checkpoint: what is there, what the error names
     "device_ids": (None, "device_ids: Input should be a valid list"),
     "device_ids ": (["a", "a"], "device_ids has a device twice"),
     "state_dict": (None, "state_dict: Input should be a valid dictionary"),
+    "state_dict more": (torch.zeros(()).expand(2**30), "more claims more values than the file holds"),
     "clips_id": ([[[]]], "clips_id: Input should be a valid string"),
     "average": ({"steps": 3, "average": [1]}, "average.average: Input should be a valid dictionary"),
 }

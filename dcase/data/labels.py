@@ -76,7 +76,7 @@ class Labels:
         if len(scenes) < 2 or not devices:
             raise UserError(f"{what}: it needs two scenes and one device at least")
         if both := set(scenes) & set(devices):
-            raise UserError(f"{what}: {min(both)!r} is a scene and a device: give one of them another name")
+            raise UserError(f"{what}: {min(both)!r:.60} is a scene and a device: give one of them another name")
         groups = plain.get("device_groups") or {"seen": devices}
         if not isinstance(groups, Mapping) or set(groups) - set(DEVICE_GROUPS):
             raise UserError(f"{what}: device_groups must be lists of devices under {', '.join(DEVICE_GROUPS)}")
@@ -84,7 +84,9 @@ class Labels:
         grouped = Counter(device for members in groups.values() for device in members)
         if grouped != Counter(devices):
             wrong = min({*grouped, *devices} - {name for name in devices if grouped[name] == 1})
-            raise UserError(f"{what}: the device {wrong!r} must be among the devices, and in one of the device_groups")
+            raise UserError(
+                f"{what}: the device {wrong!r:.60} must be among the devices, and in one of the device_groups"
+            )
         return cls(scenes, devices, groups)
 
     def plain(self) -> dict:
@@ -124,10 +126,14 @@ def _checked(names: object, kind: str, what: str) -> tuple[str, ...]:
     same = Counter(name.lower() if kind == "devices" else name for name in names)  # a disk may not tell a from A
     for name in names:
         if same[name.lower() if kind == "devices" else name] > 1:
-            raise UserError(f"{what}: {name!r} is in its {kind} twice" + (", as A is a" if kind == "devices" else ""))
+            raise UserError(
+                f"{what}: {name!r:.60} is in its {kind} twice" + (", as A is a" if kind == "devices" else "")
+            )
         if name in _TAKEN[kind]:
-            raise UserError(f"{what}: {name!r} in its {kind} has a meaning of its own here: give it another name")
+            raise UserError(f"{what}: {name!r:.60} in its {kind} has a meaning of its own here: give it another name")
         if not (re.fullmatch(pattern, name) and name.isprintable()):
             of = "up to 40 letters, digits, _ and -" if kind == "devices" else "up to 60 visible characters"
-            raise UserError(f"{what}: {name!r} in its {kind} is no name: a name has {of}, and does not begin with -")
+            raise UserError(
+                f"{what}: {name!r:.60} in its {kind} is no name: a name has {of}, and does not begin with -"
+            )
     return tuple(names)

@@ -17,6 +17,7 @@ from dcase.files import keep_copy, replace_file
 from dcase.schema import Count, Name, Schema, checked
 
 FORMAT = 1
+MOST_BYTES = 2**30  # of a weight that repeats one value
 
 
 class _Config(Schema):
@@ -90,6 +91,9 @@ def _read(path: Path) -> dict:
 def whole(checkpoint: dict, what: str) -> dict:
     """Return a checkpoint. Raises `UserError`, which begins with ``what``, where it is not a `Checkpoint`."""
     checked(Checkpoint, checkpoint, what)
+    for name, value in checkpoint["state_dict"].items():  # a small file may claim any size, by strides of 0
+        if value.nbytes > max(MOST_BYTES, value.untyped_storage().nbytes()):
+            raise UserError(f"{what}: {name:.60} claims more values than the file holds")
     labels, device_ids = Labels.from_plain(checkpoint, what), checkpoint["device_ids"]
     if len(set(device_ids) & set(labels.devices)) < len(device_ids):
         raise UserError(f"{what}: device_ids has a device twice, or one that is not among its devices")

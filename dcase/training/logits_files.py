@@ -93,7 +93,7 @@ def _npz(path: Path, key: str, ours: Sequence[str], *_) -> tuple[np.ndarray, np.
         scenes = arrays["scenes"].tolist() if "scenes" in arrays.files else list(ours)
     if filenames.dtype.kind == "S":
         filenames = np.char.decode(filenames)
-    if len(filenames) != len(logits):
+    if filenames.ndim != 1 or len(filenames) != len(logits):
         raise ValueError(f"filename has {len(filenames)} rows, and {key} has {len(logits)}")
     if logits.shape[1] != len(scenes) or len(scenes) != len(ours):
         raise ValueError(f"{key} has {logits.shape[1]} columns, scenes has {len(scenes)}: there are {len(ours)} scenes")
