@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import TextIO
 
+LONGEST = 1500  # characters of a message: torch's, for one, may name a thousand weights
 DOCTOR = " (`python -m dcase.doctor` tells more)"
 
 
@@ -36,7 +37,8 @@ class UserError(Exception):
 
     def __init__(self, message: object = ""):
         text = str(message).strip().rpartition("UserError: ")[2]  # a reading process puts a traceback before it
-        super().__init__(printable(re.sub(r"\s*\n\s*", " ", text)))
+        line = printable(re.sub(r"\s*\n\s*", " ", text))
+        super().__init__(line if len(line) <= LONGEST else f"{line[:LONGEST]} ...")
 
 
 class Stopped(Exception):
