@@ -281,7 +281,8 @@ def main() -> None:
     seconds = span.window / rate
     own = ", ".join(module.device_models) or "none"
     print(f"{module.config.model.model}: windows of {seconds:.2f} s; devices with a model of their own: {own}")
-    if module.device_models and all(one.device_id == UNKNOWN for one in recordings):
+    nobody_tells = config.device_id == "auto" and all(one.device_id == UNKNOWN for one in recordings)
+    if module.device_models and nobody_tells:
         print("no file name tells its device, so the general model predicts all; --device_id or --list name devices")
     summary = Summary(SHOWN if config.out else math.inf, seconds)
     results = _results(module, recordings, config, summary)

@@ -123,12 +123,11 @@ def _checked(names: object, kind: str, what: str) -> tuple[str, ...]:
     if len(names) > _MOST[kind]:
         raise UserError(f"{what}: it has {len(names):,} {kind}, and {_MOST[kind]} are the most: is that column right?")
     pattern = r"\w[\w-]{0,39}" if kind == "devices" else r"[^\s-](.{0,58}\S)?"  # a device's name is a folder's, too
-    same = Counter(name.lower() if kind == "devices" else name for name in names)  # a disk may not tell a from A
-    for name in names:
-        if same[name.lower() if kind == "devices" else name] > 1:
-            raise UserError(
-                f"{what}: {name!r:.60} is in its {kind} twice" + (", as A is a" if kind == "devices" else "")
-            )
+    folders = [name.lower() if kind == "devices" else name for name in names]  # a disk may not tell a from A
+    for name, folder in zip(names, folders, strict=True):
+        if folders.count(folder) > 1:
+            also = ", as A is a" if kind == "devices" else ""
+            raise UserError(f"{what}: {name!r:.60} is in its {kind} twice{also}")
         if name in _TAKEN[kind]:
             raise UserError(f"{what}: {name!r:.60} in its {kind} has a meaning of its own here: give it another name")
         if not (re.fullmatch(pattern, name) and name.isprintable()):

@@ -57,9 +57,11 @@ class DoctorConfig:
     """Folder of the runs, whose disk is checked."""
 
     def train(self, folder: Path, *flags: str) -> str:
+        """Return the command that trains on the folder with these flags and those given to the doctor."""
         return data_command("python train_base.py", self, folder, *flags, given=(*PACKING, *vars(self.logmel)))
 
     def check(self, folder: Path, are_mixed: bool = False) -> str:
+        """Return the command that checks the recordings; ``are_mixed``: most have other lengths, and must be kept."""
         any_length = ["--any_length"] if are_mixed or self.logmel.target_length is not None else []
         return data_command("python -m dcase.prepare", self, folder, *any_length, given=("orig_sample_rate",))
 

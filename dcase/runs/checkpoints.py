@@ -93,7 +93,7 @@ def whole(checkpoint: dict, what: str) -> dict:
     checked(Checkpoint, checkpoint, what)
     for name, value in checkpoint["state_dict"].items():  # a small file may claim any size, by strides of 0
         if value.nbytes > max(MOST_BYTES, value.untyped_storage().nbytes()):
-            raise UserError(f"{what}: {name:.60} claims more values than the file holds")
+            raise UserError(f"{what}: {name:.60} claims more values than the file holds: take another copy of it")
     labels, device_ids = Labels.from_plain(checkpoint, what), checkpoint["device_ids"]
     if len(set(device_ids) & set(labels.devices)) < len(device_ids):
         raise UserError(f"{what}: device_ids has a device twice, or one that is not among its devices")
