@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aum.init import a_log, init_dt_proj
-from aum.scan import BACKENDS, causal_conv1d, choose, loop_scan, selective_scan_fn
+from aum.scan import BACKENDS, causal_conv1d, choose, loop_scan, padding_mask, selective_scan_fn
 from aum.scan.fused import mixer
 
 Direction = Literal["fo_fo", "fo_bi", "bi_bi"]
@@ -71,18 +71,23 @@ class BiMamba(nn.Module):
         if not suffix:
             self.A_log = a_log(d, n)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """``lengths`` (b,): the steps of each clip of a batch that is padded at the end, with any values. Each clip is
+        then computed as if it were alone, and the padding's outputs are 0. Or the mask that `padding_mask` returns."""
+        padding = padding_mask(lengths, *hidden.shape[:2], hidden.device)
+        if padding is not None:
+            hidden = hidden.masked_fill(padding.unsqueeze(-1), 0)
         xz = self.in_proj(hidden)  # (b, l, 2d): x first, the gate z last
         backend = choose(xz.device.type, xz.dtype)
         fused = BACKENDS[backend].fused and all(map(_is_plain, self._inner_modules()))
-        y = self._fused(xz, backend) if fused else self._composed(xz, backend)
+        y = self._fused(xz, padding, backend) if fused else self._composed(xz, padding, backend)
         return self.out_proj(y)
 
     def _inner_modules(self) -> Iterator[nn.Module]:
         names = ("conv1d", "x_proj", "dt_proj")
         return (getattr(self, name + suffix) for name in names for suffix in self._suffixes)
 
-    def _fused(self, xz: Tensor, backend: str) -> Tensor:
+    def _fused(self, xz: Tensor, padding: Tensor | None, backend: str) -> Tensor:
         """Compute everything between the outer projections as one operation: (b, l, 2d) -> (b, l, d)."""
 
         def branches(name: str) -> Tensor:
@@ -99,32 +104,34 @@ class BiMamba(nn.Module):
             branches("D{}"),
         )
         if backend == "loop":
-            return loop_scan.mixer(xz, *parameters)
+            return loop_scan.mixer(xz, *parameters, padding)
         keep = torch.is_grad_enabled() and (xz.requires_grad or any(x.requires_grad for x in parameters))
-        return mixer(xz, *parameters, keep, backend)[0]
+        return mixer(xz, *parameters, padding, keep, backend)[0]
 
-    def _composed(self, xz: Tensor, backend: str) -> Tensor:
+    def _composed(self, xz: Tensor, padding: Tensor | None, backend: str) -> Tensor:
         """Compute the same step by step, for backends that only scan and for inner modules that are not plain."""
         x, z = xz.transpose(1, 2).chunk(2, dim=1)  # (b, d, l) each
         if self.direction == "bi_bi":
-            y = self._branch(x, z, "", False, backend) + self._branch(x, z, "_b", True, backend)
+            y = self._branch(x, z, "", False, padding, backend) + self._branch(x, z, "_b", True, padding, backend)
             y = y / 2
         elif self.direction == "fo_bi":
-            inputs = self._scan_inputs(x, "", False, backend)
+            inputs = self._scan_inputs(x, "", False, padding, backend)
             y = self._scan(inputs, self.A_log, z, "", reverse=False)
             y = y + self._scan(inputs, self.A_b_log, z, "", reverse=True)
         else:
-            y = self._branch(x, z, "", False, backend)
+            y = self._branch(x, z, "", False, padding, backend)
         return y.transpose(1, 2)
 
-    def _branch(self, x: Tensor, z: Tensor, suffix: str, reverse: bool, backend: str) -> Tensor:
+    def _branch(self, x, z, suffix: str, reverse: bool, padding: Tensor | None, backend: str) -> Tensor:
         A_log = self.A_b_log if suffix else self.A_log
-        return self._scan(self._scan_inputs(x, suffix, reverse, backend), A_log, z, suffix, reverse)
+        return self._scan(self._scan_inputs(x, suffix, reverse, padding, backend), A_log, z, suffix, reverse)
 
-    def _scan_inputs(self, x: Tensor, suffix: str, reverse: bool, backend: str) -> tuple[Tensor, ...]:
+    def _scan_inputs(self, x, suffix: str, reverse: bool, padding: Tensor | None, backend: str) -> tuple[Tensor, ...]:
         """x (b, d, l) -> u (b, d, l), delta (b, d, l) before its bias, B and C (b, n, l)."""
         conv1d, x_proj, dt_proj = (getattr(self, f"{name}{suffix}") for name in ("conv1d", "x_proj", "dt_proj"))
         u = causal_conv1d(x, conv1d.weight.squeeze(1), conv1d.bias, reverse, backend)
+        if padding is not None:  # scans from the end start with the clip
+            u = u.masked_fill(padding.unsqueeze(1), 0)
         projected = x_proj(u.transpose(1, 2))  # (b, l, r + 2n)
         dt, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = F.linear(dt, dt_proj.weight)  # its bias is added in the scan, in float32
@@ -173,5 +180,6 @@ class Block(nn.Module):
         self.mixer = mixer
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop_path(self.mixer(self.norm(x)))
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        x = self.norm(x)
+        return self.drop_path(self.mixer(x) if lengths is None else self.mixer(x, lengths))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aum.hub import Pretrained
 from aum.init import init_last_linear, init_patch_embed, init_token, scale_out_proj
 from aum.mamba import BiMamba, Block, Direction, wide
+from aum.scan import padding_mask
 from aum.scan.grid import fits
 from aum.stem import Normed, RelaxedMeanNorm, Stem, convolve, is_plain
 
@@ -319,45 +320,55 @@ class AudioMamba(nn.Module, Pretrained):
         for layer in self.layers:
             scale_out_proj(layer.mixer.out_proj, config.depth)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Log-mel (b, 1, n_mels, frames) -> logits (b, n_classes).
 
+        ``lengths`` (b,): the frames of each clip of a batch that is padded at the end, with any finite values; best on
+        the CPU. Each clip's logits and gradients are then those of the clip alone: its patches are those within its own
+        frames, and the class token stands among them.
+
         Raises ValueError where the log-mel does not have ``config.n_mels`` bins, is shorter than one patch, or, with a
-        position embedding, does not give the grid it was made for.
+        position embedding, does not give the grid it was made for; where a clip is shorter than one patch or longer
+        than the log-mel; and where ``lengths`` are given to a model that mixes frames before or after its blocks.
         """
         if self.config.head == "patch":
-            return self.head(self._blocks(x)[0])
-        features = self.forward_features(x)
+            return self.head(self._blocks(x, lengths)[0])
+        features = self.forward_features(x, lengths)
         return self.classifier(features) if self.config.head == "mlp" else self.head(features)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Log-mel (b, 1, n_mels, frames) -> (b, embed_dim): the mean over every token, or the class token."""
-        x, cls_index = self._blocks(x)
+    def forward_features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Log-mel (b, 1, n_mels, frames) -> (b, embed_dim): the mean over every token, or the class token. ``lengths``
+        as in `forward`."""
+        x, cls_index, padding = self._blocks(x, lengths)
         x = self.head.features(x) if self.config.head == "patch" else self.norm_f(x)
-        return x.mean(1) if self.config.pool == "mean" else x[:, cls_index]
+        if self.config.pool == "cls":
+            return x[:, cls_index] if padding is None else x[torch.arange(len(x), device=x.device), cls_index]
+        return x.mean(1) if padding is None else x.sum(1) / (~padding).sum(1, keepdim=True)  # the padding's is 0
 
-    def _blocks(self, x: Tensor) -> tuple[Tensor, int | None]:
-        """Log-mel -> tokens (b, l, embed_dim) after all blocks, and the class token's index."""
+    def _blocks(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, int | Tensor | None, Tensor | None]:
+        """Log-mel -> tokens (b, l, embed_dim) after all blocks, the class token's index, or each clip's, and the
+        padding (b, l), whose tokens are 0."""
         grid = self.config.grid_of(x.shape[-1])
-        x, cls_index = self._tokens(x)
+        x, cls_index, padding = self._tokens(x, lengths)
         x = wide(x)  # the residual stream
         if self.config.paired_layers:
             # In the earlier code's pairs, both layers add to the stream that the pair was given, so it doubles.
             for forward, backward in zip(self.layers[::2], self.layers[1::2], strict=True):
-                x = 2 * x + forward(x) + backward(x.flip(1)).flip(1)
+                x = 2 * x + forward(x, padding) + _flip(backward(_flip(x, padding), padding), padding)
         else:
             for i, layer in enumerate(self.layers):
                 if self.config.local_conv:
                     x = x + self.local[i](x, grid)
                 if self.config.row_scan:
-                    rows = layer(rearrange(x, "b (m t) d -> (b m) t d", t=grid[1]))
+                    of_rows = None if padding is None else rearrange(padding, "b (m t) -> (b m) t", t=grid[1])
+                    rows = layer(rearrange(x, "b (m t) d -> (b m) t d", t=grid[1]), of_rows)
                     x = x + rearrange(rows, "(b m) t d -> b (m t) d", m=grid[0])
                 else:
-                    x = x + layer(x)
-        return x, cls_index
+                    x = x + layer(x, padding)
+        return x, cls_index, padding
 
-    def _tokens(self, x: Tensor) -> tuple[Tensor, int | None]:
-        """Log-mel -> tokens (b, l, embed_dim) with the class token in its place, and its index."""
+    def _tokens(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, int | Tensor | None, Tensor | None]:
+        """Log-mel -> tokens (b, l, embed_dim) with the class token in its place, and the rest of `_blocks`."""
         config = self.config
         if x.dim() != 4 or x.shape[1] != 1 or x.shape[2] != config.n_mels:
             raise ValueError(f"a log-mel is (b, 1, {config.n_mels}, frames) for this model; got {tuple(x.shape)}")
@@ -370,18 +381,65 @@ class AudioMamba(nn.Module, Pretrained):
                 f"{x.shape[3]} frames make a grid of {grid[0]} x {grid[1]} patches, but the position embedding is for "
                 f"{self.pos_embed.grid[0]} x {self.pos_embed.grid[1]}: target_length is {config.target_length} frames"
             )
+        padding = None if lengths is None else self._padding(lengths, *x.shape[::3], x.device)
         x = self.freq_norm(x) if config.freq_norm else x
         x = self.patch_embed(self.stem(x) if config.stem else x)
         b, l, _ = x.shape
         if config.cls_position == "none":
-            return (x + self.pos_embed.rows() if config.pos_embed else x), None
+            x = x + self.pos_embed.rows() if config.pos_embed else x
+            return (x, None, None) if padding is None else self._own_tokens(x, None, padding)
         cls = self.cls_token
         if config.pos_embed:
             rows = self.pos_embed.rows()
             cls, x = cls + rows[:, :1], x + rows[:, 1:]
-        index = {"start": 0, "middle": l // 2, "end": l}[config.cls_position]
         cls = cls.expand(b, -1, -1).to(x.dtype)
-        return torch.cat([x[:, :index], cls, x[:, index:]], dim=1), index
+        if padding is not None:
+            return self._own_tokens(x, cls, padding)
+        index = {"start": 0, "middle": l // 2, "end": l}[config.cls_position]
+        return torch.cat([x[:, :index], cls, x[:, index:]], dim=1), index, None
+
+    def _padding(self, lengths: Tensor, b: int, frames: int, device: torch.device) -> Tensor | None:
+        """Frames of each clip -> which columns of patches are padding, (b, grid_time); None where none is."""
+        config = self.config
+        mixing = [name for name in ("freq_norm", "stem", "pos_embed", "local_conv") if getattr(config, name)]
+        mixing += ["head patch"] if config.head == "patch" else []
+        if mixing:
+            raise ValueError(
+                f"lengths do not go with {', '.join(mixing)}, which would mix a clip with its padding or are made for "
+                "one length: give this model batches of one length"
+            )
+        p, stride = config.patch_size[1], (config.strides or config.patch_size)[1]
+        padding_mask(lengths, b, frames, device, least=p)  # refuses what does not fit
+        columns = (torch.as_tensor(lengths) - p) // stride + 1
+        return padding_mask(columns, b, config.grid_of(frames)[1], device)
+
+    def _own_tokens(self, x: Tensor, cls: Tensor | None, padding: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Tokens (b, m t, d) of a padded grid -> what `_tokens` returns: each clip's own first, the class token among
+        them, then zeros. With row_scan the tokens stay where they are, each row with its own padding."""
+        m, t = x.shape[1] // padding.shape[1], padding.shape[1]
+        if self.config.row_scan:
+            padding = padding.repeat(1, m)
+            return x.masked_fill(padding.unsqueeze(-1), 0), None, padding
+        n_cls, own = int(cls is not None), (~padding).sum(1, keepdim=True)  # columns of a clip
+        n = m * own
+        at = {"start": torch.zeros_like(n), "middle": n // 2}.get(self.config.cls_position, n)
+        step = torch.arange(m * t + n_cls, device=x.device)
+        of_grid = step - (step > at).long() * n_cls
+        index = n_cls + of_grid // own * t + of_grid % own
+        padding = step >= n + n_cls
+        index = index.masked_fill(padding | (step == at), 0)  # 0 is the class token
+        x = torch.cat([cls, x], 1) if n_cls else x
+        x = x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2])).masked_fill(padding.unsqueeze(-1), 0)
+        return x, at.squeeze(1), padding
+
+
+def _flip(x: Tensor, padding: Tensor | None) -> Tensor:
+    """Tokens (b, l, d) of each clip in reverse order, with the padding left at the end."""
+    if padding is None:
+        return x.flip(1)
+    step = torch.arange(x.shape[1], device=x.device)
+    index = torch.where(padding, step, (~padding).sum(1, keepdim=True) - 1 - step)
+    return x.gather(1, index.unsqueeze(-1).expand_as(x))
 
 
 # Named sizes: fields that differ from AuMConfig's defaults. Tiny, small and base are AuM's. aum_nano (16 bit) and

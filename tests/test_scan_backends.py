@@ -238,7 +238,8 @@ def test_opcheck_of_the_mixer(branches, scans):
     b, l, d, n, r = 2, 5, 20, 4, 3
     k = branches
     tensors = leaves((b, l, 2 * d), (k, d, 4), (k, d), (k, r + 2 * n, d), (k, d, r), (k, d), (scans, d, n), (k, d))
-    torch.library.opcheck(torch.ops.aum.mixer, (*tensors, True, "cpu"))
+    for padding in (None, torch.arange(l) >= torch.tensor([[5], [2]])):
+        torch.library.opcheck(torch.ops.aum.mixer, (*tensors, padding, True, "cpu"))
 
 
 @pytest.mark.parametrize("options", [True, False])

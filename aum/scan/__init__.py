@@ -1,7 +1,7 @@
 """The selective scan, and the only place that chooses how it is computed."""
 
 from aum.scan.backends import BACKENDS, available_backends, choose, is_forced, pass_over, use_backend
-from aum.scan.interface import causal_conv1d, selective_scan_fn
+from aum.scan.interface import causal_conv1d, padding_mask, selective_scan_fn
 
 __all__ = [
     "BACKENDS",
@@ -9,6 +9,7 @@ __all__ = [
     "causal_conv1d",
     "choose",
     "is_forced",
+    "padding_mask",
     "pass_over",
     "selective_scan_fn",
     "use_backend",

@@ -150,6 +150,7 @@ def mixer(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    padding: Tensor | None,
     keep: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -158,15 +159,20 @@ def mixer(
     Of each branch k: conv_weight (k, d, w), conv_bias (k, d), x_proj (k, r + 2n, d), dt_proj (k, d, r), dt_bias (k, d),
     D (k, d); of each scan s: A_log (s, d, n). The second scan runs backward, and so does the second branch's
     convolution. Two branches (``bi_bi``) are averaged; two scans of one branch (``fo_bi``) are added.
+
+    ``padding`` (b, l): True where xz is padding at the end of a clip, and 0. With u of 0 there too, scans from the end
+    start with the clip, and so do their gradients: the backward need not know it.
     """
     kernels, (x, z) = _kernels(backend), xz.chunk(2, dim=-1)
     (b, l, d), k, r = x.shape, len(D), dt_proj.shape[2]
-    if _is_short(backend, l, d, k, len(A_log), xz.dtype):
+    if padding is None and _is_short(backend, l, d, k, len(A_log), xz.dtype):
         parameters = map(_f32, (conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D))
         y, nothing = kernels.mixer_forward(xz, *parameters), xz.new_empty(0)
         return y, nothing, nothing.clone(), nothing.clone(), nothing.clone()
     with torch.autocast(xz.device.type, enabled=False):
         u = kernels.conv_forward(x, _f32(conv_weight), _f32(conv_bias), (False, True)[:k])
+        if padding is not None:
+            u.masked_fill_(padding.unsqueeze(-1), 0)
         p = u.view(k, b * l, d) @ x_proj.to(u.dtype).transpose(1, 2)
         delta = (p[..., :r] @ dt_proj.to(u.dtype).transpose(1, 2)).view(k, b, l, d)
         y, _, states = kernels.scan_forward(*_scan_arguments(u, p, delta, z, dt_bias, A_log, D, r), keep)
@@ -193,9 +199,9 @@ def _scan_arguments(u: Tensor, p: Tensor, delta: Tensor, z: Tensor, dt_bias, A_l
 
 
 @mixer.register_fake
-def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, keep, backend):
+def _(xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, padding, keep, backend):
     (b, l, _), (s, d, n), k = xz.shape, A_log.shape, D.shape[0]
-    keep = keep and not _is_short(backend, l, d, k, s, xz.dtype)
+    keep = keep and not (padding is None and _is_short(backend, l, d, k, s, xz.dtype))
     kept = ((k, b, l, d), (k, b * l, x_proj.shape[1]), (k, b, l, d)) if keep else ((0,), (0,), (0,))
     states = xz.new_empty(_kept(backend, keep, s, b, l, d, 1, n), dtype=torch.float32)
     return xz.new_empty(b, l, d), *(xz.new_empty(shape) for shape in kept), states
@@ -221,7 +227,7 @@ def mixer_backward(
     """Gradients of xz, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log and D."""
     kernels, (x, z) = _kernels(backend), xz.chunk(2, dim=-1)
     (b, l, d), k, (s, _, n), r = x.shape, len(D), A_log.shape, dt_proj.shape[2]
-    if _is_short(backend, l, d, k, s, xz.dtype):
+    if u.dim() == 1:  # nothing was kept: the kernels compute the whole mixer at once
         parameters = conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D
         dxz, *gradients = kernels.mixer_backward(dy, xz, *map(_f32, parameters))
         return dxz, *(g.to(x.dtype) for g, x in zip(gradients, parameters, strict=True))
@@ -254,7 +260,7 @@ def _(dy, *tensors):
 
 
 def _keep_for_mixer(ctx, inputs, output):
-    *tensors, keep, backend = inputs
+    *tensors, _, keep, backend = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:])
@@ -263,7 +269,7 @@ def _keep_for_mixer(ctx, inputs, output):
 
 def _backward_of_mixer(ctx, dy, *_):
     gradients = mixer_backward(dy.contiguous(), *ctx.saved_tensors, ctx.backend)
-    return *gradients, None, None
+    return *gradients, None, None, None
 
 
 mixer.register_autograd(_backward_of_mixer, setup_context=_keep_for_mixer)

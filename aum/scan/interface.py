@@ -5,6 +5,7 @@ Also the causal convolution before it, for the backends that are not fused with 
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from aum.scan import cuda_kernels, fused, loop_scan, torch_scan
 from aum.scan.backends import choose
+
+NO_STEP = -1e4  # before its softplus, a delta that is 0 after it, in every dtype
 
 
 def selective_scan_fn(
@@ -27,6 +30,7 @@ def selective_scan_fn(
     return_last_state: bool = False,
     *,
     reverse: bool = False,
+    lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Selective state-space scan: h_t = exp(delta_t A) h_{t-1} + delta_t u_t B_t;  y_t = C_t . h_t + D u_t.
@@ -45,6 +49,8 @@ def selective_scan_fn(
         return_last_state: also return the state after the last step scanned, (b, d, n), in the dtype of the state.
             Its gradient is the true one (``mamba_ssm`` leaves it out).
         reverse: scan from the last step to the first; the last state is then the one after step 0.
+        lengths: (b,), the steps of each clip of a padded batch; those after them are padding, which takes no part: y is
+            0 there, and the last state is that of the clip alone. None: all l.
         backend: one of `available_backends()`; ``None``: the environment variable ``AUM_SCAN_BACKEND``, else the
             fastest that fits the tensors. ``mamba_ssm`` gives the last state no gradient.
 
@@ -52,7 +58,8 @@ def selective_scan_fn(
         y (b, d, l), or (y, last state). The state is float32, or float64 where an input is float64.
 
     Raises:
-        ValueError: shapes that do not fit each other, a complex A, or a backend that does not exist or does not fit.
+        ValueError: shapes or lengths that do not fit each other, a complex A, or a backend that does not exist or does
+            not fit.
 
     Source: Algorithm 2 of arXiv:2312.00752; the signature is that of state-spaces/mamba,
     mamba_ssm/ops/selective_scan_interface.py, but for the keyword-only arguments.
@@ -71,14 +78,47 @@ def selective_scan_fn(
     state = functools.reduce(torch.promote_types, (x.dtype for x in (A, D, delta_bias) if x is not None), torch.float32)
     if state != torch.float32:
         dtype = torch.promote_types(dtype, state)
+    padding = padding_mask(lengths, b, l, u.device)
+    if padding is not None and delta_bias is not None and not delta_softplus:
+        delta, delta_bias = delta + delta_bias.unsqueeze(-1), None  # so that delta can be 0 there
+        dtype = torch.promote_types(dtype, delta.dtype)
     name = choose(u.device.type, dtype, backend)
     with torch.autocast(u.device.type, enabled=False):  # the state, A, D and the bias stay in float32
         u_, delta_, B, C, z = (x if x is None else x.to(dtype) for x in (u, delta, B, C, z))
         A, D, delta_bias = (x if x is None else x.to(state) for x in (A, D, delta_bias))
+        if padding is not None:  # with u and delta of 0, a step leaves the state as it is
+            padding = padding.unsqueeze(1)
+            u_, delta_ = u_.masked_fill(padding, 0), delta_.masked_fill(padding, NO_STEP if delta_softplus else 0)
         scan = _SCANS.get(name) or functools.partial(_channel_last, name)
         y, last_state = scan(u_, delta_, A, *_same_groups(B, C), D, z, delta_bias, delta_softplus, reverse)
-        y = y.to(u.dtype)
+        y = (y if padding is None else y.masked_fill(padding, 0)).to(u.dtype)
     return (y, last_state) if return_last_state else y
+
+
+def padding_mask(
+    lengths: Tensor | Sequence[int] | None, b: int, l: int, device: torch.device, least: int = 1
+) -> Tensor | None:
+    """Return which steps of a batch are padding, (b, l), True where they are, on ``device``; None where none is.
+
+    ``lengths``: the steps of each clip, (b,), padded at the end. A mask that this function returned is returned
+    again. Lengths on a GPU are waited for; those on the CPU cost nothing.
+
+    Raises ValueError, which begins with "lengths", where they are no whole numbers from ``least`` to l.
+    """
+    if lengths is None or isinstance(lengths, Tensor) and lengths.dtype == torch.bool:
+        return lengths
+    lengths = torch.as_tensor(lengths)
+    if tuple(lengths.shape) != (b,) or lengths.is_floating_point() or lengths.is_complex():
+        raise ValueError(
+            f"lengths are {b} whole numbers, one for each clip; got {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    if b and not torch.compiler.is_compiling():  # a compiled model cannot depend on their values
+        shortest, longest = map(int, lengths.aminmax())
+        if shortest < least or longest > l:
+            raise ValueError(f"lengths are from {least} to {l} here; got {shortest} to {longest}")
+        if shortest == l:
+            return None
+    return torch.arange(l, device=device) >= lengths.to(device).unsqueeze(1)
 
 
 _SCANS = {"torch": torch_scan.scan, "mamba_ssm": cuda_kernels.scan, "loop": loop_scan.scan}  # the others are fused

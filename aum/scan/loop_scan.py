@@ -73,6 +73,7 @@ def mixer(
     dt_bias: Tensor,
     A_log: Tensor,
     D: Tensor,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """xz (b, l, 2d) -> y (b, l, d): `fused.mixer`, which has the parameters, with both directions in one loop."""
     x, z = xz.transpose(0, 1).chunk(2, -1)  # (l, b, d)
@@ -80,6 +81,7 @@ def mixer(
     us, deltas, Bs, Cs, skips = [], [], [], [], []
     for i in range(k):
         u = _conv(x, conv_weight[i], conv_bias[i], reverse=i == 1)
+        u = u if padding is None else u.masked_fill(padding.mT.unsqueeze(-1), 0)
         dt, B, C = F.linear(u, x_proj[i]).split([r, n, n], -1)
         us.append(u)
         deltas.append(_softplus(F.linear(dt, dt_proj[i], dt_bias[i])))
