@@ -159,6 +159,13 @@ class AuMConfig:
         mels, frames = self.after_stem(self.n_mels, frames)
         return (mels - p_mel) // s_mel + 1, (frames - p_time) // s_time + 1
 
+    @property
+    def mixing(self) -> list[str]:
+        """Return the fields that keep a model from taking ``lengths``: they mix the frames of a clip and its padding
+        outside the blocks, or are for one length."""
+        names = [name for name in ("freq_norm", "stem", "pos_embed", "local_conv") if getattr(self, name)]
+        return [*names, *(["head patch"] if self.head == "patch" else [])]
+
     def after_stem(self, *size: int) -> tuple[int, ...]:
         """Return the stem's output size for mel bins and frames: each convolution halves them, rounded up."""
         return tuple(-(-n // 2 ** len(self.stem)) for n in size)
@@ -401,12 +408,10 @@ class AudioMamba(nn.Module, Pretrained):
     def _padding(self, lengths: Tensor, b: int, frames: int, device: torch.device) -> Tensor | None:
         """Frames of each clip -> which columns of patches are padding, (b, grid_time); None where none is."""
         config = self.config
-        mixing = [name for name in ("freq_norm", "stem", "pos_embed", "local_conv") if getattr(config, name)]
-        mixing += ["head patch"] if config.head == "patch" else []
-        if mixing:
+        if config.mixing:
             raise ValueError(
-                f"lengths do not go with {', '.join(mixing)}, which would mix a clip with its padding or are made for "
-                "one length: give this model batches of one length"
+                f"lengths do not go with {', '.join(config.mixing)}, which would mix a clip with its padding, or are "
+                "for one length: give this model batches of one length"
             )
         p, stride = config.patch_size[1], (config.strides or config.patch_size)[1]
         padding_mask(lengths, b, frames, device, least=p)  # refuses what does not fit

@@ -117,7 +117,10 @@ def trained(path: str) -> tuple[dict, complexity.Complexity]:
     checkpoint = load_trained(path)
     if Labels.from_plain(checkpoint, path).scenes != SCENES:
         raise UserError(f"--ckpt_path {path}: the challenge is about TAU22's ten scenes, and this model has others")
-    module = SceneClassifier.from_checkpoint(checkpoint, from_plain(EvalConfig, checkpoint["config"]))
+    config = from_plain(EvalConfig, checkpoint["config"])
+    if config.logmel.batch_lengths:
+        raise UserError(f"--ckpt_path {path}: the challenge's clips have one length: train without --batch_lengths")
+    module = SceneClassifier.from_checkpoint(checkpoint, config)
     cost = evaluation.measure(module)
     if not cost.memory_within_limit:
         fits = [bits for bits, n in cost.bytes_in_bits.items() if n <= complexity.MAX_PARAMS_MEMORY]

@@ -122,9 +122,9 @@ def test_a_resumed_run_keeps_its_own(model, tmp_path, monkeypatch):
 def test_a_run_takes_them_and_says_so(normalise, learnable, call_main, tmp_path, monkeypatch):
     seen, log_mel = [], Augment.log_mel
 
-    def watched(self, x, silence):
+    def watched(self, x, silence, *lengths):
         seen.append(silence.item())
-        return log_mel(self, x, silence)
+        return log_mel(self, x, silence, *lengths)
 
     monkeypatch.setattr(Augment, "log_mel", watched)
     monkeypatch.syspath_prepend(ROOT)

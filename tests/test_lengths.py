@@ -1,17 +1,27 @@
-"""Padded batches: what a clip gets there is what it gets alone, in values and in every gradient."""
+"""Padded batches: what a clip gets there is what it gets alone, and so in training with --batch_lengths."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import soundfile
 import torch
-from conftest import ROOT
+from conftest import FIT, ROOT, SMALL, only_run
+from data_folder import RATE, write_tones
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import aum
+import train_base
 from aum.scan import interface
+from dcase import predict
+from dcase.data.augment import Mix, freq_mixstyle
+from dcase.data.logmel import LogMel, LogMelConfig
+from dcase.data.sound import read_wav
+from dcase.report.predictions import PREDICTIONS_CSV, read_predictions
+from dcase.runs.checkpoints import load_checkpoint
+from dcase.training.lit import SceneClassifier
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = [pytest.param(torch.float64, "torch"), pytest.param(torch.float32, "torch"), (torch.float32, "cpu")]
@@ -211,3 +221,79 @@ def test_all_of_it_in_tritons_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout[-3000:]
+
+
+# ---- in training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several_lengths(tmp_path_factory):
+    """The tones, each cut to a length of its own, from 0.1 s to half a second."""
+    folder = tmp_path_factory.mktemp("several") / "data"
+    write_tones(folder, places=(1, 2))
+    for i, path in enumerate(sorted((folder / "audio").iterdir())):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path, samples[: RATE // 10 + 67 * i], rate, subtype="PCM_16")
+    return folder
+
+
+def test_clips_of_several_lengths_train_at_their_own(several_lengths, call_main, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    shape = ["--pos_embed", "False", "--mixstyle_p", "1", "--mixup_alpha", "0.3", "--batch_lengths"]
+    few = ["--n_epochs", "1", "--project_name", "P"]
+    data = ["--dataset_dir", several_lengths]
+    done = call_main(train_base.main, *data, *SMALL, *FIT, *few, *shape)
+    assert done.code == 0, done.err
+    longest = max(soundfile.info(path).frames for path in (several_lengths / "audio").iterdir())
+    assert f"the longest recording has {1 + longest // 128} frames (--target_length)" in done.out
+
+    run = only_run(tmp_path / "P")
+    checkpoint = load_checkpoint(run / "checkpoints/best.ckpt")
+    assert checkpoint["frames"] == checkpoint["config"]["logmel"]["target_length"] == 1 + longest // 128
+    module = SceneClassifier.from_checkpoint(checkpoint).eval()
+    tested = read_predictions(run / PREDICTIONS_CSV, module.labels)
+    lengths = set()
+    for name, logits in zip(tested.filenames, tested.logits, strict=True):
+        waveform = read_wav(several_lengths / name, RATE)
+        lengths.add(waveform.shape[-1])
+        alone = module.model(
+            (module.logmel._whole(waveform[None])[..., : 1 + waveform.shape[-1] // 128] - module.logmel.mean)
+            / module.logmel.std
+        )
+        torch.testing.assert_close(alone[0].double(), torch.from_numpy(logits), atol=1e-4, rtol=0)
+    assert len(lengths) > 10
+
+    done = call_main(
+        predict.main, several_lengths / "audio", "--ckpt_path", run / "checkpoints/best.ckpt", "--out", "p.csv"
+    )
+    assert done.code == 0 and "repeated" not in done.out, done.err
+
+
+@pytest.mark.parametrize("model", ["aum_nano", "cp_mobile"])
+def test_models_that_mix_frames_refuse_batch_lengths(model, several_lengths, call_main):
+    args = ["--dataset_dir", several_lengths, "--model", model, "--batch_lengths", "--wandb_mode", "disabled"]
+    done = call_main(train_base.main, *args, "--num_workers", "0", "--project_name", "P")
+    done.refused(f"--batch_lengths: {model} would mix a clip with its padding", "take --model aum_tiny")
+
+
+def test_the_front_end_and_its_augmentation_leave_the_padding_out():
+    config = LogMelConfig(8000, 256, 128, 256, 8, target_length=9, batch_lengths=True)
+    length = torch.tensor([1024, 300])
+    waveform = draw(2, 1, 1024, dtype=torch.float32)
+    module, alone = LogMel(config, 8000), LogMel(LogMelConfig(8000, 256, 128, 256, 8), 8000)
+    clips = [alone.raw(waveform[i : i + 1, :, :n]) for i, n in enumerate(length.tolist())]
+    module.fit([(waveform, length)])
+    values = torch.cat([clip.flatten() for clip in clips])
+    torch.testing.assert_close(module.mean, values.mean())
+    torch.testing.assert_close(module.std, values.std(correction=0))
+
+    frames = torch.tensor([clip.shape[-1] for clip in clips])
+    torch.manual_seed(0)
+    x = module(waveform, length)
+    mixed = freq_mixstyle(x, 1.0, 0.5, frames)
+    torch.manual_seed(0)
+    x[1, ..., frames[1] :] = 1e3
+    again = freq_mixstyle(x, 1.0, 0.5, frames)
+    for one, other, n in zip(mixed, again, frames, strict=True):
+        torch.testing.assert_close(one[..., :n], other[..., :n])
+    assert Mix(torch.ones(3), torch.tensor([1, 2, 0])).lengths(torch.tensor([4, 9, 2])).tolist() == [9, 9, 4]

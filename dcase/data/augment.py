@@ -69,24 +69,34 @@ def roll(waveform: Tensor, max_shift: int, length: Tensor) -> Tensor:
     return waveform.gather(2, torch.where(place < length, (place - shift) % length, place))
 
 
-def freq_mixstyle(x: Tensor, p: float, alpha: float) -> Tensor:
+def freq_mixstyle(x: Tensor, p: float, alpha: float, lengths: Tensor | None = None) -> Tensor:
     """Mix each clip's mean and deviation per frequency in a batch (b, 1, n_mels, frames) with those of another clip.
 
     Weights are drawn from Beta(alpha, alpha). It happens with probability p, decided once for the whole batch.
+    ``lengths`` (b,): frames of each clip, whose statistics leave out the others; None: all.
     Source: MixStyle, arXiv:2104.02008, with statistics per frequency band in place of channels, as described in
     arXiv:2305.07499.
     """
     if torch.rand(()) >= p:
         return x
-    mean = x.mean((1, 3), keepdim=True)  # (b, 1, n_mels, 1)
+    n = lengths if lengths is None else lengths.to(x.device).view(-1, 1, 1, 1)
+    mean = _mean(x, n)  # (b, 1, n_mels, 1)
     centred = x - mean
     # Tensor.var takes ten times as long on a CPU.
-    std = (centred.square().sum((1, 3), keepdim=True) / (x.shape[1] * x.shape[3] - 1) + 1e-6).sqrt()
+    std = (_mean(centred.square(), n, less=1) + 1e-6).sqrt()
     weight = torch.distributions.Beta(alpha, alpha).sample((len(x), 1, 1, 1)).to(x.device, non_blocking=True)
     other = torch.randperm(len(x), device=x.device)
     mixed_mean = weight * mean + (1 - weight) * mean[other]
     mixed_std = weight * std + (1 - weight) * std[other]
     return centred / std * mixed_std + mixed_mean
+
+
+def _mean(x: Tensor, n: Tensor | None, less: int = 0) -> Tensor:
+    """Return (b, 1, n_mels, 1): the sum over the first ``n`` frames (None: all), divided by their number - ``less``."""
+    if n is None:
+        return x.sum((1, 3), keepdim=True) / (x.shape[1] * x.shape[3] - less)
+    own = torch.arange(x.shape[3], device=x.device) < n
+    return (x * own).sum((1, 3), keepdim=True) / (n - less).clamp(min=1)
 
 
 class Mix(NamedTuple):
@@ -113,6 +123,12 @@ class Mix(NamedTuple):
             return x
         weight = self.weight.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
         return weight * x + (1 - weight) * x[self.other]
+
+    def lengths(self, lengths: Tensor | None) -> Tensor | None:
+        """Return the frames (b,) of the mixed clips, those of the longer one of two; None: all have as many."""
+        if lengths is None or self.other is None:
+            return lengths
+        return torch.maximum(lengths, lengths[self.other.to(lengths.device)])
 
 
 class Masking(nn.Module):
@@ -155,15 +171,17 @@ class Augment(nn.Module):
             x = self.responses(x, device, length)
         return roll(x, round(self.config.roll_sec * self.sample_rate), length)
 
-    def log_mel(self, x: Tensor, silence: Tensor | float = SILENCE) -> tuple[Tensor, Mix]:
-        """Apply Freq-MixStyle, mixup and masking to (b, 1, n_mels, frames). Return it with the mixup that its targets
-        need.
+    def log_mel(
+        self, x: Tensor, silence: Tensor | float = SILENCE, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Mix]:
+        """Apply Freq-MixStyle, mixup and masking to (b, 1, n_mels, frames), of clips of ``lengths`` (b,) frames. Return
+        it with the mixup that its targets and lengths need.
 
         ``silence``: what a mel of 0 is in ``x``, `LogMel.silence`; the default is that of a log-mel not normalised.
         """
         mel_first = self.config.mask_on == "mel"
         if mel_first:  # a mask of the mel itself gives the same log-mel
             x = self.masking(x, silence)
-        x = freq_mixstyle(x, self.config.mixstyle_p, self.config.mixstyle_alpha)
+        x = freq_mixstyle(x, self.config.mixstyle_p, self.config.mixstyle_alpha, lengths)
         mix = Mix.draw(len(x), self.config.mixup_alpha, x.device)
         return mix(x) if mel_first else self.masking(mix(x)), mix

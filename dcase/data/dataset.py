@@ -106,5 +106,5 @@ class TAU22(Dataset):
             raise UserError(
                 f"{self.clips.path(index[first])} has {length[first]} samples at {self.sound.sample_rate} Hz where "
                 f"{self.measured} has {self.n_samples}: cut the clips to one length, train "
-                f"with --target_length, which pads or crops every one, or {CHECK}"
+                f"with --target_length, which pads or crops every one, or --batch_lengths, or {CHECK}"
             )

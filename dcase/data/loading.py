@@ -19,7 +19,7 @@ from dcase.cli import flags_of
 from dcase.data import pack, synth
 from dcase.data.dataset import TAU22, Batch, Sound
 from dcase.data.labels import Labels
-from dcase.data.logmel import LogMelConfig, samples_for
+from dcase.data.logmel import LogMelConfig, frames_of, samples_for
 from dcase.data.pack import Pack, Rates
 from dcase.data.sound import LOWEST_RATE
 from dcase.data.tau22 import (
@@ -38,6 +38,7 @@ from dcase.data.tau22 import (
 )
 from dcase.errors import command, doctor_tells_more
 from dcase.machine import SIGNALS, MachineConfig, main_first, n_cores, process_count, process_rank
+from dcase.progress import progress
 
 Config = TypeVar("Config")  # a dataclass with the parts ``data`` and ``logmel``
 _HEADERS = 200  # that tell a folder's rate; those of all of TAU22's files may take minutes from a cold disk
@@ -100,8 +101,9 @@ def training_clips(source: Source, split: SplitConfig) -> tuple[Clips, Clips | N
 def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
     """Open the pack where there is one (or --read_from asks for it), else the WAV files, and print which.
 
-    The configuration is returned with --read_from and --orig_sample_rate decided, so that a resumed run reads what it
-    read before, and as it did. Raises `UserError` where the pack does not fit.
+    The configuration is returned with --read_from, --orig_sample_rate and, with --batch_lengths, --target_length
+    decided, so that a resumed run reads what it read before, and as it did. Raises `UserError` where the pack does not
+    fit.
     """
     logmel, place, rates = config.logmel, config.data.pack_folder(folder), rates_in(folder)
     read_from = config.data.read_from
@@ -109,6 +111,10 @@ def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
     found = Pack(place, again) if read_from == "pack" or (read_from == "auto" and pack.exists(place)) else None
     alone = found.rates.orig_sample_rate if found else RATE  # without the recordings
     rate = config.data.orig_sample_rate or usual_rate(rates, alone)
+    if logmel.batch_lengths and logmel.target_length is None:
+        samples = int(found.length.max()) if found else _longest(folder, rate)
+        logmel = replace(logmel, target_length=frames_of(logmel, samples, logmel.sample_rate if found else rate))
+        print(f"--batch_lengths: the longest recording has {logmel.target_length} frames (--target_length)")
     if found:
         found.check_rates(Rates(rate, logmel.sample_rate))
         print(f"sound: the pack {place} ({len(found)} clips at {logmel.sample_rate} Hz)")
@@ -119,7 +125,7 @@ def open_sound(config: Config, folder: Path) -> tuple[Config, Sound]:
     if others := ", ".join(str(other) for other in sorted(rates) if other != rate):
         print(f"recordings of {others} Hz are resampled to {rate} Hz (--orig_sample_rate)")
     decided = replace(config.data, read_from="pack" if found else "wav", orig_sample_rate=rate)
-    return replace(config, data=decided), sound
+    return replace(config, data=decided, logmel=logmel), sound
 
 
 def rates_in(folder: Path) -> Counter[int]:
@@ -130,6 +136,16 @@ def rates_in(folder: Path) -> Counter[int]:
             if path.is_file() and (rate := soundfile.info(path).samplerate) >= LOWEST_RATE:
                 rates[rate] += 1
     return rates
+
+
+def _longest(folder: Path, rate: int) -> int:
+    """Return the samples, at a rate (Hz), of a data folder's longest recording, as the headers say."""
+    longest = 0.0
+    for name in progress(drawn_names(folder, 10**9), desc="lengths of the clips", unit=" files", leave=False, delay=1):
+        with suppress(soundfile.SoundFileError, OSError, TypeError):  # reading the clip says what is wrong with it
+            if (path := folder / name).is_file():
+                longest = max(longest, soundfile.info(path).duration)
+    return math.ceil(longest * rate)
 
 
 def usual_rate(rates: Counter[int], alone: int = RATE) -> int:

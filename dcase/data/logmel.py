@@ -48,6 +48,10 @@ class LogMelConfig:
     target_length: int | None = None
     """Frames of the log-mel: longer ones are cut, shorter ones padded with the log of silence. None: the clip's own
     length (65 frames for 1 s at the default settings)."""
+    batch_lengths: bool = False
+    """Take clips of several lengths, each at its own, up to --target_length (None: the longest recording's): the model
+    leaves out what fills them up in a batch. For aum_tiny, aum_small and aum_base, which do not mix frames before or
+    after their blocks."""
 
     def __post_init__(self):
         for name, most in MOST.items():
@@ -213,6 +217,9 @@ class LogMel(nn.Module):
         total = squares = count = 0
         for waveform, length in batches:
             x = self.raw(waveform.to(self.mean.device), length).double()
+            if self.config.batch_lengths:  # without the padding
+                frames = (1 + length // self.config.hop_length).tolist()
+                x = torch.cat([clip[..., :n].flatten() for clip, n in zip(x, frames, strict=True)])
             total, squares, count = total + x.sum().item(), squares + x.square().sum().item(), count + x.numel()
         mean = total / count
         self.mean.fill_(mean)

@@ -200,6 +200,8 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
 
     Return also whether more than half of them have another one: `dcase.prepare` refuses to exclude so many.
     """
+    if config.logmel.batch_lengths:
+        return [Finding("lengths", "ok", "any: --batch_lengths takes every clip at its own")], False
     if config.logmel.target_length is not None:
         what = f"any: --target_length {config.logmel.target_length} pads or crops every clip"
         return [Finding("lengths", "ok", what)], False
@@ -229,7 +231,8 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
     what = (
         f"several in {shown}: {len(found) - n_usual:,} have not the most frequent one, {length} ({other} has "
         f"{found[other]:,}). Training refuses that: cut them to one length, {exclude}or train with --target_length, "
-        "which pads or crops every clip"
+        "which pads or crops every clip, or with --batch_lengths, which takes each at its own (aum_tiny, "
+        "aum_small, aum_base)"
     )
     frames = 1 + usual * config.logmel.sample_rate // sound.sample_rate // config.logmel.hop_length
     train = config.train(folder, "--target_length", str(frames))

@@ -51,6 +51,7 @@ def _header_of(front_end: dict, config: aum.AuMConfig) -> dict:
     Raises KeyError, TypeError, ValueError or `UserError` for a front end that `front_end_of` does not make.
     """
     run = front_end["run"]
+    front_end = {"batch_lengths": False} | front_end  # earlier models have no such entry
     logmel = {field.name: front_end[field.name] for field in dataclasses.fields(LogMelConfig)}
     logmel = checked(LogMelConfig, logmel, FRONT_END)
     mean, std, orig_sample_rate = (float(front_end[name]) for name in ("mean", "std", "orig_sample_rate"))

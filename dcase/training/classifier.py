@@ -40,6 +40,13 @@ class Classifier(pl.LightningModule):
         self.labels = labels  # what the batches' numbers of scenes and devices mean
         self.logmel = LogMel(config.logmel, config.data.orig_sample_rate)
         self.model = build(config.model, config.logmel.n_mels, frames)
+        if config.logmel.batch_lengths:
+            mixing = self.model.config.mixing if isinstance(self.model, aum.AudioMamba) else ["convolutions"]
+            if mixing:
+                raise UserError(
+                    f"--batch_lengths: {config.model.model} would mix a clip with its padding ({', '.join(mixing)}); "
+                    "take --model aum_tiny, aum_small or aum_base, or give --target_length alone"
+                )
         self.device_models = nn.ModuleDict({device_id: copy.deepcopy(self.model) for device_id in device_ids})
         self.clips_per_step = 0  # of the optimiser, in all processes
         self.clips_id = ""  # which clips were trained and chosen on: loading.clips_id
@@ -138,7 +145,16 @@ class Classifier(pl.LightningModule):
         """Return logits (b, scenes) of ``waveform`` (b, 1, samples) at the model's rate; ``general`` is the general
         model, or a function of the log-mel in its place."""
         x, devices = self.logmel(waveform, length), self.labels.devices
-        return forward_by_device(general, self.device_models, x, device, devices)
+        return forward_by_device(general, self.device_models, x, device, devices, self.lengths(length))
+
+    def lengths(self, length: Tensor) -> Tensor | None:
+        """Return the frames of each clip that count, (b,) on the CPU, one patch at least; None where all do.
+
+        ``length`` (b,): samples at the model's rate."""
+        config = self.config.logmel
+        if not config.batch_lengths:
+            return None
+        return (1 + length.cpu() // config.hop_length).clamp(self.model.config.patch_size[1], config.target_length)
 
     def sound(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (waveform (b, 1, samples), length (b,)) at the model's rate."""

@@ -65,9 +65,10 @@ class SceneClassifier(Classifier):
             self.train()  # not in on_train_epoch_start, which an epoch that is resumed in its middle does not have
         waveform, length = self.sound(batch)
         waveform = self.augment.waveform(waveform, batch.device, length)
-        x, mix = self.augment.log_mel(self.logmel(waveform, length), self.logmel.silence)
+        lengths = self.lengths(length)
+        x, mix = self.augment.log_mel(self.logmel(waveform, length), self.logmel.silence, lengths)
         rounding = self.current_epoch >= self.config.fit.n_epochs - self.config.fit.qat_epochs
-        logits = self.forward_model(x, rounding).float()
+        logits = self.forward_model(x, mix.lengths(lengths), rounding).float()
         loss = F.cross_entropy(logits, mix(F.one_hot(batch.scene, logits.shape[1]).float()))
         if self.teacher is not None:
             loss = self.config.distill.loss(loss, logits, self.teacher.targets(batch, waveform, length), mix)
@@ -79,17 +80,19 @@ class SceneClassifier(Classifier):
         self.train_loss += torch.stack([seen * counted, torch.full_like(seen, counted)])
         return loss * loader.weight(batch_idx)
 
-    def forward_model(self, x: Tensor, rounding: bool = True) -> Tensor:
-        """Return logits (b, n_classes) of ``model`` for a log-mel (b, 1, n_mels, frames), with its adapters while they
-        are trained, and with ``rounding`` its weights as they will be stored (--weight_bits)."""
+    def forward_model(self, x: Tensor, lengths: Tensor | None = None, rounding: bool = True) -> Tensor:
+        """Return logits (b, n_classes) of ``model`` for a log-mel (b, 1, n_mels, frames), of clips of ``lengths`` (b,)
+        frames, with its adapters while they are trained, and with ``rounding`` its weights as they will be stored
+        (--weight_bits)."""
+        inputs = (x,) if lengths is None else (x, lengths)
         weights = dict(self.model.named_parameters())
         if self.adapters is not None:
             weights |= self.adapters.weights(self.model)
         elif not rounding or self.config.storage.weight_bits == 32:
-            return self.model(x)
+            return self.model(*inputs)
         if rounding:
             weights = rounded(weights, self.config.storage.weight_bits)
-        return functional_call(self.model, weights, (x,))
+        return functional_call(self.model, weights, inputs)
 
     # What is trained
 
