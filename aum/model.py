@@ -158,6 +158,11 @@ class AuMConfig:
         mels, frames = self.after_stem(self.n_mels, frames)
         return (mels - p_mel) // s_mel + 1, (frames - p_time) // s_time + 1
 
+    def cls_index_of(self, grid: tuple[int, int]) -> int | None:
+        """Return the class token's index among the tokens of a grid of patches; None where there is none."""
+        l = grid[0] * grid[1]
+        return {"start": 0, "middle": l // 2, "end": l, "none": None}[self.cls_position]
+
     def after_stem(self, *size: int) -> tuple[int, ...]:
         """Return the stem's output size for mel bins and frames: each convolution halves them, rounded up."""
         return tuple(-(-n // 2 ** len(self.stem)) for n in size)
@@ -327,17 +332,41 @@ class AudioMamba(nn.Module, Pretrained):
         """
         if self.config.head == "patch":
             return self.head(self._blocks(x)[0])
-        features = self.forward_features(x)
-        return self.classifier(features) if self.config.head == "mlp" else self.head(features)
+        return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Log-mel (b, 1, n_mels, frames) -> (b, embed_dim): the mean over every token, or the class token."""
         x, cls_index = self._blocks(x)
-        x = self.head.features(x) if self.config.head == "patch" else self.norm_f(x)
+        x = self._normed(x)
         return x.mean(1) if self.config.pool == "mean" else x[:, cls_index]
 
-    def _blocks(self, x: Tensor) -> tuple[Tensor, int | None]:
-        """Log-mel -> tokens (b, l, embed_dim) after all blocks, and the class token's index."""
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Features (b, embed_dim) of `forward_features` -> logits (b, n_classes); in evaluation, those of `forward`."""
+        if self.config.head == "patch":  # in training, its BatchNorms need the tokens
+            return self.head.scores(self.head.linear(features))
+        return self.classifier(features) if self.config.head == "mlp" else self.head(features)
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Log-mel (b, 1, n_mels, frames) -> tokens (b, l, embed_dim) after the final norm, before pooling.
+
+        Patches are in the order of ``config.grid_of(frames)``, time running fastest; the class token stands at
+        ``config.cls_index_of(grid)``.
+        """
+        return self._normed(self._blocks(x)[0])
+
+    def forward_layers(self, x: Tensor, norm: bool = False) -> list[Tensor]:
+        """Log-mel (b, 1, n_mels, frames) -> the tokens (b, l, embed_dim) after each layer, after each pair with
+        ``paired_layers``. ``norm``: with the final norm, so that the last are those of `forward_tokens`."""
+        kept: list[Tensor] = []
+        self._blocks(x, kept)
+        return [self._normed(x) for x in kept] if norm else kept
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.head.features(x) if self.config.head == "patch" else self.norm_f(x)
+
+    def _blocks(self, x: Tensor, kept: list[Tensor] | None = None) -> tuple[Tensor, int | None]:
+        """Log-mel -> tokens (b, l, embed_dim) after all blocks, and the class token's index. ``kept`` gets the tokens
+        after each layer."""
         grid = self.config.grid_of(x.shape[-1])
         x, cls_index = self._tokens(x)
         x = wide(x)  # the residual stream
@@ -345,6 +374,8 @@ class AudioMamba(nn.Module, Pretrained):
             # In the earlier code's pairs, both layers add to the stream that the pair was given, so it doubles.
             for forward, backward in zip(self.layers[::2], self.layers[1::2], strict=True):
                 x = 2 * x + forward(x) + backward(x.flip(1)).flip(1)
+                if kept is not None:
+                    kept.append(x)
         else:
             for i, layer in enumerate(self.layers):
                 if self.config.local_conv:
@@ -354,6 +385,8 @@ class AudioMamba(nn.Module, Pretrained):
                     x = x + rearrange(rows, "(b m) t d -> b (m t) d", m=grid[0])
                 else:
                     x = x + layer(x)
+                if kept is not None:
+                    kept.append(x)
         return x, cls_index
 
     def _tokens(self, x: Tensor) -> tuple[Tensor, int | None]:
@@ -372,14 +405,14 @@ class AudioMamba(nn.Module, Pretrained):
             )
         x = self.freq_norm(x) if config.freq_norm else x
         x = self.patch_embed(self.stem(x) if config.stem else x)
-        b, l, _ = x.shape
+        b = len(x)
         if config.cls_position == "none":
             return (x + self.pos_embed.rows() if config.pos_embed else x), None
         cls = self.cls_token
         if config.pos_embed:
             rows = self.pos_embed.rows()
             cls, x = cls + rows[:, :1], x + rows[:, 1:]
-        index = {"start": 0, "middle": l // 2, "end": l}[config.cls_position]
+        index = config.cls_index_of(grid)
         cls = cls.expand(b, -1, -1).to(x.dtype)
         return torch.cat([x[:, :index], cls, x[:, index:]], dim=1), index
 
