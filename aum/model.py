@@ -443,7 +443,7 @@ SIZES = {
 
 
 def list_models() -> list[str]:
-    """Return the names that `create_model` takes."""
+    """Return the names that `create.create_model` takes."""
     return list(SIZES)
 
 
@@ -456,11 +456,6 @@ def create_config(name: str, **overrides) -> AuMConfig:
     unknown = set(overrides) - {field.name for field in dataclasses.fields(AuMConfig)}
     _check(not unknown, f"AuMConfig has no field {', '.join(sorted(unknown))}")
     return AuMConfig(**{**SIZES[name], **overrides})
-
-
-def create_model(name: str, **overrides) -> AudioMamba:
-    """Return an `AudioMamba` of a named size, with ``overrides`` of `AuMConfig` fields. Raises as `create_config`."""
-    return AudioMamba(create_config(name, **overrides))
 
 
 def parameter_groups(
