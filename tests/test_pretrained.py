@@ -767,6 +767,7 @@ def test_a_model_is_created_with_the_weights_of_a_folder(tmp_path, caplog):
         assert model.training and model.config == saved_model.config and model.front_end == {"sample_rate": 16000}
         assert torch.equal(model.eval()(x), saved_model(x))
         assert "left out: 0 tensors" in caplog.text and "left at its initial value: 0 tensors" in caplog.text
+    assert pretrained.main([str(folder)]) == 0
     other = aum.create_model("aum_tiny", pretrained=folder, depth=2, n_classes=3, drop_path=0.1).eval()
     assert other(x).shape == (2, 3) and other.config.drop_path == 0.1
     assert torch.equal(other.forward_features(x), saved_model.forward_features(x))
