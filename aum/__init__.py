@@ -2,12 +2,12 @@
 
 It depends on no sampling rate, no scene and no Lightning; its one command, aum.pretrained, shows a file."""
 
+from aum.create import create_model
 from aum.mamba import BiMamba
 from aum.model import (
     AudioMamba,
     AuMConfig,
     create_config,
-    create_model,
     list_models,
     parameter_groups,
 )

@@ -166,6 +166,11 @@ class AuMConfig:
         names = [name for name in ("freq_norm", "stem", "pos_embed", "local_conv") if getattr(self, name)]
         return [*names, *(["head patch"] if self.head == "patch" else [])]
 
+    def cls_index_of(self, grid: tuple[int, int]) -> int | None:
+        """Return the class token's index among the tokens of a grid of patches; None where there is none."""
+        l = grid[0] * grid[1]
+        return {"start": 0, "middle": l // 2, "end": l, "none": None}[self.cls_position]
+
     def after_stem(self, *size: int) -> tuple[int, ...]:
         """Return the stem's output size for mel bins and frames: each convolution halves them, rounded up."""
         return tuple(-(-n // 2 ** len(self.stem)) for n in size)
@@ -340,21 +345,46 @@ class AudioMamba(nn.Module, Pretrained):
         """
         if self.config.head == "patch":
             return self.head(self._blocks(x, lengths)[0])
-        features = self.forward_features(x, lengths)
-        return self.classifier(features) if self.config.head == "mlp" else self.head(features)
+        return self.forward_head(self.forward_features(x, lengths))
 
     def forward_features(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Log-mel (b, 1, n_mels, frames) -> (b, embed_dim): the mean over every token, or the class token. ``lengths``
         as in `forward`."""
         x, cls_index, padding = self._blocks(x, lengths)
-        x = self.head.features(x) if self.config.head == "patch" else self.norm_f(x)
+        x = self._normed(x)
         if self.config.pool == "cls":
             return x[:, cls_index] if padding is None else x[torch.arange(len(x), device=x.device), cls_index]
         return x.mean(1) if padding is None else x.sum(1) / (~padding).sum(1, keepdim=True)  # the padding's is 0
 
-    def _blocks(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, int | Tensor | None, Tensor | None]:
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Features (b, embed_dim) of `forward_features` -> logits (b, n_classes); in evaluation, those of `forward`."""
+        if self.config.head == "patch":  # in training, its BatchNorms need the tokens
+            return self.head.scores(self.head.linear(features))
+        return self.classifier(features) if self.config.head == "mlp" else self.head(features)
+
+    def forward_tokens(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Log-mel (b, 1, n_mels, frames) -> tokens (b, l, embed_dim) after the final norm, before pooling.
+
+        Patches are in the order of ``config.grid_of(frames)``, time running fastest; the class token stands at
+        ``config.cls_index_of(grid)``. With ``lengths``, each clip's tokens are those of the clip alone, and zeros.
+        """
+        return self._normed(self._blocks(x, lengths)[0])
+
+    def forward_layers(self, x: Tensor, lengths: Tensor | None = None, *, norm: bool = False) -> list[Tensor]:
+        """Log-mel (b, 1, n_mels, frames) -> the tokens (b, l, embed_dim) after each layer, after each pair with
+        ``paired_layers``. ``norm``: with the final norm, so that the last are those of `forward_tokens`."""
+        kept: list[Tensor] = []
+        self._blocks(x, lengths, kept)
+        return [self._normed(x) for x in kept] if norm else kept
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.head.features(x) if self.config.head == "patch" else self.norm_f(x)
+
+    def _blocks(
+        self, x: Tensor, lengths: Tensor | None = None, kept: list[Tensor] | None = None
+    ) -> tuple[Tensor, int | Tensor | None, Tensor | None]:
         """Log-mel -> tokens (b, l, embed_dim) after all blocks, the class token's index, or each clip's, and the
-        padding (b, l), whose tokens are 0."""
+        padding (b, l), whose tokens are 0. ``kept`` gets the tokens after each layer."""
         grid = self.config.grid_of(x.shape[-1])
         x, cls_index, padding = self._tokens(x, lengths)
         x = wide(x)  # the residual stream
@@ -362,6 +392,8 @@ class AudioMamba(nn.Module, Pretrained):
             # In the earlier code's pairs, both layers add to the stream that the pair was given, so it doubles.
             for forward, backward in zip(self.layers[::2], self.layers[1::2], strict=True):
                 x = 2 * x + forward(x, padding) + _flip(backward(_flip(x, padding), padding), padding)
+                if kept is not None:
+                    kept.append(x)
         else:
             for i, layer in enumerate(self.layers):
                 if self.config.local_conv:
@@ -372,6 +404,8 @@ class AudioMamba(nn.Module, Pretrained):
                     x = x + rearrange(rows, "(b m) t d -> b (m t) d", m=grid[0])
                 else:
                     x = x + layer(x, padding)
+                if kept is not None:
+                    kept.append(x)
         return x, cls_index, padding
 
     def _tokens(self, x: Tensor, lengths: Tensor | None) -> tuple[Tensor, int | Tensor | None, Tensor | None]:
@@ -391,7 +425,7 @@ class AudioMamba(nn.Module, Pretrained):
         padding = None if lengths is None else self._padding(lengths, *x.shape[::3], x.device)
         x = self.freq_norm(x) if config.freq_norm else x
         x = self.patch_embed(self.stem(x) if config.stem else x)
-        b, l, _ = x.shape
+        b = len(x)
         if config.cls_position == "none":
             x = x + self.pos_embed.rows() if config.pos_embed else x
             return (x, None, None) if padding is None else self._own_tokens(x, None, padding)
@@ -402,7 +436,7 @@ class AudioMamba(nn.Module, Pretrained):
         cls = cls.expand(b, -1, -1).to(x.dtype)
         if padding is not None:
             return self._own_tokens(x, cls, padding)
-        index = {"start": 0, "middle": l // 2, "end": l}[config.cls_position]
+        index = config.cls_index_of(grid)
         return torch.cat([x[:, :index], cls, x[:, index:]], dim=1), index, None
 
     def _padding(self, lengths: Tensor, b: int, frames: int, device: torch.device) -> Tensor | None:
@@ -473,7 +507,7 @@ SIZES = {
 
 
 def list_models() -> list[str]:
-    """Return the names that `create_model` takes."""
+    """Return the names that `create.create_model` takes."""
     return list(SIZES)
 
 
@@ -486,11 +520,6 @@ def create_config(name: str, **overrides) -> AuMConfig:
     unknown = set(overrides) - {field.name for field in dataclasses.fields(AuMConfig)}
     _check(not unknown, f"AuMConfig has no field {', '.join(sorted(unknown))}")
     return AuMConfig(**{**SIZES[name], **overrides})
-
-
-def create_model(name: str, **overrides) -> AudioMamba:
-    """Return an `AudioMamba` of a named size, with ``overrides`` of `AuMConfig` fields. Raises as `create_config`."""
-    return AudioMamba(create_config(name, **overrides))
 
 
 def parameter_groups(

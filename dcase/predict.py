@@ -3,6 +3,7 @@
     python -m dcase.predict street.wav park.flac --ckpt_path DCASE25_Task1/RUN_ID/checkpoints/best.ckpt
     python -m dcase.predict recordings/ --ckpt_path FOLDER --out scenes.csv                 # of dcase.publish
     python -m dcase.predict /data/evaluation --list fold1_test.csv --ckpt_path FOLDER --out scenes.json
+    python -m dcase.predict recordings/ --ckpt_path FOLDER --embeddings vectors.npz
 
 Recordings are WAV, FLAC, OGG, MP3 or AIFF files, or whatever else libsndfile reads, of any rate, length and number of
 channels. One that is longer than the model's training clips is cut into windows of their length, and the probabilities
@@ -22,8 +23,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Literal
 
+import numpy as np
 import torch
 import tyro
 
@@ -64,6 +67,9 @@ class PredictConfig:
     """Share of a window that the next window reads again, 0 to 0.99."""
     out: str = ""
     """File to write all probabilities to; its ending, .csv or .json, sets the format."""
+    embeddings: str = ""
+    """Instead of --out: .npz file for a vector of each recording, the mean over its windows of what the model's last
+    layers classify. Device models have spaces of their own: --device_id unknown takes the general model for all."""
     batch_size: int = 64
     """Windows in a batch."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -71,8 +77,12 @@ class PredictConfig:
 
     def __post_init__(self):
         check_range(self, "overlap", least=0, most=MOST_OVERLAP)
-        if self.out and Path(self.out).suffix.lower() not in WRITERS:
-            raise UserError(f"--out ends in {' or '.join(WRITERS)}; got {self.out}")
+        for flag, endings in (("out", (".csv", ".json")), ("embeddings", (".npz",))):
+            file = getattr(self, flag)
+            if file and Path(file).suffix.lower() not in endings:
+                raise UserError(f"--{flag} ends in {' or '.join(endings)}; got {file}")
+        if self.out and self.embeddings:
+            raise UserError("give --out or --embeddings: the .npz file has the probabilities, too")
         if self.batch_size < 1:
             raise UserError(f"--batch_size is at least 1; got {self.batch_size}")
 
@@ -204,12 +214,36 @@ def _write_json(file: Path, results: Iterable[Prediction | Skipped], scenes: Seq
             opened.write(f'],\n"skipped": [{",".join(skipped)}]}}\n')
 
 
-WRITERS = {".csv": _write_csv, ".json": _write_json}  # by the ending of --out
+def _write_npz(file: Path, results: Iterable[Prediction | Skipped], scenes: Sequence[str]) -> None:
+    """Write arrays for `numpy.load`: embeddings (n, width) and probabilities (n, scenes), float32, and the names files
+    (n,), device_ids (n,), scenes. Rows wait in a file until their number is known; whole after a Ctrl-C too."""
+    names: list[tuple[str, str]] = []
+    width = len(scenes)
+    with TemporaryFile(dir=file.parent) as rows:
+        try:
+            for one in results:
+                if isinstance(one, Prediction):
+                    row = np.array([*one.probabilities, *one.embedding], np.float32)
+                    width = len(row)
+                    rows.write(row.tobytes())
+                    names.append((str(one.recording.path), one.recording.device_id))
+        finally:
+            rows.flush()
+            shape = len(names), width
+            values = np.memmap(rows, np.float32, "r", shape=shape) if names else np.zeros(shape, np.float32)
+            files, device_ids = zip(*names, strict=True) if names else ((), ())
+            text = {"files": files, "device_ids": device_ids, "scenes": scenes}
+            arrays = {name: np.array(column, str) for name, column in text.items()}
+            with open(file, "wb") as opened:  # to a name, numpy would add .npz
+                np.savez(opened, embeddings=values[:, len(scenes) :], probabilities=values[:, : len(scenes)], **arrays)
+
+
+WRITERS = {".csv": _write_csv, ".json": _write_json, ".npz": _write_npz}  # by the file's ending
 
 
 @dataclass
 class Summary:
-    """What is printed at the end. With --out, results are written as they come, and only the first ones are held."""
+    """What is printed at the end. With a file, results are written as they come, and only the first ones are held."""
 
     most: float  # rows to hold
     seconds: float  # of a window
@@ -238,7 +272,7 @@ def _results(
     """
     with progress(total=len(recordings), desc="predicting", unit=" files", disable=len(recordings) < MANY) as bar:
         try:
-            for one in predict(module, recordings, config.batch_size, config.overlap):
+            for one in predict(module, recordings, config.batch_size, config.overlap, bool(config.embeddings)):
                 if isinstance(one, Skipped):
                     summary.n_skipped += 1
                     bar.write(f"skipped: {printable(one.reason)}", file=sys.stderr)
@@ -284,18 +318,19 @@ def main() -> None:
     nobody_tells = config.device_id == "auto" and all(one.device_id == UNKNOWN for one in recordings)
     if module.device_models and nobody_tells:
         print("no file name tells its device, so the general model predicts all; --device_id or --list name devices")
-    summary = Summary(SHOWN if config.out else math.inf, seconds)
+    out = config.out or config.embeddings
+    summary = Summary(SHOWN if out else math.inf, seconds)
     results = _results(module, recordings, config, summary)
-    if config.out:
-        _write(Path(config.out).expanduser(), results, module.labels.scenes)
+    if out:
+        _write(Path(out).expanduser(), results, module.labels.scenes)
     else:
         deque(results, maxlen=0)
     if summary.rows:
         print("\n" + table(summary.rows))
     if len(summary.rows) < summary.n_predicted:
         print(f"... and {summary.n_predicted - len(summary.rows):,} more")
-    if config.out:
-        print(f"\n{summary.n_predicted:,} recordings: {config.out}")
+    if out:
+        print(f"\n{summary.n_predicted:,} recordings: {out}")
     if repeated := summary.repeated:
         names = ", ".join(repeated[:3]) + (", ..." if len(repeated) > 3 else "")
         print(

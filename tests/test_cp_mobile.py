@@ -182,3 +182,10 @@ def test_another_number_of_classes_than_the_datas_is_refused():
     config = ModelConfig("cp_mobile", n_classes=12)
     assert refusal(fill, config, 256, 65, 5) == "--n_classes 12: the data folder has 5 scenes; leave the flag out"
     assert fill(ModelConfig("cp_mobile"), 256, 65, 5).n_classes == 5
+
+
+def test_its_head_takes_its_features():
+    model, x = random_model(), torch.randn(2, 1, 64, 40)
+    features = model.forward_features(x)
+    assert features.shape == (2, 104)
+    torch.testing.assert_close(model.forward_head(features), model(x))

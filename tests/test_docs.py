@@ -11,8 +11,10 @@ from itertools import product
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import FIT, RATE, ROOT, SMALL, only_run, read_results
 
+import aum
 from dcase.data.labels import Labels
 
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -125,3 +127,46 @@ def test_links_in_the_docs_lead_somewhere(path):
         if anchor:
             titles = re.findall(r"^#+ (.*)$", place.read_text(), flags=re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def test_the_backbones_page_runs(learnable, general_run, tmp_path, monkeypatch, capsys):
+    """In its order, and in one namespace, as in a notebook; of the commands, those of this repository."""
+    monkeypatch.chdir(tmp_path)
+    for path in sorted((learnable / "audio").glob("*-a.wav")):
+        place = tmp_path / "recordings" / path.name.partition("-")[0] / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place)
+    (tmp_path / "DCASE25_Task1").mkdir()
+    (tmp_path / "DCASE25_Task1" / "RUN_ID").symlink_to(general_run)
+    torch.manual_seed(0)
+    names, page = {}, (ROOT / "docs/backbone.md").read_text()
+    for language, code in re.findall(r"^```(python|bash)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(code, names)
+        elif code.startswith("python -m dcase"):
+            command = [sys.executable, *code.split()[1:], "--accelerator", "cpu"]
+            subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    shapes = {"logits": (2, 50), "features": (2, 192), "tokens": (2, 129, 192), "patches": (2, 8, 16, 192)}
+    assert {name: tuple(names[name].shape) for name in shapes} == shapes
+    assert [tuple(x.shape) for x in names["layers"]] == [(2, 129, 192)] * 4
+    assert (names["grid"], names["cls"], names["frames"].shape[1]) == ((8, 16), 64, 16)
+    assert names["new"].config.n_classes == 5 and torch.equal(names["new"].norm_f.weight, names["model"].norm_f.weight)
+    files = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.glob("recordings/*/*.wav"))]
+    assert names["found"]["files"].tolist() == files and len(files) > 20
+    same = [names["names"][i] == names["names"][j] for i, j in enumerate(names["nearest"])]
+    assert names["accuracy"] == 1 and np.mean(same) > 0.6  # of 4 tones
+    torch.testing.assert_close(names["vector"], names["vectors"][-1])
+    assert names["error"] < 0.1 and capsys.readouterr().out.count(" is nearest to ") == len(files)
+    torch.testing.assert_close(names["y"], names["reference"], rtol=1e-4, atol=1e-5)
+
+
+def test_the_backbones_page_has_the_models_shapes():
+    page = (ROOT / "docs/backbone.md").read_text()
+    rows = re.findall(r"^\| `(aum_\w+)` \| ([\d,]+) \| (\d+) \| (\d+) \| (\d+) x (\d+) \| ", page, flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == aum.list_models()
+    for name, *numbers in rows:
+        with torch.device("meta"):
+            model = aum.create_model(name)
+        config = model.config
+        expected = sum(x.numel() for x in model.parameters()), config.embed_dim, config.depth, *config.grid
+        assert tuple(int(number.replace(",", "")) for number in numbers) == expected

@@ -146,6 +146,11 @@ def test_the_logits_of_a_padded_batch_are_those_of_its_clips(dtype, backend, opt
         x = {"x": draw(len(lengths), 1, 16, FRAMES, dtype=dtype)}
         for function in (model, model.forward_features):
             compare(lambda **x: (function(**x),), x, lengths, dict(model.named_parameters()), axis=3)  # noqa: B023
+    alone = model.forward_tokens(x["x"][2:3, ..., :12])
+    tokens, *layers = model.forward_tokens(**x, lengths=lengths), *model.forward_layers(**x, lengths=lengths)
+    if not model.config.row_scan:  # its rows are padded one by one
+        close(tokens[2:3, : alone.shape[1]], alone, "tokens")
+    assert [layer.shape for layer in layers[-1:]] == [tokens.shape]
 
 
 def test_full_lengths_change_nothing(monkeypatch):

@@ -330,3 +330,49 @@ def test_an_inverted_residual_ends_with_a_relu():
 def test_the_stem_starts_with_the_variance_for_its_fan_out():
     weight = Stem((256,), 0)[0][0].weight  # (256, 1, 3, 3)
     assert weight.std().item() == pytest.approx(math.sqrt(2 / (256 * 9)), rel=0.1)
+
+
+# Features, tokens and layers
+
+SHAPES = [
+    {"head": "linear"},
+    {"head": "mlp", "pool": "cls", "cls_position": "start", "pos_embed": True},
+    {"cls_position": "none", "head": "patch", "row_scan": True, "local_conv": True},
+    {"depth": 4, "paired_layers": True},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_and_layers_are_what_features_and_logits_are_made_of(shape):
+    model, x = tiny(**shape), torch.randn(2, 1, 24, 20, dtype=torch.float64)
+    if shape.get("head") == "patch":
+        nn.init.normal_(model.head.norm.running_mean), nn.init.normal_(model.head.scores.running_mean)
+    tokens, features = model.forward_tokens(x), model.forward_features(x)
+    pooled = tokens[:, model.config.cls_index_of((3, 4))] if model.config.pool == "cls" else tokens.mean(1)
+    assert torch.equal(pooled, features)
+    layers, normed = model.forward_layers(x), model.forward_layers(x, norm=True)
+    assert len(layers) == (2 if "paired_layers" in shape else model.config.depth) and torch.equal(normed[-1], tokens)
+    assert all(torch.equal(model._normed(one), other) for one, other in zip(layers, normed, strict=True))
+    torch.testing.assert_close(model.forward_head(features), model(x))
+
+
+def test_each_layer_of_the_list_is_the_one_before_with_what_a_block_adds():
+    model, x = tiny(depth=3), torch.randn(2, 1, 24, 20, dtype=torch.float64)
+    layers = model.forward_layers(x)
+    for i in (1, 2):
+        torch.testing.assert_close(layers[i], layers[i - 1] + model.layers[i](layers[i - 1]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("position, index", [("start", 0), ("middle", 6), ("end", 12), ("none", None)])
+def test_a_tokens_place_on_the_grid_is_known(position, index):
+    """With blocks that add nothing, a token after the norm is the norm of its own patch, or of the class token."""
+    model, x = tiny(cls_position=position), torch.randn(2, 1, 24, 20, dtype=torch.float64)
+    for layer in model.layers:
+        nn.init.zeros_(layer.mixer.out_proj.weight)
+    tokens, grid = model.forward_tokens(x), model.config.grid_of(20)
+    assert grid == (3, 4) and model.config.cls_index_of(grid) == index
+    if index is not None:
+        torch.testing.assert_close(tokens[:, index], model.norm_f(model.cls_token[0]).expand(2, -1))
+        tokens = torch.cat([tokens[:, :index], tokens[:, index + 1 :]], 1)
+    patches = model.patch_embed.proj(x).permute(0, 2, 3, 1)
+    torch.testing.assert_close(tokens.unflatten(1, grid), model.norm_f(patches))

@@ -30,8 +30,11 @@ from dcase.data.tau22 import DEVICES
 from dcase.data.tau22 import SCENES as ALL_SCENES
 from dcase.deployment.prediction import Recording, Skipped, load_module, span_of_module
 from dcase.deployment.prediction import predict as predictions_of
+from dcase.model.named import ModelConfig
 from dcase.predict import PredictConfig, find_recordings
 from dcase.runs.checkpoints import load_checkpoint, save_checkpoint
+from dcase.runs.config import DataConfig, EvalConfig
+from dcase.training.lit import SceneClassifier
 
 
 @pytest.fixture
@@ -252,6 +255,8 @@ def test_a_file_that_goes_bad_at_its_end_is_skipped_whole(module, tmp_path, lear
 
 # The command
 
+FLAGS = {"npz": "--embeddings"}  # by a file's ending; the others are of --out
+
 
 @pytest.fixture
 def folder(tmp_path, learnable) -> Path:
@@ -300,6 +305,49 @@ def test_a_folder_as_table_csv_and_json(call, ckpt, folder, module):
         assert (float(row["seconds"]), row["device_id"], int(row["windows"])) == (
             one["seconds"], one["device_id"], one["windows"],
         )  # fmt: skip
+
+
+def features_of(module, waveform: Tensor, device_id: str = "") -> Tensor:
+    """Return the features of a waveform (1, samples), read as a whole by its device's model."""
+    model = module.device_models[device_id] if device_id else module.model
+    with torch.no_grad():
+        x = module.logmel(*module.logmel.resampled(waveform[None], torch.tensor([waveform.shape[1]])))
+        return model.forward_features(x)[0]
+
+
+def test_embeddings_are_the_features_and_the_rest_is_what_out_has(call, by_device, folder):
+    module = load_module(by_device)
+    done = call(folder, "--ckpt_path", by_device, "--embeddings", "deep/v.npz")
+    assert done.code == 0 and "3 recordings: deep/v.npz" in done.out, done.err
+    with np.load(folder.parent / "deep" / "v.npz") as file:
+        found = dict(file)
+    assert [Path(name).name for name in found["files"]] == ["airport-lisbon-1000-40000-0-a.wav", "B.FLAC", "c.ogg"]
+    assert found["device_ids"].tolist() == ["a", "unknown", "unknown"] and found["scenes"].tolist() == [*ALL_SCENES]
+    first, second = (read_wav(Path(name), RATE) for name in found["files"][:2])
+    n = span_of_module(module).window
+    parts = [second[:, start : start + n] for start in (0, n, second.shape[1] - n)]
+    want = [features_of(module, first, "a"), torch.stack([features_of(module, part) for part in parts]).mean(0)]
+    assert found["embeddings"].shape == (3, module.model.config.embed_dim) and found["embeddings"].dtype == np.float32
+    np.testing.assert_allclose(found["embeddings"][:2], torch.stack(want), rtol=1e-5, atol=1e-6)
+    assert call(folder, "--ckpt_path", by_device, "--out", "o.json").code == 0
+    content = json.loads((folder.parent / "o.json").read_text())["predictions"]
+    probabilities = [list(one["probabilities"].values()) for one in content]
+    np.testing.assert_allclose(found["probabilities"], probabilities, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, width", [("aum_nano", 48), ("cp_mobile", 104)])
+def test_models_that_classify_before_they_pool_have_embeddings(name, width, learnable):
+    module = SceneClassifier(EvalConfig(model=ModelConfig(name), data=DataConfig(orig_sample_rate=RATE)), 33).eval()
+    given = [Recording(clip(learnable))]
+    (one,), (plain,) = predictions_of(module, given, embed=True), predictions_of(module, given)
+    assert len(one.embedding) == width and np.std(one.embedding) > 0 and plain.embedding == ()
+    assert one.probabilities == pytest.approx(plain.probabilities, abs=1e-6)
+
+
+def test_embeddings_of_no_file_that_can_be_read_are_none(call, ckpt, tmp_path):
+    (tmp_path / "text.wav").write_text("this is no sound")
+    assert call("text.wav", "--ckpt_path", ckpt, "--embeddings", "v.npz").code == 2
+    assert np.load(tmp_path / "v.npz")["embeddings"].shape == (0, 0)
 
 
 def test_with_a_target_length_short_files_are_said_to_be_padded(call, ckpt, of_any_length, tmp_path):
@@ -373,14 +421,14 @@ def hostile(folder: Path, good: Path) -> dict[str | bytes, str]:
     }
 
 
-@pytest.mark.parametrize("ending", ["csv", "json"])
+@pytest.mark.parametrize("ending", ["csv", "json", "npz"])
 def test_no_file_takes_the_others_results_with_it(call, ckpt, learnable, tmp_path, ending, alarm):
     folder = tmp_path / "sounds"
     folder.mkdir()
     for name in ("a.wav", "z\x1b[31m\n<b>.wav"):
         shutil.copy(clip(learnable), folder / name)
     said = hostile(folder, clip(learnable))
-    done = call(folder, "--ckpt_path", ckpt, "--out", f"out.{ending}")
+    done = call(folder, "--ckpt_path", ckpt, FLAGS.get(ending, "--out"), f"out.{ending}")
     assert (
         done.code == 2
         and done.error == f"error: {len(said)} of {len(said) + 2} files were skipped; the lines above say why"
@@ -388,7 +436,9 @@ def test_no_file_takes_the_others_results_with_it(call, ckpt, learnable, tmp_pat
     skipped = [line for line in done.err.splitlines() if line.startswith("skipped: ")]
     assert sorted(skipped) == sorted(f"skipped: {folder}/{name} {reason}" for name, reason in said.items())
     assert r"z\x1b[31m\n<b>.wav" in done.out and "\x1b" not in done.out + done.err
-    if ending == "json":
+    if ending == "npz":
+        names = np.load(tmp_path / "out.npz")["files"]  # numpy refuses pickled ones
+    elif ending == "json":
         names = [one["file"] for one in json.loads((tmp_path / "out.json").read_text())["predictions"]]
     else:
         with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
@@ -409,7 +459,7 @@ def test_only_regular_files_are_opened(call, ckpt, folder, tmp_path, alarm):
         call(folder, *args).refused(part)
 
 
-@pytest.mark.parametrize("ending", ["csv", "json"])
+@pytest.mark.parametrize("ending", ["csv", "json", "npz"])
 def test_what_was_predicted_before_a_ctrl_c_is_kept(call, ckpt, learnable, tmp_path, monkeypatch, ending):
     shutil.copy(clip(learnable), tmp_path / "a.wav")
     (tmp_path / f"out.{ending}").write_text("earlier")
@@ -419,15 +469,22 @@ def test_what_was_predicted_before_a_ctrl_c_is_kept(call, ckpt, learnable, tmp_p
         raise KeyboardInterrupt
 
     monkeypatch.setattr(predict, "predict", stopped)
-    done = call(learnable / "audio", "--ckpt_path", ckpt, "--out", f"out.{ending}", "--batch_size", 1)
+    flag = FLAGS.get(ending, "--out")
+    done = call(learnable / "audio", "--ckpt_path", ckpt, flag, f"out.{ending}", "--batch_size", 1)
     partial = tmp_path / f"out.partial.{ending}"
     assert done.code == 130 and done.err.endswith(f"what was predicted is in {partial.name}\n")
-    found = json.loads(partial.read_text())["predictions"] if ending == "json" else list(csv.DictReader(partial.open()))
+    if ending == "npz":
+        found = np.load(partial)["embeddings"]
+    else:
+        found = (
+            json.loads(partial.read_text())["predictions"] if ending == "json" else [*csv.DictReader(partial.open())]
+        )
     assert len(found) == 2 and (tmp_path / f"out.{ending}").read_text() == "earlier"
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_results_are_written_as_they_come_and_not_held(call, ckpt, learnable, tmp_path, monkeypatch):
+@pytest.mark.parametrize("ending", ["csv", "npz"])
+def test_results_are_written_as_they_come_and_not_held(call, ckpt, learnable, tmp_path, monkeypatch, ending):
     shown, held = [], []
 
     def watched(*args):
@@ -438,9 +495,9 @@ def test_results_are_written_as_they_come_and_not_held(call, ckpt, learnable, tm
             del one
 
     monkeypatch.setattr(predict, "predict", watched)
-    assert call(learnable / "audio", "--ckpt_path", ckpt, "--out", "out.csv").code == 0
+    assert call(learnable / "audio", "--ckpt_path", ckpt, FLAGS.get(ending, "--out"), f"out.{ending}").code == 0
     beside, alive = zip(*shown, strict=True)
-    assert len(shown) == 104 and set(beside) == {1}
+    assert len(shown) == 104 and set(beside) == {int(ending == "csv")}  # .npz waits in a file without a name
     assert max(alive) <= predict.SHOWN + 3
 
 
@@ -509,6 +566,9 @@ def test_bad_input_is_one_line(call, ckpt, folder, tmp_path):
         ([folder, "--ckpt_path", ckpt, "--overlap", "1"], ["--overlap", "at most 0.99", "1.0"]),
         ([folder, "--ckpt_path", ckpt, "--batch_size", "0"], ["--batch_size"]),
         ([folder, "--ckpt_path", ckpt, "--out", "x.txt"], ["--out ends in .csv or .json"]),
+        ([folder, "--ckpt_path", ckpt, "--embeddings", "x.npy"], ["--embeddings ends in .npz; got x.npy"]),
+        ([folder, "--ckpt_path", ckpt, "--embeddings", "x.npz", "--out", "x.csv"], ["give --out or --embeddings"]),
+        ([folder, "--ckpt_path", ckpt, "--embeddings", "list.csv/x.npz"], ["list.csv/x.npz cannot be written"]),
         ([folder, "--ckpt_path", ckpt, "--list", "list.csv"], ["--list list.csv has no file"]),
         ([folder, "--ckpt_path", ckpt, "--list", "none.csv"], ["none.csv cannot be read"]),
         (["--ckpt_path", ckpt, "--list", "list.csv"], ["--list needs one folder"]),

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import signal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -518,7 +519,7 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(weights[: len(weights) // 2])
     assert "cannot be read" in refused(read_source, tmp_path / "cut.safetensors")
     assert "does not exist" in refused(read_source, tmp_path / "nothing.pth")
-    assert "is no file" in refused(read_source, tmp_path)
+    assert "is a folder without model.safetensors" in refused(read_source, tmp_path)
 
 
 # The command line
@@ -743,3 +744,77 @@ def test_the_shown_commands_are_of_this_program(capsys):
     for _, _, _, path, *args in shown:
         assert pretrained.main([path, *args]) == 1  # there is no such file, and the flags are right
         assert "does not exist" in capsys.readouterr().err
+
+
+# create_model
+
+
+def tiny_folder(folder: Path, **overrides) -> tuple[Path, aum.AudioMamba]:
+    """An aum_tiny of two layers with random weights, saved."""
+    torch.manual_seed(0)
+    shape = {"depth": 2, "n_mels": 32, "target_length": 48, "pool": "cls", "pos_embed": True, "head": "linear"}
+    model = aum.create_model("aum_tiny", **shape | overrides).eval()
+    model.save_pretrained(folder / "saved", front_end={"sample_rate": 16000})
+    return folder / "saved", model
+
+
+def test_a_model_is_created_with_the_weights_of_a_folder(tmp_path, caplog):
+    folder, saved_model = tiny_folder(tmp_path)
+    caplog.set_level("INFO", "aum.create")
+    x = torch.randn(2, 1, 32, 48)
+    for place in (folder, str(folder), folder / "model.safetensors"):
+        model = aum.create_model("aum_tiny", pretrained=place, depth=2)
+        assert model.training and model.config == saved_model.config and model.front_end == {"sample_rate": 16000}
+        assert torch.equal(model.eval()(x), saved_model(x))
+        assert "left out: 0 tensors" in caplog.text and "left at its initial value: 0 tensors" in caplog.text
+    assert pretrained.main([str(folder)]) == 0
+    other = aum.create_model("aum_tiny", pretrained=folder, depth=2, n_classes=3, drop_path=0.1).eval()
+    assert other(x).shape == (2, 3) and other.config.drop_path == 0.1
+    assert torch.equal(other.forward_features(x), saved_model.forward_features(x))
+    longer = aum.create_model("aum_tiny", pretrained=folder, depth=2, target_length=96)
+    assert longer.config.grid == (2, 6) and torch.equal(longer.layers[1].mixer.D, saved_model.layers[1].mixer.D)
+    assert "grid 2 x 3 resized to 2 x 6" in " ".join(caplog.text.split())
+
+
+def test_a_model_is_created_with_the_weights_of_a_file(general_run, tmp_path):
+    path = saved(audio("fo_bi", d=192, depth=24, patches=512), tmp_path)
+    assert "8 x 64 or 16 x 32" in refused(partial(aum.create_model, pretrained=path, direction="fo_bi"), "aum_tiny")
+    model = aum.create_model("aum_tiny", pretrained=path, direction="fo_bi", source_grid=(8, 64))
+    own = model_for(path, n_mels=128, target_length=1024)
+    aum.load_pretrained(own, path, source_grid=(8, 64))
+    assert model.config == own.config and (own.config.pool, own.config.n_classes) == ("cls", 527)
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
+    headless = saved({k: v for k, v in audio(d=192, patches=0).items() if not k.startswith("head")}, tmp_path, "y.pth")
+    model = aum.create_model("aum_tiny", pretrained=headless, n_mels=128)
+    assert (model.config.head, model.config.n_classes, model.config.n_mels) == ("mlp", 10, 128)
+    run = general_run / "checkpoints" / "best.ckpt"
+    config = read_source(run).config
+    shape = {name: getattr(config, name) for name in ("embed_dim", "depth", "d_state")}
+    assert aum.create_model("aum_small", pretrained=run, **shape).config == config
+
+
+def test_weights_that_contradict_the_name_are_refused(tmp_path):
+    folder, _ = tiny_folder(tmp_path)
+    for name, overrides, said in [
+        (
+            "aum_base",
+            {},
+            f"{folder} (save_pretrained) has embed_dim=192, and aum_base 768 here: give embed_dim=192, or",
+        ),
+        ("aum_tiny", {}, "has depth=2, and aum_tiny 24 here: give depth=2"),
+        ("aum_tiny", {"depth": 2, "direction": "fo_fo"}, "give direction='bi_bi'"),
+    ]:
+        assert said in refused(partial(aum.create_model, pretrained=folder, **overrides), name)
+    missing = tmp_path / "gone.pth"
+    assert f"{missing} does not exist" in refused(partial(aum.create_model, pretrained=missing), "aum_tiny")
+    (folder / "config.json").write_text("{")
+    assert "config.json is no JSON" in refused(partial(aum.create_model, pretrained=folder), "aum_tiny")
+    with pytest.raises(ValueError, match="pretrained is a folder, a file or a repository"):
+        aum.create_model("aum_tiny", pretrained=True)
+
+
+def test_another_name_is_a_repository_of_the_hub(monkeypatch, tmp_path):
+    folder, saved_model = tiny_folder(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: folder if name == "me/tiny" else 1)
+    model = aum.create_model("aum_tiny", pretrained="me/tiny", depth=2)
+    assert torch.equal(model.norm_f.weight, saved_model.norm_f.weight) and model.config == saved_model.config

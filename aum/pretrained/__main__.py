@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from aum.model import AudioMamba, AuMConfig, create_config, list_models
 from aum.pretrained.layouts import PretrainedError
-from aum.pretrained.source import POS_EMBED, Source, UnknownGrid, read_source
+from aum.pretrained.source import UnknownGrid, read_source
 from aum.pretrained.transfer import load_pretrained
 
 
@@ -21,7 +21,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Return the exit code."""
     parser = argparse.ArgumentParser("python -m aum.pretrained", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "path", help="checkpoint of Vim, AuM, the earlier code or a run: .pth, .pt, .ckpt, .safetensors"
+        "path", help="checkpoint of Vim, AuM, the earlier code or a run (.pth, .ckpt, ...), or save_pretrained's folder"
     )
     parser.add_argument(
         "--source_grid", type=_pair, metavar="MEL,TIME", help="patches that its position embedding stands for"
@@ -36,7 +36,10 @@ def main(args: Sequence[str] | None = None) -> int:
     path, source_grid, name = given.pop("path"), given.pop("source_grid", None), given.pop("model", None)
     try:
         source = read_source(path)
-        config = create_config(name, **given) if name else dataclasses.replace(_own_shape(source, source_grid), **given)
+        if name:
+            config = create_config(name, **given)
+        else:
+            config = dataclasses.replace(source.config, **source.told(source_grid) | given)
         print(load_pretrained(AudioMamba(config), source, source_grid=source_grid))
     except UnknownGrid as error:
         return _fail(f"{error}: give --source_grid MEL,TIME")
@@ -45,15 +48,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except ValueError as error:  # its message begins with the field's name, which is the flag's
         return _fail(f"--{error}")
     return 0
-
-
-def _own_shape(source: Source, source_grid: tuple[int, int] | None) -> AuMConfig:
-    """Return the shape of the file's model; without a position embedding, any input size fits."""
-    config = source.config
-    if source.grid is not None or POS_EMBED not in source.state:
-        return config
-    grid, patch = source.find_grid(source_grid), config.patch_size
-    return dataclasses.replace(config, n_mels=grid[0] * patch[0], target_length=grid[1] * patch[1])
 
 
 def _fail(message: str) -> int:

@@ -6,6 +6,7 @@
 | AuM (arXiv:2406.03344) | a plain state dict of our names, often after ``module.`` |
 | the earlier code, audio-mamba-asc | ``aum_model.*``, ``classifier.*``; of Lightning ``model.aum_model.*``, ``mel.*`` |
 | a run of train_base.py | ``model.*`` beside ``logmel.*``, with the configuration as plain values |
+| a folder of `hub.Pretrained.save_pretrained` | config.json and model.safetensors in it |
 
 The shape (direction, width, depth, ...) comes from the tensors, or from a run's configuration, and every tensor is then
 compared with what a model of that shape has: what is missing, unexpected or of a wrong shape is refused.
@@ -22,10 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aum.hub import CONFIG, WEIGHTS
 from aum.model import AudioMamba, AuMConfig
 from aum.pretrained.layouts import PretrainedError, our_names, read_file, state_dict
 
-VIM, AUM, EARLIER, RUN = "Vim", "AuM", "the earlier code", "a run"
+VIM, AUM, EARLIER, RUN, SAVED = "Vim", "AuM", "the earlier code", "a run", "save_pretrained"
+ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".safetensors")  # of files
 PATCH, POS_EMBED = "patch_embed.proj.weight", "pos_embed.pos_embed"
 HEADS = ("head.", "classifier.")  # beginnings of the head's names
 
@@ -51,6 +54,10 @@ class Source:
     """Its shape. Where ``grid`` is None, n_mels and target_length are only as good as the tensors' sizes."""
     grid: tuple[int, int] | None
     """Patches along (mel, time) that the position embedding's rows stand for, where the file says so."""
+    is_described: bool = False
+    """``config`` is stated, not derived from the tensors."""
+    front_end: dict | None = None
+    """As `hub.Pretrained` stores it."""
 
     @property
     def n_cls(self) -> int:
@@ -59,6 +66,18 @@ class Source:
 
     def head(self) -> list[str]:
         return [name for name in self.state if name.startswith(HEADS)]
+
+    def told(self, source_grid: tuple[int, int] | None = None) -> dict:
+        """Return the fields of its config that the file tells. Raises `UnknownGrid` as `find_grid`."""
+        told = dict(vars(self.config))
+        if not self.head():
+            del told["head"], told["n_classes"]
+        if not self.is_described:
+            del told["n_mels"], told["target_length"]
+            if POS_EMBED in self.state:
+                grid, patch = self.find_grid(source_grid), self.config.patch_size
+                told |= {"n_mels": grid[0] * patch[0], "target_length": grid[1] * patch[1]}
+        return told
 
     def find_grid(self, given: tuple[int, int] | None = None) -> tuple[int, int]:
         """Return the ``given`` grid, or the only grid that fits the file.
@@ -99,6 +118,12 @@ def read_source(path: Path | str) -> Source:
     Raises `PretrainedError` for a file that cannot be read, is of no such layout, or is not whole.
     """
     path = Path(path)
+    if path.name == WEIGHTS and path.with_name(CONFIG).is_file():
+        path = path.parent
+    if path.is_dir():
+        if not (path / WEIGHTS).is_file():
+            raise PretrainedError(f"{path} is a folder without {WEIGHTS}: give a file, or a folder of save_pretrained")
+        return read_saved(path)
     checkpoint = read_file(path)
     tensors = state_dict(checkpoint, path)
     names, beside = our_names(tensors, path)
@@ -121,9 +146,20 @@ def read_source(path: Path | str) -> Source:
     _refuse_other_values(state, path)
     config = described or _derived(state, kind, path)
     grid = described.grid if described is not None and described.pos_embed else None
-    source = Source(path, kind, state, names, beside, changed, config, grid)
+    source = Source(path, kind, state, names, beside, changed, config, grid, described is not None)
     _refuse_other_tensors(source)
     return source
+
+
+def read_saved(place: Path | str) -> Source:
+    """Read a folder of `save_pretrained`, or such a repository of the Hugging Face Hub; as `read_source`."""
+    try:
+        model = AudioMamba.from_pretrained(place)
+    except ValueError as error:
+        raise PretrainedError(str(error)) from error
+    state, config = model.state_dict(), model.config
+    names, grid = {name: name for name in state}, config.grid if config.pos_embed else None
+    return Source(Path(place), SAVED, state, names, {}, {}, config, grid, True, model.front_end)
 
 
 def _refuse_other_values(state: Mapping[str, Tensor], path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from aum.model import AudioMamba, AuMConfig
 from aum.pretrained.layouts import PretrainedError
-from aum.pretrained.source import HEADS, PATCH, POS_EMBED, RUN, Source, read_source
+from aum.pretrained.source import HEADS, PATCH, POS_EMBED, RUN, SAVED, Source, read_source
 
 MUST_FIT = (
     "direction", "paired_layers", "embed_dim", "depth", "d_state", "d_conv", "expand", "stem", "stem_blocks",
@@ -90,7 +90,8 @@ def load_pretrained(
     """Load a checkpoint's weights into ``model``. The report accounts for every tensor of both.
 
     Args:
-        path: a file of Vim, AuM, the earlier code or a run (`source`): .safetensors, or what torch.load reads.
+        path: a file of Vim, AuM, the earlier code or a run (`source`), .safetensors or what torch.load reads; or a
+            folder of `save_pretrained`.
         source_grid: patches along (mel, time) that its position embedding stands for, where the file does not say.
 
     Raises:
@@ -167,7 +168,7 @@ def _notes(source: Source, config: AuMConfig) -> list[str]:
     for name in COMPUTES:
         theirs, ours = getattr(source.config, name), getattr(config, name)
         if theirs != ours:
-            there = "there" if source.kind == RUN else "in the published model"
+            there = "there" if source.kind in (RUN, SAVED) else "in the published model"
             notes.append(f"computes differently: {name} is {theirs} {there}, {ours} here (--{name})")
     if any(file.rpartition("rope.")[1] for file in source.beside):
         notes.append("computes differently: rotary position embedding there, none here")

@@ -3,14 +3,16 @@
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dcase.data.recordings import Span, pieces, span_of, windows
 from dcase.errors import UserError
+from dcase.model.devices import forward_by_device
 from dcase.model.quantisation import rounded
 from dcase.runs.config import EvalConfig, from_plain
 from dcase.runs.trained import load_trained
@@ -33,6 +35,7 @@ class Prediction:
     seconds: float
     n_windows: int
     is_repeated: bool  # because it is shorter than the model needs
+    embedding: tuple[float, ...] = ()  # the model's features; the mean over the windows
 
     def best(self, n: int) -> list[tuple[str, float]]:
         """Return the n most probable scenes with their probabilities."""
@@ -64,7 +67,11 @@ def span_of_module(module: SceneClassifier) -> Span:
 
 
 def predict(
-    module: SceneClassifier, recordings: Iterable[Recording], batch_size: int = 64, overlap: float = 0.0
+    module: SceneClassifier,
+    recordings: Iterable[Recording],
+    batch_size: int = 64,
+    overlap: float = 0.0,
+    embed: bool = False,
 ) -> Iterator[Prediction | Skipped]:
     """Yield each recording's probabilities, in the order given; an unreadable file is skipped, with the reason.
 
@@ -73,6 +80,7 @@ def predict(
     Args:
         batch_size: windows in a batch, of one recording or of several.
         overlap: share of a window that the next window reads again, 0 to below 1.
+        embed: with embeddings.
     """
     span, rate = span_of_module(module), module.logmel.orig_sample_rate
     hop = max(1, round(span.window * (1 - overlap)))  # samples
@@ -84,7 +92,7 @@ def predict(
             for window in windows(one.counted(pieces(recording.path, rate)), span, hop):
                 batch.append((window, one))
                 if len(batch) == batch_size:
-                    _classify(module, batch)
+                    _classify(module, batch, embed)
                     batch = []
         except UserError as error:
             one.fault = str(error)
@@ -92,17 +100,17 @@ def predict(
         one.is_whole = True
         yield from _finished(under_way, batch, span, rate)
     if batch:
-        _classify(module, batch)
+        _classify(module, batch, embed)
     yield from _finished(under_way, [], span, rate)
 
 
 @dataclass(eq=False)
 class _Sum:
-    """A recording's probabilities so far, summed over its classified windows."""
+    """A recording's probabilities and features so far, summed over its classified windows."""
 
     recording: Recording
     scenes: tuple[str, ...]
-    probabilities: Tensor | float = 0.0  # (scenes,) float64
+    values: Tensor | float = 0.0  # probabilities and, behind them, features: (scenes + embed_dim,) float64
     n_windows: int = 0
     samples: int = 0
     fault: str = ""
@@ -117,10 +125,9 @@ class _Sum:
     def result(self, span: Span, rate: int) -> Prediction | Skipped:
         if self.fault:
             return Skipped(self.recording, self.fault)
-        mean = tuple((self.probabilities / self.n_windows).tolist())
-        return Prediction(
-            self.recording, self.scenes, mean, self.samples / rate, self.n_windows, self.samples < span.least
-        )
+        mean, n = tuple((self.values / self.n_windows).tolist()), len(self.scenes)
+        seconds, is_repeated = self.samples / rate, self.samples < span.least
+        return Prediction(self.recording, self.scenes, mean[:n], seconds, self.n_windows, is_repeated, mean[n:])
 
 
 def _finished(under_way: deque[_Sum], batch: list, span: Span, rate: int) -> Iterator[Prediction | Skipped]:
@@ -130,20 +137,34 @@ def _finished(under_way: deque[_Sum], batch: list, span: Span, rate: int) -> Ite
         yield under_way.popleft().result(span, rate)
 
 
-def _classify(module: SceneClassifier, batch: list[tuple[Tensor, _Sum]]) -> None:
-    """Add each window's probabilities to its recording's; windows of one length go through the model together."""
+def _classify(module: SceneClassifier, batch: list[tuple[Tensor, _Sum]], embed: bool) -> None:
+    """Add each window's values to its recording's; windows of one length go through the model together."""
 
     def length(item: tuple[Tensor, _Sum]) -> int:
         return item[0].shape[1]
 
-    where = module.logmel.mean.device
+    where, n = module.logmel.mean.device, len(module.labels.scenes)
+    model = partial(_with_features, module) if embed else module
     for _, group in groupby(sorted(batch, key=length), key=length):
         sounds, sums = zip(*group, strict=True)
         device = torch.tensor([module.labels.device_index(one.recording.device_id) for one in sums])
         with torch.inference_mode():
-            logits = module(torch.stack(sounds).to(where), device.to(where))
-        if lost := next((one for one, x in zip(sums, logits, strict=True) if not x.isfinite().all()), None):
+            outputs = model(torch.stack(sounds).to(where), device.to(where))
+        if lost := next((one for one, x in zip(sums, outputs, strict=True) if not x.isfinite().all()), None):
             raise FloatingPointError(f"the model's output for {lost.recording.path} is NaN or infinite")
-        for one, probabilities in zip(sums, logits.double().softmax(1).cpu(), strict=True):
-            one.probabilities = one.probabilities + probabilities
+        logits, features = outputs.double().tensor_split([n], 1)
+        for one, values in zip(sums, torch.cat([logits.softmax(1), features], 1).cpu(), strict=True):
+            one.values = one.values + values
             one.n_windows += 1
+
+
+def _with_features(module: SceneClassifier, waveform: Tensor, device: Tensor) -> Tensor:
+    """Return logits and, behind them, the features that the model's last layers classify: (b, scenes + embed_dim)."""
+
+    def both(model: nn.Module, x: Tensor) -> Tensor:
+        features = model.forward_features(x)
+        return torch.cat([model.forward_head(features), features], 1)
+
+    x = module.logmel(*module.logmel.resampled(waveform, torch.full_like(device, waveform.shape[-1])))
+    specific = {device_id: partial(both, model) for device_id, model in module.device_models.items()}
+    return forward_by_device(partial(both, module.model), specific, x, device, module.labels.devices)

@@ -55,6 +55,14 @@ class CPMobile(nn.Module):
         """Log-mel (b, 1, n_mels, frames) -> logits (b, n_classes)."""
         return self.feed_forward(self.stages(self.in_c(x))).mean((2, 3))
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Log-mel (b, 1, n_mels, frames) -> (b, 104): the last stage's mean over mel bins and frames."""
+        return self.stages(self.in_c(x)).mean((2, 3))
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Features (b, 104) -> logits (b, n_classes); in evaluation, those of `forward`."""
+        return self.feed_forward(features[:, :, None, None]).flatten(1)
+
 
 class Block(nn.Module):
     """Inverted residual: (b, c_in, m, t) -> (b, c_out, m / stride, t / stride), rounded up, with ReLU last.

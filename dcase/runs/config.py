@@ -153,7 +153,7 @@ class BaseConfig(TrainConfig):
     states, take its most important channels, layers and states (structured pruning)."""
     pretrained: str = ""
     """Checkpoint file to start from its weights: of Vim (ImageNet), AuM, the earlier code or a run, as .pth, .pt, .ckpt
-    or .safetensors. python -m aum.pretrained FILE shows what it holds."""
+    or .safetensors; or the folder of a published model. python -m aum.pretrained FILE shows what it holds."""
     pretrained_grid: tuple[int, int] | None = None
     """Patches along mel and time of the file's position embedding, such as 8,64, where the file does not say."""
     normalise: Annotated[bool, tyro.conf.FlagConversionOff] = True
