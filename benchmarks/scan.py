@@ -222,12 +222,41 @@ def measure_growth(case: Case, args: argparse.Namespace) -> str:
     )
 
 
+def measure_lengths(case: Case, args: argparse.Namespace) -> str:
+    """Return a table of what ``lengths`` cost, where all are full and where they differ."""
+    b, frames = (2, 64) if args.quick else (16, 641)
+    torch.manual_seed(0)
+    model = aum.create_model("aum_tiny", depth=1 if args.quick else 4, target_length=frames).to(case.device)
+    x, lengths = torch.randn(b, 1, 256, frames, device=case.device), torch.linspace(frames // 4, frames, b).long()
+
+    def call(*batches: tuple) -> None:
+        with case.autocast():
+            sum(model(*batch).square().sum() for batch in batches).backward()
+        model.zero_grad()
+
+    calls = {
+        "no lengths": partial(call, (x,)),
+        "lengths, all full": partial(call, (x, torch.full((b,), frames))),
+        "lengths, from a quarter on": partial(call, (x, lengths)),
+        "the same clips one by one": partial(
+            call, *((clip[None, ..., :n],) for clip, n in zip(x, lengths.tolist(), strict=True))
+        ),
+    }
+    samples, which = race(calls, args), CPU if case.by_cpu else WALL
+    rows = [
+        [name, milliseconds(samples[name], which), ratio(samples[name], samples["no lengths"], which)] for name in calls
+    ]
+    title = f"### Lengths, {b} clips of up to 256 x {frames}, AuM-Tiny of 4 layers, {BOTH}, {case.where}"
+    return f"{title}\n\n{table(['batch', 'CPU ms' if case.by_cpu else 'ms', 'x no lengths'], rows)}"
+
+
 MEASURES = {
     "block": measure_block,
     "memory": measure_memory,
     "step": measure_step,
     "models": measure_models,
     "growth": measure_growth,
+    "lengths": measure_lengths,
 }
 
 
