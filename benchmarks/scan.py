@@ -224,9 +224,9 @@ def measure_growth(case: Case, args: argparse.Namespace) -> str:
 
 def measure_lengths(case: Case, args: argparse.Namespace) -> str:
     """Return a table of what ``lengths`` cost, where all are full and where they differ."""
-    b, frames = (2, 64) if args.quick else (16, 641)
+    b, frames = (2, 64) if args.quick else (8, 321)
     torch.manual_seed(0)
-    model = aum.create_model("aum_tiny", depth=1 if args.quick else 4, target_length=frames).to(case.device)
+    model = aum.create_model("aum_tiny", depth=1 if args.quick else 2, target_length=frames).to(case.device)
     x, lengths = torch.randn(b, 1, 256, frames, device=case.device), torch.linspace(frames // 4, frames, b).long()
 
     def call(*batches: tuple) -> None:
@@ -246,7 +246,7 @@ def measure_lengths(case: Case, args: argparse.Namespace) -> str:
     rows = [
         [name, milliseconds(samples[name], which), ratio(samples[name], samples["no lengths"], which)] for name in calls
     ]
-    title = f"### Lengths, {b} clips of up to 256 x {frames}, AuM-Tiny of 4 layers, {BOTH}, {case.where}"
+    title = f"### Lengths, {b} clips of up to 256 x {frames}, AuM-Tiny of 2 layers, {BOTH}, {case.where}"
     return f"{title}\n\n{table(['batch', 'CPU ms' if case.by_cpu else 'ms', 'x no lengths'], rows)}"
 
 
