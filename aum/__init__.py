@@ -2,6 +2,7 @@
 
 It depends on no sampling rate, no scene and no Lightning; its one command, aum.pretrained, shows a file."""
 
+from aum import compat
 from aum.mamba import BiMamba
 from aum.model import (
     AudioMamba,
@@ -23,6 +24,7 @@ __all__ = [
     "SelfTestFailed",
     "UnknownGrid",
     "available_backends",
+    "compat",
     "create_config",
     "create_model",
     "list_models",
