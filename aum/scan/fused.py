@@ -27,7 +27,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from aum.scan.flops import register_flop_formula
 
 
 def _kernels(backend: str) -> ModuleType:

@@ -8,11 +8,11 @@ follows it from the sums, so that its backward is a BatchNorm's.
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from aum.scan.backends import choose
 from aum.scan.build import call, fill, library, padded, structure
 from aum.scan.cpu_kernels import UNITS
+from aum.scan.flops import register_flop_formula
 
 MOST_ROWS = 16  # of a kernel: MAX_ROWS of products.h
 
