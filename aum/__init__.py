@@ -16,6 +16,8 @@ from aum.pretrained import PretrainedError, UnknownGrid, load_pretrained
 from aum.scan import available_backends, selective_scan_fn, use_backend
 from aum.self_test import SelfTestFailed, self_test, tested_backend
 
+__version__ = "0.1.0"  # CITATION.cff and CHANGELOG.md name it, too
+
 __all__ = [
     "AuMConfig",
     "AudioMamba",
