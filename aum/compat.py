@@ -62,10 +62,8 @@ class Mamba(BiMamba):
         if dt_init not in ("random", "constant"):
             raise ValueError(f"dt_init is random or constant; got {dt_init!r}")
         if not use_fast_path and bimamba_type != "none":
-            raise ValueError(
-                f"use_fast_path=False makes the published class leave out the backward direction of bimamba_type "
-                f"{bimamba_type!r}: leave it True, or give bimamba_type 'none'"
-            )
+            why = f"makes the published class leave out the backward direction of bimamba_type {bimamba_type!r}"
+            raise ValueError(f"use_fast_path=False {why}: leave it True, or give bimamba_type 'none'")
         rank = None if dt_rank == "auto" else dt_rank
         super().__init__(d_model, d_state, d_conv, expand, DIRECTIONS[bimamba_type], dt_rank=rank)
         self.expand, self.layer_idx, self.bimamba_type = expand, layer_idx, bimamba_type
@@ -76,8 +74,7 @@ class Mamba(BiMamba):
             self.dt_proj_b.reset_parameters()
             convolutions.append(self.conv1d_b)
         if bias:
-            self.in_proj = nn.Linear(d_model, 2 * self.d_inner)
-            self.out_proj = nn.Linear(self.d_inner, d_model)
+            self.in_proj, self.out_proj = nn.Linear(d_model, 2 * self.d_inner), nn.Linear(self.d_inner, d_model)
         if not conv_bias:
             for conv1d in convolutions:  # the kernels add a bias; zeros that are no parameter and in no state dict
                 del conv1d.bias

@@ -1,33 +1,22 @@
 """What our operations cost, for torch's flop counter. The counter imports Triton, which takes longer than all of this
-package, so that it is not imported here: the formulas are registered once somebody else imports it."""
+package, so it is not imported here: the formulas are registered when somebody else imports it."""
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
 
 COUNTER = "torch.utils.flop_counter"
-_formulas: dict[object, Callable] = {}
+_waiting: dict[object, Callable] = {}  # operation -> formula
 
 
 def register_flop_formula(operation: object) -> Callable[[Callable], Callable]:
     """Return a decorator that registers a formula, as the function of that name in torch.utils.flop_counter does."""
-
-    def register(formula: Callable) -> Callable:
-        _formulas[operation] = formula
-        if COUNTER in sys.modules:
-            _register_all(sys.modules[COUNTER])
-        return formula
-
-    return register
-
-
-def _register_all(counter: ModuleType) -> None:
-    for operation, formula in _formulas.items():
-        if operation not in counter.flop_registry:
-            counter.register_flop_formula(operation)(formula)
+    if COUNTER in sys.modules:
+        return sys.modules[COUNTER].register_flop_formula(operation)
+    return functools.partial(_waiting.setdefault, operation)
 
 
 class _AfterImport(MetaPathFinder):
@@ -40,9 +29,10 @@ class _AfterImport(MetaPathFinder):
         spec = importlib.util.find_spec(fullname)
         run = spec.loader.exec_module
 
-        def run_and_register(module: ModuleType) -> None:
+        def run_and_register(module) -> None:
             run(module)
-            _register_all(module)
+            for operation, formula in _waiting.items():
+                module.register_flop_formula(operation)(formula)
 
         spec.loader.exec_module = run_and_register
         return spec
