@@ -45,12 +45,19 @@ def init_token(token: Tensor) -> None:
     nn.init.trunc_normal_(token, std=TOKEN_STD, a=-2.0, b=2.0)
 
 
-def init_dt_proj(dt_proj: nn.Linear) -> None:
+def init_dt_proj(
+    dt_proj: nn.Linear,
+    dt_min: float = DT_MIN,
+    dt_max: float = DT_MAX,
+    floor: float = DT_FLOOR,
+    scale: float = 1.0,
+    constant: bool = False,
+) -> None:
     """Weight (d_inner, dt_rank) and bias (d_inner,) of the projection to delta."""
-    bound = dt_proj.in_features**-0.5
-    nn.init.uniform_(dt_proj.weight, -bound, bound)
-    log_min, log_max = math.log(DT_MIN), math.log(DT_MAX)
-    delta = torch.exp(torch.rand(dt_proj.out_features) * (log_max - log_min) + log_min).clamp(min=DT_FLOOR)
+    bound = scale * dt_proj.in_features**-0.5
+    nn.init.uniform_(dt_proj.weight, bound if constant else -bound, bound)
+    log_min, log_max = math.log(dt_min), math.log(dt_max)
+    delta = torch.exp(torch.rand(dt_proj.out_features) * (log_max - log_min) + log_min).clamp(min=floor)
     with torch.no_grad():
         dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
 

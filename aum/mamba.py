@@ -39,18 +39,25 @@ class BiMamba(nn.Module):
     - ``bi_bi``: a forward and a backward branch, each with its own convolution, projections, A and D, between shared
       in_proj and out_proj; half the sum of both (Bi-Bi, "v2").
 
-    Raises ValueError for an unknown direction.
+    ``dt_rank`` is d_model / 16, rounded up, unless it is given. Raises ValueError for an unknown direction.
     """
 
     def __init__(
-        self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, direction: Direction = "bi_bi"
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        direction: Direction = "bi_bi",
+        *,
+        dt_rank: int | None = None,
     ):
         super().__init__()
         if direction not in ("fo_fo", "fo_bi", "bi_bi"):
             raise ValueError(f"direction is fo_fo, fo_bi or bi_bi; got {direction!r}")
         self.d_model, self.d_state, self.d_conv, self.direction = d_model, d_state, d_conv, direction
-        self.d_inner = expand * d_model
-        self.dt_rank = math.ceil(d_model / 16)
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         self._suffixes = ("", "_b") if direction == "bi_bi" else ("",)  # of the branches' parameters
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         for suffix in self._suffixes:
@@ -72,12 +79,12 @@ class BiMamba(nn.Module):
             self.A_log = a_log(d, n)
 
     def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """``lengths`` (b,): the steps of each clip of a batch that is padded at the end, with any values. Each clip is
+        """``lengths`` (b,): the steps of each clip of a batch that is padded at the end, with finite values. Each clip is
         then computed as if it were alone, and the padding's outputs are 0. Or the mask that `padding_mask` returns."""
         padding = padding_mask(lengths, *hidden.shape[:2], hidden.device)
-        if padding is not None:
-            hidden = hidden.masked_fill(padding.unsqueeze(-1), 0)
         xz = self.in_proj(hidden)  # (b, l, 2d): x first, the gate z last
+        if padding is not None:
+            xz = xz.masked_fill(padding.unsqueeze(-1), 0)
         backend = choose(xz.device.type, xz.dtype)
         fused = BACKENDS[backend].fused and all(map(_is_plain, self._inner_modules()))
         y = self._fused(xz, padding, backend) if fused else self._composed(xz, padding, backend)

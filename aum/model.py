@@ -335,7 +335,7 @@ class AudioMamba(nn.Module, Pretrained):
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Log-mel (b, 1, n_mels, frames) -> logits (b, n_classes).
 
-        ``lengths`` (b,): the frames of each clip of a batch that is padded at the end, with any finite values; best on
+        ``lengths`` (b,): the frames of each clip of a batch that is padded at the end, with finite values; best on
         the CPU. Each clip's logits and gradients are then those of the clip alone: its patches are those within its own
         frames, and the class token stands among them.
 

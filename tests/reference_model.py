@@ -46,9 +46,9 @@ def projections(p, x, suffix, rank, n):
 
 def mixer(p, x, config):
     """x (l, d_model) through one mixer with parameters p (names below ``mixer.``)."""
-    d, n = config.expand * config.embed_dim, config.d_state
-    rank = -(-config.embed_dim // 16)
-    both = x @ p["in_proj.weight"].T
+    d, rank = p["dt_proj.weight"].shape
+    n = config.d_state
+    both = x @ p["in_proj.weight"].T + p.get("in_proj.bias", 0)
     x, z = both[:, :d], both[:, d:]
     forward = projections(p, x, "", rank, n)
     y = scan(*forward, -np.exp(p["A_log"]), p["D"]) * silu(z)
@@ -57,7 +57,7 @@ def mixer(p, x, config):
     elif config.direction == "bi_bi":
         back = scan(*projections(p, x[::-1], "_b", rank, n), -np.exp(p["A_b_log"]), p["D_b"]) * silu(z[::-1])
         y = (y + back[::-1]) / 2
-    return y @ p["out_proj.weight"].T
+    return y @ p["out_proj.weight"].T + p.get("out_proj.bias", 0)
 
 
 def tokens(state, logmel, config):

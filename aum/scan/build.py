@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch.nn.functional as F  # torch brings the OpenMP runtime that the kernels then share
@@ -97,9 +98,7 @@ def _compiler() -> list[str]:
 def _instruction_set(compiler: list[str]) -> tuple[tuple[str, ...], bytes]:
     """Flags for this processor, and the macros that the compiler then sets, which say what code it will make."""
     for flags in MACHINE:
-        done = subprocess.run(
-            [*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull], capture_output=True, timeout=TIMEOUT
-        )
+        done = _run([*compiler, *flags, "-dM", "-E", "-x", "c", os.devnull])
         if done.returncode == 0:
             return flags, done.stdout
     raise NotAvailable(f"the C compiler does not work: {' '.join(compiler)}: {_complaint(done.stderr)}")
@@ -111,13 +110,17 @@ def _compile(compiler: list[str], machine: tuple[str, ...], folder: Path, name: 
     handle, beside = tempfile.mkstemp(dir=folder, prefix=name, suffix=".tmp")
     os.close(handle)
     try:
-        for threads in (("-fopenmp",), ()):
-            command = [*compiler, *FLAGS, *machine, *threads, *map(str, SOURCES), "-o", beside, "-lm"]
-            done = subprocess.run(command, capture_output=True, timeout=TIMEOUT)
-            if done.returncode == 0:
-                break
-        else:
-            raise NotAvailable(f"the C compiler fails: {shlex.join(command)}: {_complaint(done.stderr)}")
+        with tempfile.TemporaryDirectory(prefix="audio_mamba-") as private, ThreadPoolExecutor() as pool:
+            objects = [f"{private}/{source.stem}.o" for source in SOURCES]
+            for threads in (("-fopenmp",), ()):
+                start = [*compiler, *FLAGS, *machine, *threads]
+                each = [[*start, "-c", str(source), "-o", made] for source, made in zip(SOURCES, objects, strict=True)]
+                stages = each, [[*start, *objects, "-o", beside, "-lm"]]  # the files at the same time, then the library
+                failed = next((done for stage in stages for done in pool.map(_run, stage) if done.returncode), None)
+                if failed is None:
+                    break
+            else:
+                raise NotAvailable(f"the C compiler fails: {shlex.join(failed.args)}: {_complaint(failed.stderr)}")
         os.chmod(beside, 0o755)
         path = folder / f"{name}-{_digest(Path(beside).read_bytes())}.so"
         os.replace(beside, path)
@@ -129,6 +132,10 @@ def _compile(compiler: list[str], machine: tuple[str, ...], folder: Path, name: 
         ) from error
     finally:
         Path(beside).unlink(missing_ok=True)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, timeout=TIMEOUT)
 
 
 def _complaint(stderr: bytes) -> str:
