@@ -79,8 +79,8 @@ class BiMamba(nn.Module):
             self.A_log = a_log(d, n)
 
     def forward(self, hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """``lengths`` (b,): the steps of each clip of a batch that is padded at the end, with finite values. Each clip is
-        then computed as if it were alone, and the padding's outputs are 0. Or the mask that `padding_mask` returns."""
+        """``lengths`` (b,): the steps of each clip of a batch that is padded at the end, with finite values. Each clip
+        is then computed as if it were alone, and the padding's outputs are 0. Or the mask of `padding_mask`."""
         padding = padding_mask(lengths, *hidden.shape[:2], hidden.device)
         xz = self.in_proj(hidden)  # (b, l, 2d): x first, the gate z last
         if padding is not None:
