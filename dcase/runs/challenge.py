@@ -57,7 +57,7 @@ class _Dict:
 
 @contextmanager
 def _stand_ins(path: Path) -> Iterator[list[str]]:
-    """Let torch load a file with stand-ins in place of the classes that are `_BESIDE` weights; yield their names.
+    """Let torch load a file with stand-ins in place of the classes that are `_BESIDE` weights; yield the libraries'.
 
     Raises `UserError` where the file names anything else that torch does not know to be harmless.
     """
@@ -73,7 +73,7 @@ def _stand_ins(path: Path) -> Iterator[list[str]]:
     with torch.serialization.safe_globals(
         [(_Dict if name.lower().endswith("dict") else _Object, name) for name in found]
     ):
-        yield found
+        yield [name for name in found if not name.startswith("builtins.")]
 
 
 def load_file(path: Path | str) -> dict:
@@ -111,7 +111,7 @@ def _converted(content: object, path: Path, skipped: list[str]) -> dict:
         _refuse_other_network(tensors, starts[model], what)
     beside = {name: x for name, x in state.items() if not name.startswith(tuple(starts.values()))}
     has_front_end = _check_front_end(beside, what)
-    halved = all(x.dtype != torch.float32 for x in models[GENERAL].values())
+    halved = all(x.dtype == torch.float16 for tensors in models.values() for x in tensors.values())
     left_out = [*skipped, *({name.partition(".")[0] for name in beside if not name.startswith("mel.")})]
     of = f" with models of {', '.join(device_ids)}" if device_ids else ""
     said = "as in the file" if has_front_end else "which the file does not say"
