@@ -99,6 +99,11 @@ def rounded_as(content: dict, model: CPMobile) -> CPMobile:
     return again
 
 
+def test_the_front_end_is_the_baselines():
+    baseline = LogMelConfig(sample_rate=32000, window_length=3072, hop_length=500, n_fft=4096, n_mels=256, f_min=0.0)
+    assert LogMelConfig() == baseline and baseline.f_max is None and baseline.target_length is None
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_networks_own_logits(layout, tmp_path, capsys):
     content = LAYOUTS[layout]()

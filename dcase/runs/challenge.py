@@ -1,4 +1,4 @@
-"""Checkpoints of the challenge's baselines (DCASE 2023 to 2025) and of what was trained with their code.
+"""Checkpoints of the challenge's baselines (DCASE 2024 and 2025) and of what was trained with their code.
 
     multi_device_model.base_model.*, multi_device_model.device_models.a.*, ...      general model, and those of devices
     model.*, or nothing before the names                                            one model
