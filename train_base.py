@@ -11,6 +11,7 @@ The run goes to <project_name>/<run_id>/; its id is what train_device_specific.p
 """
 
 import dataclasses
+from pathlib import Path
 
 from dcase import errors
 from dcase.data.labels import refuse_other_scenes
@@ -18,6 +19,7 @@ from dcase.data.loading import clips_id, find_source, open_sound, training_clips
 from dcase.data.logmel import empty_bins, fitting, frames_of
 from dcase.model import named as models
 from dcase.runs import defaults
+from dcase.runs.challenge import load_file
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import next_after, parse_base, start_run
 from dcase.runs.folder import find_checkpoint
@@ -61,8 +63,11 @@ def main() -> None:
     if config.pretrained and begins:
         module.start_from_file(config.pretrained, config.pretrained_grid)
     if config.init_from and begins:
-        source_run = load_checkpoint(find_checkpoint(config.run.project_name, config.init_from, "--init_from"))
-        module.refuse_other_clips(source_run, f"the run --init_from {config.init_from}")
+        path = Path(config.init_from)
+        if not path.is_file():
+            path = find_checkpoint(config.run.project_name, config.init_from, "--init_from")
+        source_run = load_file(path)
+        module.refuse_other_clips(source_run, f"the model --init_from {config.init_from}")
         module.start_from(source_run)
     evaluation.warn_if_over(module)
     for warning in fit.too_few(len(train), len(val) if val else 0, config):

@@ -602,7 +602,7 @@ def test_flags_that_do_not_go_together():
         (BaseConfig, {"pretrained": "x.pth", "init_from": "abc"}, "--init_from"),
         (BaseConfig, {"pretrained_grid": (8, 64)}, "--pretrained_grid"),
         (BaseConfig, {"pretrained": "x.pth", "pretrained_grid": (0, 64)}, "--pretrained_grid"),
-        (BaseConfig, {"pretrained": "x.pth", "model": ModelConfig("cp_mobile")}, "cp_mobile"),
+        (BaseConfig, {"pretrained": "x", "pretrained_grid": (8, 6), "model": ModelConfig("cp_mobile")}, "cp_mobile"),
         (BaseConfig, {"fit": FitConfig(layer_decay=0.5), "model": ModelConfig("cp_mobile")}, "--layer_decay"),
         (FitConfig, {"layer_decay": 0.0}, "--layer_decay"),
         (FitConfig, {"layer_decay": 1.1}, "--layer_decay"),

@@ -21,9 +21,10 @@ FILES = (".npz", ".csv", ".tsv", ".pt")  # of logits
 class DistillConfig:
     teacher: str = ""
     """What the model also learns from; several are separated by commas, and the mean of their probabilities counts. A
-    run: its id in --project_name, its folder with a /, or a .ckpt file. A file of logits: .npz with filename and logits
-    (FILE.npz:KEY takes another array), .csv with filename and a column per scene, or .pt with a row for each row of a
-    split list. A challenge's inference package: its .py file, its folder with a /, or its module; its code is run."""
+    run: its id in --project_name, its folder with a /, or a .ckpt file, which may be of the challenge's baseline. A
+    file of logits: .npz with filename and logits (FILE.npz:KEY takes another array), .csv with filename and a column
+    per scene, or .pt with a row for each row of a split list. A challenge's inference package: its .py file, its folder
+    with a /, or its module; its code is run."""
     teacher_input: Literal["cached", "live"] = "cached"
     """Input of the teachers. cached: each unaugmented clip once, with the outputs kept in <project>/teacher_outputs/.
     live: the student's waveforms in every step, with --roll_sec and --dir_path, without MixStyle and masks."""

@@ -17,6 +17,7 @@ from dcase.files import keep_copy, replace_file
 from dcase.schema import Count, Name, Schema, checked
 
 FORMAT = 1
+UNKNOWN_CLIPS = ""  # "clips_id" of a model whose training clips its file does not name
 MOST_BYTES = 2**30  # of a weight that repeats one value
 
 
@@ -67,7 +68,23 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return checked(Weights, _read(path), f"checkpoint {path}").state_dict
 
 
+def is_ours(content: object) -> bool:
+    """Return whether a file's content is that of this code's checkpoints."""
+    return isinstance(content, dict) and content.get("dcase_format") == FORMAT
+
+
 def _read(path: Path) -> dict:
+    content = read_file(path)
+    if not is_ours(content):
+        raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
+    return content
+
+
+def read_file(path: Path) -> object:
+    """Return the content of a file of tensors and plain values, on the CPU. Raises `UserError`, naming it, for others.
+
+    What else the file may hold is up to `torch.serialization.safe_globals`.
+    """
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist, or is no regular file: check --ckpt_path or --ckpt_id")
     try:
@@ -75,7 +92,7 @@ def _read(path: Path) -> dict:
             damaged = file.testzip()  # torch does not check the checksums that it writes
         if damaged:
             raise ValueError(f"{damaged} in it is damaged")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise UserError(
             f"checkpoint {path} is refused: it is damaged, no checkpoint, or holds more than weights and could run code"
@@ -83,9 +100,6 @@ def _read(path: Path) -> dict:
     except Exception as error:  # a damaged file can make torch raise anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"checkpoint {path} cannot be read ({reason}): it is cut short or no checkpoint") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("dcase_format") != FORMAT:
-        raise UserError(f"checkpoint {path} was not written by train_base.py or train_device_specific.py")
-    return checkpoint
 
 
 def whole(checkpoint: dict, what: str) -> dict:

@@ -121,7 +121,8 @@ class EvalConfig:
 class TestConfig(EvalConfig):
     ckpt_path: str = ""
     """Checkpoint file to evaluate, of either stage; several of stage 2, separated by commas, are merged. Or a stored
-    model (stored/general.safetensors), or the folder stored/ with the models of all devices."""
+    model (stored/general.safetensors), or the folder stored/ with the models of all devices. Or a published checkpoint
+    of the challenge's baseline (docs/models_in_and_out.md)."""
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,12 @@ class BaseConfig(TrainConfig):
     location. The model then learns each clip's logits from the teacher that has not heard its location. N teachers take
     about N - 1 times as long as the run itself. 0: none."""
     init_from: str = ""
-    """Id of a run of train_base.py to start from its weights. Where that Audio Mamba is wider, deeper or has more
-    states, take its most important channels, layers and states (structured pruning)."""
+    """Id of a run of train_base.py, or a .ckpt file of one, to start from its weights. Where that Audio Mamba is wider,
+    deeper or has more states, take its most important channels, layers and states (structured pruning)."""
     pretrained: str = ""
     """Checkpoint file to start from its weights: of Vim (ImageNet), AuM, the earlier code or a run, as .pth, .pt, .ckpt
-    or .safetensors; or the folder of a published model. python -m aum.pretrained FILE shows what it holds."""
+    or .safetensors; or the folder of a published model. python -m aum.pretrained FILE shows what it holds. For --model
+    cp_mobile: a checkpoint of the challenge's baseline, or of a run."""
     pretrained_grid: tuple[int, int] | None = None
     """Patches along mel and time of the file's position embedding, such as 8,64, where the file does not say."""
     normalise: Annotated[bool, tyro.conf.FlagConversionOff] = True
@@ -179,8 +181,8 @@ class BaseConfig(TrainConfig):
                 raise UserError("--pretrained_grid describes the file of --pretrained: give that too")
         if self.pretrained and self.init_from:
             raise UserError("--pretrained and --init_from both say which weights to start from: give one of them")
-        if self.pretrained and self.model.model in models.FIXED:
-            raise UserError(f"--pretrained does not apply to {self.model.model}, only to Audio Mambas: leave it out")
+        if self.pretrained_grid and self.model.model in models.FIXED:
+            raise UserError(f"--pretrained_grid does not apply to {self.model.model}: leave it out")
 
 
 @dataclass(frozen=True)

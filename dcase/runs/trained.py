@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from dcase.errors import UserError, command
-from dcase.runs.checkpoints import final_state, load_checkpoint, merged_checkpoint, whole
+from dcase.runs.challenge import load_file
+from dcase.runs.checkpoints import final_state, merged_checkpoint, whole
 from dcase.runs.folder import CHECKPOINTS, STORED, Run, RunConfig
 from dcase.runs.published import CONFIG, WEIGHTS, is_published, load_published
 from dcase.runs.stored import load_stored
@@ -12,8 +13,9 @@ from dcase.runs.stored import load_stored
 def load_trained(path: str, project_name: str = RunConfig.project_name) -> dict:
     """Return what ``--ckpt_path`` names, as a checkpoint that `lit.SceneClassifier.from_checkpoint` takes.
 
-    ``path``: a checkpoint file of either stage, or several of stage 2, separated by commas, which are merged; a
-    stored model, or the folder of those of all devices; the folder of a published model, or of those of all devices.
+    ``path``: a checkpoint file of either stage, or several of stage 2, separated by commas, which are merged; one
+    of the challenge's baseline (`runs.challenge`); a stored model, or the folder of those of all devices; the folder of
+    a published model, or of those of all devices.
 
     Raises `UserError`, naming the file, where one is missing, damaged or of another program, where several do not fit,
     or where a weight is not finite. Where ``path`` is a run's folder or its id in ``project_name``, the error names the
@@ -43,7 +45,7 @@ def _read(path: str, project_name: str) -> dict:
     if place.is_dir() and is_published(place):
         return whole(load_published(place), f"published model {place}")
     if not stored:
-        return merged_checkpoint({part: load_checkpoint(part) for part in parts})
+        return merged_checkpoint({part: load_file(part) for part in parts})
     return whole(load_stored(path), f"stored model {path}")
 
 

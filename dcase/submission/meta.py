@@ -166,7 +166,7 @@ def _description(checkpoint: dict, training: list[dict]) -> dict:
     if general and (general.get("distill", {}).get("teacher") or general.get("cross_fit")):
         management.append("knowledge distillation")
         stages = ["train teachers", "train general student model with knowledge distillation"]
-    if general and general.get("init_from"):
+    if general and general.get("init_from") and config["model"]["model"] not in FIXED:
         management.append("pruning")
     if general:
         stages[-1] += f" ({_fit(general)})"
@@ -198,7 +198,8 @@ def _external(configs: list[dict]) -> dict[str, str]:
     for config in configs:
         if path := config.get("augment", {}).get("dir_path"):
             used["impulse responses of devices"] = f"{TODO}: the device responses in {Path(path).name}"
-        if path := config.get("pretrained"):
+        start = config.get("init_from") or ""
+        if path := config.get("pretrained") or (start if "/" in start or "." in start else ""):
             used["pre-trained model"] = f"{TODO}: what {Path(path).name} was trained on"
         # Neither the id of a run, nor what a run's own teachers say.
         given = config.get("distill", {}).get("teacher", "").split(",")

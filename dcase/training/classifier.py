@@ -17,7 +17,8 @@ from dcase.errors import UserError
 from dcase.model.devices import forward_by_device
 from dcase.model.named import build
 from dcase.model.pruning import shrink
-from dcase.runs.checkpoints import FORMAT, final_state
+from dcase.runs.challenge import load_file
+from dcase.runs.checkpoints import FORMAT, UNKNOWN_CLIPS, final_state
 from dcase.runs.config import EvalConfig, TrainConfig, from_plain, to_plain
 
 
@@ -108,8 +109,9 @@ class Classifier(pl.LightningModule):
             model.load_state_dict(states[device_id])
             self.device_models[device_id] = model
 
-    def start_from(self, checkpoint: dict) -> None:
-        """Take the weights of another run's general model (--init_from), pruned to this model's sizes.
+    def start_from(self, checkpoint: dict, flag: str = "--init_from") -> None:
+        """Take the weights of another run's general model (--init_from), pruned to this model's sizes. ``flag``: the
+        one that names it.
 
         Raises `UserError` where that model is smaller, or differs in more than its sizes.
         """
@@ -120,7 +122,7 @@ class Classifier(pl.LightningModule):
         try:
             self.model.load_state_dict(state)
         except RuntimeError as error:
-            raise UserError("--init_from: that run's model is of another kind than --model: give the same") from error
+            raise UserError(f"{flag}: that model is of another kind than --model: give the same") from error
 
     def start_from_file(self, path: str, grid: tuple[int, int] | None) -> None:
         """Take the weights of a checkpoint file (--pretrained), and print what each was used for. The log-mel's
@@ -128,6 +130,10 @@ class Classifier(pl.LightningModule):
 
         Raises `UserError` where the file cannot be read, is incomplete, or does not fit the model.
         """
+        if not isinstance(self.model, aum.AudioMamba):
+            checkpoint = load_file(path)
+            warned_of_unknown_clips(checkpoint, f"the model --pretrained {path}")
+            return self.start_from(checkpoint, "--pretrained")
         try:
             print(aum.load_pretrained(self.model, path, source_grid=grid))
         except aum.PretrainedError as error:
@@ -161,9 +167,12 @@ class Classifier(pl.LightningModule):
         return self.logmel.resampled(batch.waveform, batch.length, batch.scale, batch.sample_rate)
 
     def refuse_other_clips(self, checkpoint: dict, what: str) -> None:
-        """Raise `UserError` where the clips of this run are not those that a checkpoint was trained and chosen on."""
+        """Raise `UserError` where the clips of this run are not those that a checkpoint was trained and chosen on.
+
+        A checkpoint that does not name its clips passes, with a warning.
+        """
         refuse_other_scenes(Labels.from_plain(checkpoint, what), self.labels, what)
-        if checkpoint["clips_id"] != self.clips_id:
+        if not warned_of_unknown_clips(checkpoint, what) and checkpoint["clips_id"] != self.clips_id:
             raise UserError(
                 f"the training and validation clips are not those of {what}: give its --dataset_dir, and leave "
                 "meta_clean.csv as it was (otherwise clips held out for validation could be trained on)"
@@ -177,3 +186,14 @@ class Classifier(pl.LightningModule):
                 f"the clips ({dataset.measured}) make {frames} frames, but the model was trained on {self.frames}: "
                 "give data of the same clip length, or train with --target_length"
             )
+
+
+def warned_of_unknown_clips(checkpoint: dict, what: str) -> bool:
+    """Return whether a checkpoint does not name the clips that it was trained on, and print a warning where so."""
+    is_unknown = checkpoint["clips_id"] == UNKNOWN_CLIPS
+    if is_unknown:
+        print(
+            f"WARNING: {what} does not name the clips that it was trained on: where it has heard those held out for "
+            "validation, their figures are optimistic"
+        )
+    return is_unknown

@@ -25,6 +25,7 @@ from dcase.errors import UserError
 from dcase.files import replace_file
 from dcase.machine import is_main, main_first
 from dcase.model.distillation import DistillConfig
+from dcase.model.named import FIXED
 from dcase.runs.checkpoints import load_checkpoint
 from dcase.runs.config import BaseConfig, StorageConfig
 from dcase.runs.folder import CROSS_FIT, Run, trained_checkpoint
@@ -45,7 +46,7 @@ def plans(train: Clips, config: BaseConfig) -> list[Plan]:
     if not config.cross_fit:
         return []
     folds = location_folds(train, config.cross_fit)
-    if config.pretrained and not _is_of_other_data(config.pretrained):
+    if config.pretrained and (config.model.model in FIXED or not _is_of_other_data(config.pretrained)):
         raise UserError("--cross_fit and --pretrained: that model may have heard the clips: leave one of them out")
     return [fit.plan(int((folds != fold).sum()), 0, config) for fold in range(config.cross_fit)]
 

@@ -18,7 +18,8 @@ from dcase.files import replace_file
 from dcase.machine import MachineConfig, main_first
 from dcase.model.distillation import is_file, soft_targets
 from dcase.progress import progress
-from dcase.runs.checkpoints import load_checkpoint
+from dcase.runs.challenge import load_file
+from dcase.runs.checkpoints import UNKNOWN_CLIPS
 from dcase.runs.config import TrainConfig
 from dcase.runs.folder import Run, find_checkpoint
 from dcase.training.lit import SceneClassifier
@@ -133,12 +134,11 @@ class Package:
 class TrainedModel:
     """A teacher that is a trained model, of either stage: its logits are computed once, and kept."""
 
-    made_here = True
-
     def __init__(self, name: str, module: SceneClassifier, path: Path, keep_in: Path):
         """``path``: its checkpoint."""
         self.name, self.module, self.keep_in = name, module.eval().requires_grad_(False), keep_in
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.made_here = module.clips_id != UNKNOWN_CLIPS  # not from a published checkpoint of the challenge
 
     def of_waveform(self, waveform: Tensor, length: Tensor, device: Tensor) -> Tensor:
         """Return logits (b, n_classes) of ``waveform`` (b, 1, samples) at the model's rate."""
@@ -201,7 +201,7 @@ def _find(name: str, config: TrainConfig, student: SceneClassifier, train: TAU22
 
 
 def _trained_model(name: str, path: Path, config: TrainConfig, student: SceneClassifier, keep_in: Path) -> TrainedModel:
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_file(path)
     student.refuse_other_clips(checkpoint, f"the teacher --teacher {name}")
     module = SceneClassifier.from_checkpoint(checkpoint, labels=student.labels)
     theirs, ours = (c.logmel.sample_rate for c in (module.config, config))
