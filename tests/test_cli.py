@@ -44,7 +44,7 @@ CONFIGS = {
 
 # The flags that other people's scripts may rely on. A name may be added here, with a reason; none may go.
 MODEL = "model embed_dim depth freq_norm stem stem_blocks patch_size strides n_classes d_state d_conv expand direction paired_layers pool cls_position pos_embed factorised_pos_embed row_scan local_conv head dropout drop_path"  # noqa: E501
-LOGMEL = "sample_rate window_length hop_length n_fft n_mels f_min f_max target_length"
+LOGMEL = "sample_rate window_length hop_length n_fft n_mels f_min f_max target_length batch_lengths"
 EVALUATION = f"project_name experiment_name run_id wandb_mode logger log_checkpoints report_audio dataset_dir orig_sample_rate read_from pack_dir {MODEL} {LOGMEL} weight_bits batch_size precision float32_matmul num_workers accelerator devices num_nodes strategy scan_backend deterministic"  # noqa: E501
 TRAINING = f"{EVALUATION} resume subset val_fraction val_split roll_sec mixstyle_p mixstyle_alpha freqm timem timem_max_fraction mask_on dir_path dir_p mixup_alpha teacher teacher_input teacher_weight temperature n_epochs lr warmup_steps weight_decay accumulate_grad_batches gradient_clip_val check_val_every_n_epoch layer_decay freeze_epochs ema_decay qat_epochs compile seed"  # noqa: E501
 FLAGS = {
