@@ -138,8 +138,8 @@ def _channel_last(backend: str, u, delta, A, B, C, D, z, bias, softplus: bool, r
     return y.transpose(1, 2), last.transpose(1, 2)
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool, backend: str) -> Tensor:
-    """SiLU of a depthwise convolution in time: x (b, d, l), weight (d, w), bias (d,) -> (b, d, l).
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, backend: str) -> Tensor:
+    """SiLU of a depthwise convolution in time: x (b, d, l), weight (d, w), bias (d,) or None -> (b, d, l).
 
     ``reverse`` convolves against time: output t sees inputs t ... t + w - 1, which is what flipping, convolving and
     flipping back gives, but only the kernel of w taps is flipped. ``backend`` is that of the scan it goes before.
