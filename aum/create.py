@@ -22,7 +22,7 @@ def create_model(
 
     ``pretrained`` gives it the weights of a folder of `save_pretrained`, of such a repository of the Hugging Face Hub,
     "user/name", or of a file that `load_pretrained` reads. Fields that are not given are then those of the weights;
-    what the weights do not tell comes with the name. Where ``n_classes`` or ``head`` differs, the head is new. Patches
+    what the weights do not say comes from the name. Where ``n_classes`` or ``head`` differs, the head is new. Patches
     and position embeddings of another size are resized. The log says what became of every tensor.
 
     Raises ValueError as `create_config`; `UnknownGrid` where ``source_grid`` is needed; `PretrainedError` where weights
