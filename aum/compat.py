@@ -76,9 +76,8 @@ class Mamba(BiMamba):
         if bias:
             self.in_proj, self.out_proj = nn.Linear(d_model, 2 * self.d_inner), nn.Linear(self.d_inner, d_model)
         if not conv_bias:
-            for conv1d in convolutions:  # the kernels add a bias; zeros that are no parameter and in no state dict
-                del conv1d.bias
-                conv1d.register_buffer("bias", torch.zeros(self.d_inner), persistent=False)
+            for conv1d in convolutions:
+                conv1d.bias = None
         self.gamma = None if init_layer_scale is None else nn.Parameter(torch.full((d_model,), float(init_layer_scale)))
         self.to(device)
         for module in self.children():  # A, D and gamma stay in float32
@@ -95,7 +94,7 @@ class Mamba(BiMamba):
             raise NotImplementedError(_NO_STATE.format("inference_params"))
         y = super().forward(hidden_states, lengths)
         if self._is_sum:  # BiMamba's half of it, doubled without its bias
-            y = 2 * y if self.out_proj.bias is None else 2 * y - self.out_proj.bias
+            y = 2 * y if self.out_proj.bias is None else 2 * y - self.out_proj.bias.to(y.dtype)
         return y if self.gamma is None else y * self.gamma
 
     def allocate_inference_cache(self, *args, **kwargs):

@@ -100,10 +100,11 @@ class BiMamba(nn.Module):
         def branches(name: str) -> Tensor:
             return torch.stack([operator.attrgetter(name.format(suffix))(self) for suffix in self._suffixes])
 
+        d = self.d_inner
         A_logs = [self.A_log] if self.direction == "fo_fo" else [self.A_log, self.A_b_log]
         parameters = (
             branches("conv1d{}.weight").squeeze(2),
-            branches("conv1d{}.bias"),
+            branches("conv1d{}.bias") if self.conv1d.bias is not None else self.D.new_zeros(len(self._suffixes), d),
             branches("x_proj{}.weight"),
             branches("dt_proj{}.weight"),
             branches("dt_proj{}.bias"),
@@ -189,4 +190,4 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         x = self.norm(x)
-        return self.drop_path(self.mixer(x) if lengths is None else self.mixer(x, lengths))
+        return self.drop_path(self.mixer(x) if lengths is None else self.mixer(x, lengths=lengths))

@@ -354,7 +354,10 @@ class AudioMamba(nn.Module, Pretrained):
         x = self._normed(x)
         if self.config.pool == "cls":
             return x[:, cls_index] if padding is None else x[torch.arange(len(x), device=x.device), cls_index]
-        return x.mean(1) if padding is None else x.sum(1) / (~padding).sum(1, keepdim=True)  # the padding's is 0
+        if padding is None:
+            return x.mean(1)
+        x = x.masked_fill(padding.unsqueeze(-1), 0)  # a norm or mixer put in place of ours may have a bias
+        return x.sum(1) / (~padding).sum(1, keepdim=True)
 
     def forward_head(self, features: Tensor) -> Tensor:
         """Features (b, embed_dim) of `forward_features` -> logits (b, n_classes); in evaluation, those of `forward`."""
@@ -366,7 +369,8 @@ class AudioMamba(nn.Module, Pretrained):
         """Log-mel (b, 1, n_mels, frames) -> tokens (b, l, embed_dim) after the final norm, before pooling.
 
         Patches are in the order of ``config.grid_of(frames)``, time running fastest; the class token stands at
-        ``config.cls_index_of(grid)``. With ``lengths``, each clip's tokens are those of the clip alone, and zeros.
+        ``config.cls_index_of(grid)``. With ``lengths``, a clip's row holds the tokens of the clip alone, in the order
+        of its own grid, and then zeros; with ``row_scan``, the zeros are at the end of each row of patches.
         """
         return self._normed(self._blocks(x, lengths)[0])
 
@@ -449,7 +453,7 @@ class AudioMamba(nn.Module, Pretrained):
             )
         p, stride = config.patch_size[1], (config.strides or config.patch_size)[1]
         padding_mask(lengths, b, frames, device, least=p)  # refuses what does not fit
-        columns = (torch.as_tensor(lengths) - p) // stride + 1
+        columns = (torch.as_tensor(lengths).long() - p) // stride + 1
         return padding_mask(columns, b, config.grid_of(frames)[1], device)
 
     def _own_tokens(self, x: Tensor, cls: Tensor | None, padding: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

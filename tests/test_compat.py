@@ -91,6 +91,7 @@ def test_other_ranks_widths_and_no_bias_of_the_convolution(backend):
         y.sum().backward()
     torch.testing.assert_close(y, (expected(state | zeros, x, "v2") * state["gamma"]).float(), rtol=1e-5, atol=1e-5)
     assert all(parameter.grad.abs().sum() > 0 for parameter in mixer.parameters())
+    assert mixer.conv1d.bias is None  # and no buffer, which would be left without values by device="meta"
 
 
 def test_initial_values_and_marks_are_the_published_ones():
@@ -117,6 +118,8 @@ def test_a_device_and_a_dtype():
     y = mixer(x.bfloat16())
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), mixer.float()(x), rtol=0.1, atol=0.02)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Mamba(D_MODEL, bimamba_type="v2", bias=True)(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,19 @@ def test_the_logits_of_a_padded_batch_are_those_of_its_clips(dtype, backend, opt
     assert [layer.shape for layer in layers[-1:]] == [tokens.shape]
 
 
+@pytest.mark.parametrize("mixer", ["ours, with a bias", "compat.Mamba"])
+def test_parts_that_are_replaced_leave_the_clips_alone(mixer):
+    model, lengths = aum.AudioMamba(aum.AuMConfig(**SHAPE)).double(), [23, 4, 12]
+    model.norm_f = torch.nn.LayerNorm(16, dtype=torch.float64)
+    torch.nn.init.normal_(model.norm_f.bias)
+    for layer in model.layers:
+        if mixer == "compat.Mamba":
+            layer.mixer = aum.compat.Mamba(16, bimamba_type="v2").double()
+        layer.mixer.out_proj = torch.nn.Linear(32, 16, dtype=torch.float64)
+    x = {"x": draw(3, 1, 16, FRAMES, dtype=torch.float64)}
+    compare(lambda **x: (model(**x),), x, lengths, dict(model.named_parameters()), axis=3)
+
+
 def test_full_lengths_change_nothing(monkeypatch):
     model, x = aum.AudioMamba(aum.AuMConfig(**SHAPE)).eval(), draw(3, 1, 16, FRAMES, dtype=torch.float32)
     expected = model(x)
@@ -183,12 +196,20 @@ def test_a_model_that_mixes_frames_refuses_lengths(options, names):
         (torch.tensor([24, 9]), "lengths are from 4 to 23 here; got 9 to 24"),
         (torch.tensor([23.0, 9.0]), r"lengths are 2 whole numbers, one for each clip; got torch.float32 \(2,\)"),
         (torch.tensor([23, 9, 9]), r"lengths are 2 whole numbers, one for each clip; got torch.int64 \(3,\)"),
+        (torch.tensor([True, False]), r"lengths are 2 whole numbers, one for each clip; got torch.bool \(2,\)"),
+        (torch.ones(2, FRAMES, dtype=torch.bool), r"lengths are 2 whole numbers, one for each clip; got"),
     ],
 )
 def test_lengths_that_do_not_fit_are_refused(lengths, message):
     model = aum.AudioMamba(aum.AuMConfig(**SHAPE))
     with pytest.raises(ValueError, match=message):
         model(draw(2, 1, 16, FRAMES, dtype=torch.float32), lengths)
+
+
+def test_masks_of_another_shape_are_refused():
+    u = draw(5, 3, 5, dtype=torch.float32)
+    with pytest.raises(ValueError, match="^lengths are 5 whole numbers"):
+        aum.selective_scan_fn(u, u.abs(), -torch.ones(3, 2), u[:, :2], u[:, :2], lengths=torch.tensor([True] * 5))
 
 
 @pytest.mark.parametrize("by", [-1, 1])

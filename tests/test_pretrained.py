@@ -774,6 +774,8 @@ def test_a_model_is_created_with_the_weights_of_a_folder(tmp_path, caplog):
     longer = aum.create_model("aum_tiny", pretrained=folder, depth=2, target_length=96)
     assert longer.config.grid == (2, 6) and torch.equal(longer.layers[1].mixer.D, saved_model.layers[1].mixer.D)
     assert "grid 2 x 3 resized to 2 x 6" in " ".join(caplog.text.split())
+    folder, _ = tiny_folder(tmp_path / "fine", patch_size=(4, 4), pos_embed=False)  # less than a patch of the name's
+    assert aum.create_model("aum_tiny", pretrained=folder, depth=2, target_length=12).config.grid == (8, 3)
 
 
 def test_a_model_is_created_with_the_weights_of_a_file(general_run, tmp_path):

@@ -83,9 +83,10 @@ def scan(
     return (y.flip(-1) if reverse else y), last
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool) -> Tensor | None:
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool) -> Tensor | None:
     """SiLU of a depthwise convolution, x (b, d, l), weight (d, w); None where causal-conv1d cannot do it."""
     if causal_conv1d_fn is None or not 2 <= weight.shape[1] <= 4 or weight.shape[0] % 8:
         return None
-    y = causal_conv1d_fn(x.flip(-1) if reverse else x, weight.to(x.dtype), bias.to(x.dtype), activation="silu")
+    bias = bias if bias is None else bias.to(x.dtype)
+    y = causal_conv1d_fn(x.flip(-1) if reverse else x, weight.to(x.dtype), bias, activation="silu")
     return y.flip(-1) if reverse else y

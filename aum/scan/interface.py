@@ -49,8 +49,8 @@ def selective_scan_fn(
         return_last_state: also return the state after the last step scanned, (b, d, n), in the dtype of the state.
             Its gradient is the true one (``mamba_ssm`` leaves it out).
         reverse: scan from the last step to the first; the last state is then the one after step 0.
-        lengths: (b,), the steps of each clip of a padded batch; those after them are padding, which takes no part: y is
-            0 there, and the last state is that of the clip alone. None: all l.
+        lengths: (b,), the steps of each clip of a padded batch; those after them are padding of finite values, which
+            takes no part: y is 0 there, and the last state is that of the clip alone. None: all l.
         backend: one of `available_backends()`; ``None``: the environment variable ``AUM_SCAN_BACKEND``, else the
             fastest that fits the tensors. ``mamba_ssm`` gives the last state no gradient.
 
@@ -101,14 +101,18 @@ def padding_mask(
     """Return which steps of a batch are padding, (b, l), True where they are, on ``device``; None where none is.
 
     ``lengths``: the steps of each clip, (b,), padded at the end. A mask that this function returned is returned
-    again. Lengths on a GPU are waited for; those on the CPU cost nothing.
+    again. Reading lengths on a GPU waits for the GPU; those on the CPU cost nothing.
 
-    Raises ValueError, which begins with "lengths", where they are no whole numbers from ``least`` to l.
+    Raises ValueError, which begins with "lengths", where they are not whole numbers from ``least`` to l. While a model
+    is compiled or exported, their values are not checked.
     """
-    if lengths is None or isinstance(lengths, Tensor) and lengths.dtype == torch.bool:
-        return lengths
+    if lengths is None:
+        return None
     lengths = torch.as_tensor(lengths)
-    if tuple(lengths.shape) != (b,) or lengths.is_floating_point() or lengths.is_complex():
+    is_mask = lengths.dtype == torch.bool
+    if is_mask and tuple(lengths.shape) == (b, l):
+        return lengths
+    if is_mask or tuple(lengths.shape) != (b,) or lengths.is_floating_point() or lengths.is_complex():
         raise ValueError(
             f"lengths are {b} whole numbers, one for each clip; got {lengths.dtype} {tuple(lengths.shape)}"
         )
@@ -138,8 +142,8 @@ def _channel_last(backend: str, u, delta, A, B, C, D, z, bias, softplus: bool, r
     return y.transpose(1, 2), last.transpose(1, 2)
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, reverse: bool, backend: str) -> Tensor:
-    """SiLU of a depthwise convolution in time: x (b, d, l), weight (d, w), bias (d,) -> (b, d, l).
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, backend: str) -> Tensor:
+    """SiLU of a depthwise convolution in time: x (b, d, l), weight (d, w), bias (d,) or None -> (b, d, l).
 
     ``reverse`` convolves against time: output t sees inputs t ... t + w - 1, which is what flipping, convolving and
     flipping back gives, but only the kernel of w taps is flipped. ``backend`` is that of the scan it goes before.
