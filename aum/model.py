@@ -429,7 +429,7 @@ class AudioMamba(nn.Module, Pretrained):
         padding = None if lengths is None else self._padding(lengths, *x.shape[::3], x.device)
         x = self.freq_norm(x) if config.freq_norm else x
         x = self.patch_embed(self.stem(x) if config.stem else x)
-        b = len(x)
+        b = x.shape[0]  # not len(x): torch.export would take it for a constant
         if config.cls_position == "none":
             x = x + self.pos_embed.rows() if config.pos_embed else x
             return (x, None, None) if padding is None else self._own_tokens(x, None, padding)

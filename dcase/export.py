@@ -102,6 +102,12 @@ def main() -> None:
     config = cli.parse(ExportConfig, __doc__)
     checkpoint = load_trained(config.ckpt_path)
     module = SceneClassifier.from_checkpoint(checkpoint).eval()
+    if module.config.logmel.batch_lengths and config.format != "safetensors":
+        raise UserError(
+            f"--ckpt_path {config.ckpt_path}: it was trained with --batch_lengths, and an exported model takes one "
+            "length only, so that it would read padding as sound: train without --batch_lengths, or give --format "
+            "safetensors"
+        )
     source = find_source(DataConfig(dataset_dir=find_dataset_dir(config.dataset_dir, checkpoint, config.ckpt_path)))
     data = replace(module.config.data, read_from="wav")
     _, sound = open_sound(replace(module.config, data=data), source.folder)

@@ -8,9 +8,9 @@
 Recordings are WAV, FLAC, OGG, MP3 or AIFF files, or whatever else libsndfile reads, of any rate, length and number of
 channels. One that is longer than the model's training clips is cut into windows of their length, and the probabilities
 of the windows are averaged; the last window ends with the recording. A shorter one is repeated until it fills a window,
-since silence is no scene; a model trained with --target_length reads it padded, as it read its training clips. A file
-that cannot be read is reported and skipped, and the exit code is then 2. Ctrl-C keeps what is predicted until then, in
-scenes.partial.csv for --out scenes.csv.
+since silence is no scene; a model trained with --target_length reads it padded, and one trained with --batch_lengths at
+its own length, as they read their training clips. A file that cannot be read is reported and skipped, and the exit code
+is then 2. Ctrl-C keeps what is predicted until then, in scenes.partial.csv for --out scenes.csv.
 """
 
 import csv
@@ -339,7 +339,10 @@ def main() -> None:
             file=sys.stderr,
         )
     if padded := summary.n_padded:
-        print(f"\nshorter than {seconds:.2f} s, and padded, as by --target_length in training: {padded:,} recordings")
+        as_trained = "padded, as by --target_length in training"
+        if module.config.logmel.batch_lengths:
+            as_trained = "read at their own length, as by --batch_lengths in training"
+        print(f"\nshorter than {seconds:.2f} s, and {as_trained}: {padded:,} recordings")
     if n := summary.n_skipped:
         raise UserError(f"{n:,} of {len(recordings):,} files were skipped; the lines above say why")
 

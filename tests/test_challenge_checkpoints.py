@@ -155,6 +155,10 @@ def other_filters() -> dict:
     return lightning(single() | front_end() | filters)
 
 
+def nested() -> torch.Tensor:
+    return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
 REFUSED = {
     "code": (lambda: lightning(single(), hyper_parameters={"x": RunsCode()}), "it holds builtins.eval beside weights"),
     "a module": (lambda: CPMobile(), "it holds dcase.model.cp_mobile.Block beside weights"),
@@ -173,6 +177,8 @@ REFUSED = {
         "holds no CP-Mobile of the challenge's baseline, under model. or multi_device_model.; it holds student.device",
     ),
     "no weights": (lambda: {"epoch": 3}, "written neither by train_base.py nor train_device_specific.py"),
+    "no values": (lambda: lightning({n: x.to("meta") for n, x in single().items()}), "more values than the file holds"),
+    "nested": (lambda: lightning(single() | {"x": nested()}), "x claims more values than the file holds"),
     "not finite": (lambda: lightning({n: x * float("nan") for n, x in single().items()}), "is NaN or infinite"),
 }
 
@@ -185,6 +191,15 @@ def test_what_is_refused_and_that_one_line_says_why(what, tmp_path, monkeypatch)
     said = refusal(load_trained, path)
     assert said.startswith((f"checkpoint {path}", f"--ckpt_path {path}")) and reason in said
     assert not os.path.exists("ran")
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor.to_sparse, lambda x: x.to("meta")])
+def test_a_checkpoint_of_ours_without_plain_values_is_refused_too(kind, tmp_path):
+    checkpoint = SceneClassifier(with_defaults(BaseConfig(), "aum_nano"), 65).as_checkpoint() | {"clips_id": "x"}
+    state = checkpoint["state_dict"]
+    state |= {name: kind(x) for name, x in state.items() if name.startswith("model.patch_embed")}
+    said = refusal(load_trained, written(tmp_path, checkpoint))
+    assert "claims more values than the file holds" in said
 
 
 def test_at_most_three_differences_are_named(tmp_path):

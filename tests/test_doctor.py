@@ -18,6 +18,7 @@ from aum.scan import BACKENDS, backends, build, cpu_kernels, cuda_kernels
 from dcase import cli, errors
 from dcase.data import tau22
 from dcase.data.dataset import TAU22, Sound
+from dcase.data.logmel import LogMelConfig
 from dcase.data.pack import Pack
 from dcase.data.packing import pack_clips
 from dcase.data.tau22 import load_splits
@@ -441,6 +442,10 @@ def test_clips_of_several_lengths_are_refused_as_training_refuses_them(split, da
     read_all(data, Sound(SAMPLE_RATE, max_samples=8820))  # with --target_length any length will do
     found = diagnose("lengths", "--target_length", 7)
     assert found.state == "ok" and "any: --target_length 7 pads or crops every clip" in found.found
+    assert diagnose("lengths", "--batch_lengths").state == "ok"
+    found = diagnose("checked", "--batch_lengths")
+    assert found.fix == f"python -m dcase.prepare --dataset_dir {data} --any_length"
+    assert DoctorConfig(logmel=LogMelConfig(batch_lengths=True)).train(data).endswith(f"{data} --batch_lengths")
 
 
 def test_several_lengths_in_a_pack(data, diagnose):

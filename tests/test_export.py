@@ -252,7 +252,13 @@ def test_safetensors_are_what_a_run_stores(with_device, learnable, call, tmp_pat
     assert load_stored(path)["config"]["storage"]["weight_bits"] == 16  # not those of the run's training
 
 
-def test_what_cannot_be_exported_is_refused(general_run, with_device, call, learnable):
+def test_what_cannot_be_exported_is_refused(general_run, with_device, call, learnable, tmp_path):
+    checkpoint = load_checkpoint(general_run / "checkpoints/best.ckpt")
+    checkpoint["config"]["logmel"]["batch_lengths"], checkpoint["config"]["model"]["pos_embed"] = True, False
+    state = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {name: x for name, x in state.items() if "pos_embed" not in name}
+    save_checkpoint(checkpoint, tmp_path / "own.ckpt")
+    call("--ckpt_path", tmp_path / "own.ckpt", "--dataset_dir", learnable).refused("was trained with --batch_lengths")
     ckpt = ("--ckpt_path", general_run / "checkpoints/best.ckpt", "--dataset_dir", learnable)
     call(*ckpt, "--device_id", "s6").refused(
         "--device_id s6", "only general; the general model serves that device: leave --device_id out"

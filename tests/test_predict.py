@@ -350,6 +350,23 @@ def test_embeddings_of_no_file_that_can_be_read_are_none(call, ckpt, tmp_path):
     assert np.load(tmp_path / "v.npz")["embeddings"].shape == (0, 0)
 
 
+def test_with_batch_lengths_short_files_are_read_at_their_own_length(call, general_run, tmp_path):
+    checkpoint = load_checkpoint(general_run / "checkpoints" / "best.ckpt")
+    config, state = checkpoint["config"], checkpoint["state_dict"]
+    config["logmel"] |= {"target_length": checkpoint["frames"], "batch_lengths": True}
+    config["model"]["pos_embed"] = False
+    checkpoint["state_dict"] = {name: x for name, x in state.items() if "pos_embed" not in name}
+    save_checkpoint(checkpoint, tmp_path / "own.ckpt")
+    write(tmp_path / "short.wav", scene(0.2))
+    module, given = load_module(tmp_path / "own.ckpt"), [Recording(tmp_path / "short.wav")]
+    (one,), (plain,) = predictions_of(module, given, embed=True), predictions_of(module, given)
+    assert one.probabilities == pytest.approx(plain.probabilities, abs=1e-6)
+    done = call("short.wav", "--ckpt_path", "own.ckpt")
+    assert done.out.endswith(
+        "shorter than 0.50 s, and read at their own length, as by --batch_lengths in training: 1 recordings\n"
+    )
+
+
 def test_with_a_target_length_short_files_are_said_to_be_padded(call, ckpt, of_any_length, tmp_path):
     sounds = tmp_path / "sounds"
     sounds.mkdir()

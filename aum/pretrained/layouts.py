@@ -74,7 +74,8 @@ def state_dict(checkpoint: object, path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             entry = f"its entry {str(name)[:50]!r} is no tensor (looked for under {', '.join(KEYS)}, and at its top)"
             raise PretrainedError(f"{path} holds no state dict: {entry}")
-        if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        is_dense = value.layout == torch.strided and not value.is_nested and not value.is_meta
+        if not is_dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise PretrainedError(f"{path} is damaged: {name:.50} claims more values than the file holds")
     return dict(found)
 

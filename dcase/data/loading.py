@@ -158,7 +158,9 @@ def data_command(program: str, config, folder: Path, *flags: str, given: tuple[s
     values = flags_of(config, ("data", "split", "logmel"))
     usual = {**vars(DataConfig()), **vars(SplitConfig()), **vars(LogMelConfig())}
     other = {name: str(values.get(name, usual[name])) for name in given if values.get(name, usual[name]) != usual[name]}
-    changed = [part for name, value in other.items() for part in (f"--{name}", os.path.expanduser(value))]
+    switches = [name for name in other if isinstance(usual[name], bool)]  # flags without a value
+    texts = {name: [] if name in switches else [os.path.expanduser(value)] for name, value in other.items()}
+    changed = [part for name, text in texts.items() for part in (f"--{name}", *text)]
     return command(*program.split(), "--dataset_dir", folder, *flags, *changed)
 
 

@@ -161,10 +161,11 @@ def _classify(module: SceneClassifier, batch: list[tuple[Tensor, _Sum]], embed: 
 def _with_features(module: SceneClassifier, waveform: Tensor, device: Tensor) -> Tensor:
     """Return logits and, behind them, the features that the model's last layers classify: (b, scenes + embed_dim)."""
 
-    def both(model: nn.Module, x: Tensor) -> Tensor:
-        features = model.forward_features(x)
+    def both(model: nn.Module, *inputs: Tensor) -> Tensor:
+        features = model.forward_features(*inputs)
         return torch.cat([model.forward_head(features), features], 1)
 
-    x = module.logmel(*module.logmel.resampled(waveform, torch.full_like(device, waveform.shape[-1])))
+    waveform, length = module.logmel.resampled(waveform, torch.full_like(device, waveform.shape[-1]))
+    x, devices = module.logmel(waveform, length), module.labels.devices
     specific = {device_id: partial(both, model) for device_id, model in module.device_models.items()}
-    return forward_by_device(partial(both, module.model), specific, x, device, module.labels.devices)
+    return forward_by_device(partial(both, module.model), specific, x, device, devices, module.lengths(length))

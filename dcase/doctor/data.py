@@ -62,7 +62,8 @@ class DoctorConfig:
 
     def check(self, folder: Path, are_mixed: bool = False) -> str:
         """Return the command that checks the recordings; ``are_mixed``: most have other lengths, and must be kept."""
-        any_length = ["--any_length"] if are_mixed or self.logmel.target_length is not None else []
+        takes_any = self.logmel.batch_lengths or self.logmel.target_length is not None
+        any_length = ["--any_length"] if are_mixed or takes_any else []
         return data_command("python -m dcase.prepare", self, folder, *any_length, given=("orig_sample_rate",))
 
 

@@ -106,7 +106,8 @@ def whole(checkpoint: dict, what: str) -> dict:
     """Return a checkpoint. Raises `UserError`, which begins with ``what``, where it is not a `Checkpoint`."""
     checked(Checkpoint, checkpoint, what)
     for name, value in checkpoint["state_dict"].items():  # a small file may claim any size, by strides of 0
-        if value.nbytes > max(MOST_BYTES, value.untyped_storage().nbytes()):
+        is_dense = value.layout == torch.strided and not value.is_nested and not value.is_meta
+        if not is_dense or value.nbytes > max(MOST_BYTES, value.untyped_storage().nbytes()):
             raise UserError(f"{what}: {name:.60} claims more values than the file holds: take another copy of it")
     labels, device_ids = Labels.from_plain(checkpoint, what), checkpoint["device_ids"]
     if len(set(device_ids) & set(labels.devices)) < len(device_ids):
