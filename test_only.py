@@ -7,6 +7,7 @@ Model and front end come from the checkpoint; an architecture flag that contradi
 """
 
 from dcase import errors
+from dcase.data.labels import Labels, refuse_other_scenes
 from dcase.data.loading import find_source, open_sound, with_sound
 from dcase.machine import is_main
 from dcase.runs.checkpoints import save_checkpoint
@@ -21,6 +22,7 @@ def main() -> None:
     fit.check_machine(config.machine)
     config = with_data_of(checkpoint, config)
     source = find_source(config.data)
+    refuse_other_scenes(Labels.from_plain(checkpoint, "the checkpoint"), source.labels, "the model")
     config, sound = open_sound(config, source.folder)
     test = with_sound(source.test, sound)
     module = SceneClassifier.from_checkpoint(checkpoint, config, source.labels)

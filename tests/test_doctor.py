@@ -479,6 +479,7 @@ def test_most_clips_cannot_be_excluded(data, diagnose):
         soundfile.write(path, noise(0, 5000 + i), SAMPLE_RATE)
     found = diagnose("lengths")
     assert "have not the most frequent one" in found.found and "dcase.prepare" not in found.found
+    assert "(below: to 0.1136 s)" in found.found and found.fix.endswith("--target_length 8")  # nine tenths are not cut
     assert "more than half of the clips" in refusal(prepare, data, PrepareConfig(num_workers=0))
 
 

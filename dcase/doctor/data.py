@@ -218,6 +218,7 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
     counts = Counter(found.values())
     usual, n_usual = max(counts.items(), key=lambda pair: (pair[1], -pair[0]), default=(0, 0))
     are_mixed = 2 * n_usual < len(found)
+    wanted = sorted(found.values())[len(found) * 9 // 10] if are_mixed else usual  # cuts a tenth of them
     if faulty:
         what = f"in {shown}: {len(faulty):,} unreadable, empty or cut short ({faulty[0]}, ...)"
         check = config.check(folder, are_mixed)
@@ -232,10 +233,10 @@ def _lengths(folder: Path, config: DoctorConfig, splits: dict[str, Clips], sound
     what = (
         f"several in {shown}: {len(found) - n_usual:,} have not the most frequent one, {length} ({other} has "
         f"{found[other]:,}). Training refuses that: cut them to one length, {exclude}or train with --target_length, "
-        "which pads or crops every clip, or with --batch_lengths, which takes each at its own (aum_tiny, "
-        "aum_small, aum_base)"
+        f"which pads or crops every clip (below: to {wanted / sound.sample_rate:.4g} s), or with --batch_lengths, "
+        "which takes each at its own (aum_tiny, aum_small, aum_base)"
     )
-    frames = 1 + usual * config.logmel.sample_rate // sound.sample_rate // config.logmel.hop_length
+    frames = 1 + wanted * config.logmel.sample_rate // sound.sample_rate // config.logmel.hop_length
     train = config.train(folder, "--target_length", str(frames))
     return [*findings, Finding("lengths", "FAIL", what, train)], are_mixed
 

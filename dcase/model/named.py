@@ -66,6 +66,16 @@ def fill(config: ModelConfig, n_mels: int, frames: int, n_scenes: int | None = N
     return dataclasses.replace(config, **{name: getattr(shape, name) for name in of_shape})
 
 
+def refuse_lengths(config: ModelConfig, n_mels: int, frames: int) -> None:
+    """Raise `UserError` where the model cannot take clips of several lengths (--batch_lengths)."""
+    mixing = ["convolutions"] if config.model in FIXED else _shape(config, n_mels, frames).mixing
+    if mixing:
+        raise UserError(
+            f"--batch_lengths: {config.model} would mix a clip with its padding ({', '.join(mixing)}); take --model "
+            "aum_tiny, aum_small or aum_base, or give --target_length alone"
+        )
+
+
 def build(config: ModelConfig, n_mels: int, frames: int) -> nn.Module:
     """Return the model for log-mels (b, 1, n_mels, frames). Raises `UserError` where the flags are invalid."""
     config = fill(config, n_mels, frames)

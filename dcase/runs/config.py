@@ -293,7 +293,10 @@ def parse_base(description: str, args: list[str] | None = None) -> tuple[BaseCon
     default = with_defaults(BaseConfig(), given["model"] or ModelConfig.model)
     config = cli.parse(BaseConfig, description, default, args)
     # Before any data is looked for: the clips' length is not known yet, so a patch may be of any length.
-    models.fill(config.model, config.logmel.n_mels, config.logmel.target_length or 4096)
+    size = config.logmel.n_mels, config.logmel.target_length or 4096
+    models.fill(config.model, *size)
+    if config.logmel.batch_lengths:
+        models.refuse_lengths(config.model, *size)
     return config, None
 
 

@@ -41,13 +41,6 @@ class Classifier(pl.LightningModule):
         self.labels = labels  # what the batches' numbers of scenes and devices mean
         self.logmel = LogMel(config.logmel, config.data.orig_sample_rate)
         self.model = build(config.model, config.logmel.n_mels, frames)
-        if config.logmel.batch_lengths:
-            mixing = self.model.config.mixing if isinstance(self.model, aum.AudioMamba) else ["convolutions"]
-            if mixing:
-                raise UserError(
-                    f"--batch_lengths: {config.model.model} would mix a clip with its padding ({', '.join(mixing)}); "
-                    "take --model aum_tiny, aum_small or aum_base, or give --target_length alone"
-                )
         self.device_models = nn.ModuleDict({device_id: copy.deepcopy(self.model) for device_id in device_ids})
         self.clips_per_step = 0  # of the optimiser, in all processes
         self.clips_id = ""  # which clips were trained and chosen on: loading.clips_id

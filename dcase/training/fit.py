@@ -354,7 +354,7 @@ def too_few(n_train: int, n_val: int, config: TrainConfig) -> list[str]:
         made = f"{n_train:,} training clips make only {steps} optimiser step{'s' if steps > 1 else ''} an epoch"
         said.append(f"{made}, {steps * fit.n_epochs:,} in all: --batch_size {smaller} makes more")
     if 0 < n_val < FEWEST_VAL:
-        more = "--val_fraction 0.3 holds out more, and " if config.split.val_fraction < 0.3 else ""
+        more = "--val_fraction 0.3 holds out more, and " if n_val < 0.25 * (n_train + n_val) else ""
         said.append(
             f"only {n_val} validation clip{'s choose' if n_val > 1 else ' chooses'} the best epoch, and a clip is "
             f"{100 / n_val:.0f} points: {more}--val_fraction 0 trains on all clips and keeps the last epoch"
