@@ -180,7 +180,7 @@ def main() -> None:
     print(f"\n{counts(training, test)}\n\n{out}: a data folder of {len(table):,} recordings")
     print(f"check: {command('python', '-m', 'dcase.doctor', '--dataset_dir', out)}")
     if several:
-        print("the recordings have several lengths: the doctor says which --target_length to train with, and all flags")
+        print("the recordings have several lengths: the doctor says how to train on them, with all flags")
     else:
         print(f"next: {command('python', 'train_base.py', '--dataset_dir', out, '--model', 'aum_nano', *more)}")
 

@@ -115,7 +115,7 @@ def _converted(content: object, path: Path, skipped: list[str]) -> dict:
     left_out = [*skipped, *({name.partition(".")[0] for name in beside if not name.startswith("mel.")})]
     of = f" with models of {', '.join(device_ids)}" if device_ids else ""
     said = "as in the file" if has_front_end else "which the file does not say"
-    rest = f"; left out: {', '.join(sorted(left_out))}" if left_out else ""
+    rest = f"; left out: {', '.join(sorted(left_out)[:12])}" if left_out else ""
     bits = 16 if halved else 32
     print(printable(f"{path}: the challenge's CP-Mobile{of}, in {bits} bits; front end: the baseline's, {said}{rest}"))
     logmel = LogMelConfig()

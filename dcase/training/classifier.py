@@ -125,6 +125,7 @@ class Classifier(pl.LightningModule):
         """
         if not isinstance(self.model, aum.AudioMamba):
             checkpoint = load_file(path)
+            refuse_other_scenes(Labels.from_plain(checkpoint, path), self.labels, f"the model --pretrained {path}")
             warned_of_unknown_clips(checkpoint, f"the model --pretrained {path}")
             return self.start_from(checkpoint, "--pretrained")
         try:
