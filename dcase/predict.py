@@ -337,18 +337,19 @@ def _live(
     rate, window = module.logmel.orig_sample_rate, span_of_module(module).window
     hop = min(rate, max(1, round(window * (1 - config.overlap))))
     last = deque(maxlen=max(1, round(config.average * rate / hop)))
-    n = total = done = busy = behind = 0.0  # the last three in seconds: of sound, of computing, of sound that waits
+    n, total = 0, 0.0  # of windows
+    done = busy = behind = 0.0  # seconds: of sound, of computing, of sound that waits
     try:
         stream = PcmStream(sys.stdin.fileno(), config.pcm, config.rate, config.channels)
         print(f"{stream}: a line every {hop / rate:.2f} s", flush=True)
         start = time.monotonic() - stream.waited
         for one in prediction.predict_live(module, stream.pieces(rate), recording, hop):
+            yield one  # first: a line that is seen is in --out, too
             n, total = n + 1, total + np.array(one.probabilities)
             last.append(one.probabilities)
             mean = _named(replace(one, probabilities=tuple(np.mean(last, 0))))
             span = f"mean of {len(last) * hop / rate:.1f} s"
             print(f"{one.seconds:9.2f} s  {_named(one):<44} | {span}: {mean}", flush=True)
-            yield one
             now = time.monotonic() - start - stream.waited
             if n > 1 and behind <= BEHIND:  # the first window warms up; it is said once
                 behind = max(0.0, behind + now - busy - (one.seconds - done))
@@ -401,7 +402,9 @@ def main() -> None:
     span, rate = span_of_module(module), module.logmel.orig_sample_rate
     seconds = span.window / rate
     own = ", ".join(module.device_models) or "none"
-    print(f"{module.config.model.model}: windows of {seconds:.2f} s; devices with a model of their own: {own}")
+    print(
+        f"{module.config.model.model}: windows of {seconds:.2f} s; devices with a model of their own: {own}", flush=True
+    )
     nobody_tells = config.device_id == "auto" and all(one.device_id == UNKNOWN for one in recordings)
     if module.device_models and nobody_tells:
         print("no name tells the device, so the general model predicts all; --device_id or --list name devices")

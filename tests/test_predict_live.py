@@ -70,7 +70,7 @@ def listen(call_main, ckpt, monkeypatch):
         pipe = Pipe(data, size)
         monkeypatch.setattr("sys.stdin", pipe)
         try:
-            return call_main(predict.main, "-", "--ckpt_path", path, *args)
+            return call_main(predict.main, "--ckpt_path", path, *args, "-")
         finally:
             os.close(pipe.end)
 
@@ -134,7 +134,7 @@ def test_windows_are_those_of_the_file(size, listen, module, tmp_path):
     done = listen(encoded(sound, "s16le"), "--rate", RATE, "--out", "o.json", size=size).succeeded()
     rows = rows_of(tmp_path)
     starts = [0, n, waveform.shape[1] - n]
-    assert [row["seconds"] for row in rows] == [0.5, 1.0, 1.25]
+    assert [row["seconds"] for row in rows] == [0.496, 0.992, 1.25]
     for row, start in zip(rows, starts, strict=True):
         want = expected_of(module, waveform[:, start : start + n])
         assert list(row["probabilities"].values()) == want.tolist()
@@ -147,7 +147,7 @@ def test_windows_are_those_of_the_file(size, listen, module, tmp_path):
 
 
 def test_a_line_shows_the_mean_over_the_last_seconds(listen, tmp_path):
-    sound = np.concatenate([scene(1), scene(1, name="bus"), scene(1, name="park")])
+    sound = np.concatenate([scene(0.992), scene(0.992, name="bus"), scene(0.992, name="park")])  # six windows
     done = listen(encoded(sound, "f32le"), *f"--pcm f32le --rate {RATE} --average 1.5 --out o.csv".split()).succeeded()
     with open(tmp_path / "o.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -161,13 +161,18 @@ def test_a_line_shows_the_mean_over_the_last_seconds(listen, tmp_path):
         shown = f"{scenes[best]} {100 * mean[best]:.1f} %, {scenes[other]} {100 * mean[other]:.1f} %"
         assert line.endswith(f"| mean of {min(i + 1, 3) / 2:.1f} s: {shown}")
         first = f"{rows[i]['scene_1']} {100 * float(rows[i]['probability_1']):.1f} %, "
-        assert line.startswith(f"{(i + 1) / 2:9.2f} s  {first}")
+        assert line.startswith(f"{0.496 * (i + 1):9.2f} s  {first}")
 
 
 def test_a_line_comes_each_second_of_longer_windows_and_overlap_gives_more(listen, tmp_path, monkeypatch):
     args = ["--rate", RATE, "--out", "o.json"]
     done = listen(encoded(scene(1), "s16le"), "--overlap", 0.5, *args).succeeded()
-    assert [row["seconds"] for row in rows_of(tmp_path)] == [0.5, 0.75, 1.0] and "a line every 0.25 s" in done.out
+    assert [row["seconds"] for row in rows_of(tmp_path)] == [
+        0.496,
+        0.744,
+        0.992,
+        1.0,
+    ] and "a line every 0.25 s" in done.out
     config = EvalConfig(model=ModelConfig("cp_mobile"), data=DataConfig(orig_sample_rate=RATE))
     longer = SceneClassifier(config, frames_of(config.logmel, round(2.5 * RATE), RATE)).eval()
     monkeypatch.setattr(predict, "load_module", lambda path: longer)
@@ -214,7 +219,7 @@ def test_bad_samples_end_it_and_what_came_before_is_kept(listen, tmp_path):
     sound[int(1.1 * RATE)] = np.nan
     done = listen(encoded(sound, "f32le"), "--pcm", "f32le", "--rate", RATE, "--out", "o.json")
     done.refused("standard input (f32le, 8,000 Hz, channels: 1) is no recording, NaN or infinite")
-    assert len(rows_of(tmp_path)) == 2 and "mean over 1.00 s, 2 windows" in done.out
+    assert len(rows_of(tmp_path)) == 2 and "mean over 0.99 s, 2 windows" in done.out
     sound[5] = np.inf
     earlier = (tmp_path / "o.json").read_text()
     listen(encoded(sound, "f32le"), "--pcm", "f32le", "--rate", RATE, "--out", "o.json").refused("NaN or infinite")
@@ -239,7 +244,7 @@ def test_what_cannot_be_listened_to_is_one_line(listen, tmp_path):
         (good, ["--list", "x"], ["--list is of files, and - is standard input: leave it out"]),
         (good, ["--embeddings", "x.npz"], ["--embeddings is of files"]),
         (good, ["--batch_size", 3], ["--batch_size is of files"]),
-        (good, ["x.flac"], ["- is standard input, and is read alone"]),
+        (good, ["--device_id", "a", "x.flac"], ["- is standard input, and is read alone"]),
         (good, ["--device_id", "z"], ["--device_id is auto"]),
     ]:
         listen(data, *args).refused(*parts)
@@ -260,7 +265,7 @@ def test_a_terminal_is_no_pipe(call_main, ckpt, monkeypatch):
         call_main(predict.main, "-", "--ckpt_path", ckpt).refused("arecord")
 
 
-@pytest.mark.parametrize("each, said", [(0.0, False), (0.8, True)])
+@pytest.mark.parametrize("each, said", [(0.0, False), (1.2, True)])
 def test_a_model_slower_than_its_sound_is_told_once(each, said, listen, monkeypatch):
     classify = prediction._classify
 
@@ -269,12 +274,12 @@ def test_a_model_slower_than_its_sound_is_told_once(each, said, listen, monkeypa
         classify(*args)
 
     monkeypatch.setattr(prediction, "_classify", slowly)
-    monkeypatch.setattr(predict, "BEHIND", 0.5)
+    monkeypatch.setattr(predict, "BEHIND", 1.0)
     done = listen(encoded(scene(2.5), "s16le"), "--rate", RATE).succeeded()
     found = re.findall(r"WARNING: slower than the sound comes: (\S+) s behind at (\S+) s", done.err)
     assert len(found) == said
-    for behind, at in found:  # 0.3 s more a window, and the first does not count
-        assert at == "1.5" and 0.5 < float(behind) < 1.5
+    for behind, at in found:  # 0.7 s more a window, and the first does not count
+        assert at == "1.5" and 1 < float(behind) < 3
 
 
 # As a process
@@ -299,7 +304,8 @@ def started(ckpt, tmp_path, alarm):
     program = Program(*args, cwd=tmp_path, stdin=str(tmp_path / "in"), out=str(tmp_path / "out"))
     with open(tmp_path / "in", "wb", buffering=0) as sound, open(tmp_path / "out") as out:
         yield program, sound, out
-    program.wait(0)
+    if program.is_running():
+        program.wait(0)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -315,9 +321,9 @@ def test_it_waits_for_a_pipe_that_stops_and_ctrl_c_ends_it(started, tmp_path):
     time.sleep(1.5)
     assert cpu_seconds(program.pid) - before < 0.3 and program.is_running()
     sound.write(encoded(scene(0.7), "s16le")[-1:] + encoded(scene(0.4), "s16le"))
-    line_of(out, r"^ +1\.00 s")  # the 0.1 s after it are left out
+    line_of(out, r"^ +0\.99 s")  # the 0.1 s after it are left out
     program.send(signal.SIGINT)
-    assert "mean over 1.00 s, 2 windows" in out.read()
+    assert "mean over 0.99 s, 2 windows" in out.read()
     done = program.wait(60)
     assert done.code == 130 and done.error == "stopped by the keyboard" and "Traceback" not in done.err
     assert len(rows_of(tmp_path)) == 2 and not list(tmp_path.glob("o.partial.*"))
