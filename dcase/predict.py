@@ -4,13 +4,17 @@
     python -m dcase.predict recordings/ --ckpt_path FOLDER --out scenes.csv                 # of dcase.publish
     python -m dcase.predict /data/evaluation --list fold1_test.csv --ckpt_path FOLDER --out scenes.json
     python -m dcase.predict recordings/ --ckpt_path FOLDER --embeddings vectors.npz
+    arecord -f S16_LE -r 44100 -c 1 | python -m dcase.predict - --ckpt_path FOLDER          # live
 
 Recordings are WAV, FLAC, OGG, MP3 or AIFF files, or whatever else libsndfile reads, of any rate, length and number of
 channels. One that is longer than the model's training clips is cut into windows of their length, and the probabilities
 of the windows are averaged; the last window ends with the recording. A shorter one is repeated until it fills a window,
 since silence is no scene; a model trained with --target_length reads it padded, and one trained with --batch_lengths at
 its own length, as they read their training clips. A file that cannot be read is reported and skipped, and the exit code
-is then 2. Ctrl-C keeps what is predicted until then, in scenes.partial.csv for --out scenes.csv.
+is then 2. Ctrl-C keeps what is predicted until then, in scenes.partial.csv for --out scenes.csv. With - in place of
+files, sound is read from standard input as it comes. Each window, of which one begins each second at least, makes a
+line: where it ends, its scenes, and those of the mean over the last seconds. The end of the input or Ctrl-C ends it
+with the mean over all windows, and --out has a row for each.
 """
 
 import csv
@@ -19,9 +23,11 @@ import math
 import os
 import re
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Annotated, Literal
@@ -33,8 +39,10 @@ import tyro
 from aum.allocator import keep_freed_memory
 from dcase.cli import parse
 from dcase.data.labels import TAU22_LABELS, Labels
-from dcase.data.sound import is_sound, passed_over
+from dcase.data.pcm import PcmStream
+from dcase.data.sound import MOST_HZ, is_sound, passed_over
 from dcase.data.tau22 import leaves_folder
+from dcase.deployment import prediction
 from dcase.deployment.prediction import UNKNOWN, Prediction, Recording, Skipped, load_module, predict, span_of_module
 from dcase.errors import UserError, check_range, printable, run
 from dcase.files import regular, replace_file
@@ -46,6 +54,7 @@ TOP = 3  # scenes that are named
 SHOWN = 40  # rows on the terminal where --out has all of them
 MOST_OVERLAP = 0.99  # reads every sample a hundred times
 MANY = 20  # files from which on a progress bar is shown
+BEHIND = 2  # seconds from which on it is said
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,8 @@ class PredictConfig:
     """Raises `UserError` for a value out of range."""
 
     paths: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Sound files, and folders, whose sound files (.wav, .flac, .ogg, .mp3, .aiff ...) are read at every level."""
+    """Sound files, and folders, whose sound files (.wav, .flac, .ogg, .mp3, .aiff ...) are read at every level; or -
+    alone: PCM from standard input."""
     ckpt_path: str = ""
     """Checkpoint of either stage, stored model or published folder, as test_only.py takes it."""
     device_id: str = "auto"
@@ -74,6 +84,15 @@ class PredictConfig:
     """Windows in a batch."""
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to calculate; auto: on a GPU where there is one."""
+    pcm: Literal["s16le", "s24le", "s32le", "f32le"] = "s16le"
+    """With -: its samples, integers or float32, little-endian (arecord -f S16_LE, S24_3LE, S32_LE, FLOAT_LE). Where the
+    input begins with a WAV header, as arecord's does, that tells --pcm, --rate and --channels."""
+    rate: int = 44100
+    """With -: its sampling rate, Hz."""
+    channels: int = 1
+    """With -: its number of channels, of which the mean is taken."""
+    average: float = 10.0
+    """With -: seconds of sound whose windows the running average of a line is the mean of."""
 
     def __post_init__(self):
         check_range(self, "overlap", least=0, most=MOST_OVERLAP)
@@ -85,6 +104,19 @@ class PredictConfig:
             raise UserError("give --out or --embeddings: the .npz file has the probabilities, too")
         if self.batch_size < 1:
             raise UserError(f"--batch_size is at least 1; got {self.batch_size}")
+        check_range(self, "rate", least=1, most=MOST_HZ)
+        check_range(self, "channels", least=1, most=256)
+        check_range(self, "average", above=0, most=86400)
+        if self.is_live and len(self.paths) > 1:
+            raise UserError("- is standard input, and is read alone: leave out the other files, or -")
+        for flag in ("list", "embeddings", "batch_size") if self.is_live else ("pcm", "rate", "channels", "average"):
+            if getattr(self, flag) != getattr(PredictConfig, flag):
+                of = "files, and - is standard input" if self.is_live else "standard input, - in place of files"
+                raise UserError(f"--{flag} is of {of}: leave it out")
+
+    @property
+    def is_live(self) -> bool:
+        return "-" in self.paths
 
 
 def find_recordings(config: PredictConfig, labels: Labels = TAU22_LABELS) -> list[Recording]:
@@ -93,6 +125,8 @@ def find_recordings(config: PredictConfig, labels: Labels = TAU22_LABELS) -> lis
     if config.device_id not in ("auto", UNKNOWN, *labels.devices):
         known = ", ".join(labels.devices)
         raise UserError(f"--device_id is auto, {UNKNOWN}, or one of {known}; got {config.device_id!r}")
+    if config.is_live:
+        return [Recording(Path("-"), _device_of(Path("-"), config.device_id, labels))]
     if config.list:
         return _listed(config, labels)
     paths = [path for given in config.paths for path in _files(Path(given).expanduser())]
@@ -252,6 +286,7 @@ class Summary:
     n_predicted: int = 0
     n_padded: int = 0
     n_skipped: int = 0
+    end: BaseException | None = None  # what ended standard input, but for its end
 
     def add(self, one: Prediction) -> None:
         self.n_predicted += 1
@@ -270,9 +305,13 @@ def _results(
 
     Raises `UserError`, naming the checkpoint, where the model's output is not finite.
     """
+    if config.is_live:
+        found = _live(module, recordings[0], config, summary)
+    else:
+        found = predict(module, recordings, config.batch_size, config.overlap, bool(config.embeddings))
     with progress(total=len(recordings), desc="predicting", unit=" files", disable=len(recordings) < MANY) as bar:
         try:
-            for one in predict(module, recordings, config.batch_size, config.overlap, bool(config.embeddings)):
+            for one in found:
                 if isinstance(one, Skipped):
                     summary.n_skipped += 1
                     bar.write(f"skipped: {printable(one.reason)}", file=sys.stderr)
@@ -283,6 +322,53 @@ def _results(
         except FloatingPointError as error:
             what = "its weights are damaged, or too large; take another checkpoint"
             raise UserError(f"--ckpt_path {config.ckpt_path}: {printable(error)}: {what}") from error
+
+
+def _named(one: Prediction) -> str:
+    return ", ".join(f"{scene} {100 * share:.1f} %" for scene, share in one.best(2))
+
+
+def _live(
+    module: SceneClassifier, recording: Recording, config: PredictConfig, summary: Summary
+) -> Iterator[Prediction]:
+    """Yield a prediction of each window of standard input and print its line; at the end, print the mean over all.
+
+    A Ctrl-C or an error after the first window is kept in ``summary``: --out is written whole, like at another end.
+    """
+    rate, window = module.logmel.orig_sample_rate, span_of_module(module).window
+    hop = min(rate, max(1, round(window * (1 - config.overlap))))
+    last = deque(maxlen=max(1, round(config.average * rate / hop)))
+    n, total = 0, 0.0  # of windows
+    done = busy = behind = 0.0  # seconds: of sound, of computing, of sound that waits
+    try:
+        stream = PcmStream(sys.stdin.fileno(), config.pcm, config.rate, config.channels)
+        print(f"{stream}: a line every {hop / rate:.2f} s", flush=True)
+        start = time.monotonic() - stream.waited
+        for one in prediction.predict_live(module, stream.pieces(rate), recording, hop):
+            yield one  # first: a line that is seen is in --out, too
+            n, total = n + 1, total + np.array(one.probabilities)
+            last.append(one.probabilities)
+            mean = _named(replace(one, probabilities=tuple(np.mean(last, 0))))
+            span = f"mean of {len(last) * hop / rate:.1f} s"
+            print(f"{one.seconds:9.2f} s  {_named(one):<44} | {span}: {mean}", flush=True)
+            now = time.monotonic() - start - stream.waited
+            if n > 1 and behind <= BEHIND:  # the first window warms up; it is said once
+                behind = max(0.0, behind + now - busy - (one.seconds - done))
+                if behind > BEHIND:
+                    slow = f"slower than the sound comes: {behind:.1f} s behind at {one.seconds:.1f} s"
+                    print(f"WARNING: {slow}, and recorders lose sound; take a faster model", file=sys.stderr)
+            busy, done = now, one.seconds
+        if n > 1 and (round(one.seconds * rate) - window) % hop:
+            print("the input ended within a window: the last line is of its end")
+        if stream.held:
+            print(f"the input ended within a sample: {len(stream.held)} bytes are left out")
+    except (KeyboardInterrupt, OSError, UserError) as error:
+        if not n:
+            raise
+        summary.end = error
+    with suppress(BrokenPipeError):
+        mean = _named(replace(one, probabilities=tuple(total / n)))
+        print(f"mean over {one.seconds:.2f} s, {n:,} windows: {mean}", flush=True)
 
 
 def _write(path: Path, results: Iterable[Prediction | Skipped], scenes: Sequence[str]) -> None:
@@ -306,6 +392,9 @@ def main() -> None:
         raise UserError("--ckpt_path is missing: give a checkpoint, or the folder of a stored or published model")
     if config.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("--accelerator gpu: torch finds no GPU here; use cpu or auto")
+    if config.is_live and (sys.stdin is None or sys.stdin.isatty()):
+        how = "arecord -f S16_LE -r 44100 -c 1 | python -m dcase.predict - --ckpt_path ..."
+        raise UserError(f"- reads sound from a pipe, and standard input is none: {how}")
     where = "cuda" if torch.cuda.is_available() and config.accelerator != "cpu" else "cpu"
     module = load_module(config.ckpt_path).to(where)
     recordings = find_recordings(config, module.labels)
@@ -314,12 +403,14 @@ def main() -> None:
     span, rate = span_of_module(module), module.logmel.orig_sample_rate
     seconds = span.window / rate
     own = ", ".join(module.device_models) or "none"
-    print(f"{module.config.model.model}: windows of {seconds:.2f} s; devices with a model of their own: {own}")
+    print(
+        f"{module.config.model.model}: windows of {seconds:.2f} s; devices with a model of their own: {own}", flush=True
+    )
     nobody_tells = config.device_id == "auto" and all(one.device_id == UNKNOWN for one in recordings)
     if module.device_models and nobody_tells:
-        print("no file name tells its device, so the general model predicts all; --device_id or --list name devices")
+        print("no name tells the device, so the general model predicts all; --device_id or --list name devices")
     out = config.out or config.embeddings
-    summary = Summary(SHOWN if out else math.inf, seconds)
+    summary = Summary(0 if config.is_live else SHOWN if out else math.inf, seconds)
     results = _results(module, recordings, config, summary)
     if out:
         _write(Path(out).expanduser(), results, module.labels.scenes)
@@ -327,10 +418,10 @@ def main() -> None:
         deque(results, maxlen=0)
     if summary.rows:
         print("\n" + table(summary.rows))
-    if len(summary.rows) < summary.n_predicted:
+    if summary.most and len(summary.rows) < summary.n_predicted:
         print(f"... and {summary.n_predicted - len(summary.rows):,} more")
     if out:
-        print(f"\n{summary.n_predicted:,} recordings: {out}")
+        print(f"\n{summary.n_predicted:,} {'windows' if config.is_live else 'recordings'}: {out}")
     if repeated := summary.repeated:
         names = ", ".join(repeated[:3]) + (", ..." if len(repeated) > 3 else "")
         print(
@@ -343,6 +434,8 @@ def main() -> None:
         if module.config.logmel.batch_lengths:
             as_trained = "read at their own length, as by --batch_lengths in training"
         print(f"\nshorter than {seconds:.2f} s, and {as_trained}: {padded:,} recordings")
+    if summary.end:
+        raise summary.end
     if n := summary.n_skipped:
         raise UserError(f"{n:,} of {len(recordings):,} files were skipped; the lines above say why")
 

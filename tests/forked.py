@@ -54,12 +54,13 @@ class Finished:
 class Program:
     """A script ("train_base.py") or module ("dcase.prepare") that runs in the folder ``cwd``.
 
-    ``out`` and ``err``: files or a terminal for its streams, in place of temporary files that `wait` reads.
+    ``out`` and ``err``: files or a terminal for its streams, in place of temporary files that `wait` reads; ``stdin``:
+    a file, a FIFO or a terminal that it reads.
     """
 
-    def __init__(self, name: str, *args, cwd: Path, env: dict | None = None, out: str = "", err: str = ""):
+    def __init__(self, name: str, *args, cwd: Path, env: dict | None = None, out="", err="", stdin=os.devnull):
         self._folder = tempfile.TemporaryDirectory()
-        self._files = [out or f"{self._folder.name}/out", err or f"{self._folder.name}/err"]
+        self._files = [stdin, out or f"{self._folder.name}/out", err or f"{self._folder.name}/err"]
         command = (name, [str(arg) for arg in args], str(cwd.absolute()), {**os.environ, **(env or {})}, self._files)
         self._process = _context.Process(target=_become, args=command)
         self._process.start()
@@ -77,7 +78,7 @@ class Program:
         if self.is_running():
             self._process.kill()
             self._process.join()
-        texts = [Path(file).read_text() if file.startswith(self._folder.name) else "" for file in self._files]
+        texts = [Path(file).read_text() if file.startswith(self._folder.name) else "" for file in self._files[1:]]
         self._folder.cleanup()
         return Finished(self._process.exitcode, *texts)
 
@@ -93,7 +94,9 @@ def stop_server() -> None:
 
 
 def _become(name: str, args: list[str], cwd: str, env: dict, files: list[str]) -> None:
-    for number, file in enumerate(files, start=1):
+    os.dup2(os.open(files[0], os.O_RDONLY), 0)
+    sys.stdin = open(0, closefd=False)
+    for number, file in enumerate(files[1:], start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where the tests run in the background
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and this under nohup

@@ -210,7 +210,7 @@ def test_a_description_is_as_wide_as_the_terminal_and_commands_stay(columns, cap
         cli.parse(PredictConfig, predict.__doc__, args=["-h"])
     description = capsys.readouterr().out.partition("usage: ")[0].rstrip("\n")
     first, commands, last = description.split("\n\n")
-    assert commands in predict.__doc__ and len(commands.splitlines()) == 3
+    assert commands in predict.__doc__ and len(commands.splitlines()) == 5
     assert first.split() + last.split() == (predict.__doc__.replace(commands, "")).split()
     assert columns - 15 < max(map(len, last.splitlines())) <= columns
     assert description.startswith("Name the scenes of recordings: files, folders, or a list")

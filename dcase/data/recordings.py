@@ -1,10 +1,12 @@
 """Recordings of any length, rate and format: read a piece at a time, and cut into windows as long as training clips."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import soundfile
 import torch
 from torch import Tensor
@@ -59,36 +61,43 @@ def pieces(path: Path, sample_rate: int) -> Iterator[Tensor]:
                 raise UserError(f"{path} cannot be read ({cut})")
             if is_odd_ratio(file.samplerate, sample_rate):
                 raise UserError(f"{path} has {file.samplerate} Hz, too odd a ratio to resample to {sample_rate} Hz")
-            yield from _resampled(file, path, sample_rate)
+            read = partial(file.read, dtype="float32", always_2d=True)
+            n_read = yield from resampled(read, file.samplerate, sample_rate, PIECE_SECONDS, path)
+            if n_read < file.frames:  # a cut MP3 file; FLAC's decoder reports it, and an OGG does not know its length
+                raise UserError(f"{path} cannot be read (truncated: {n_read} of {file.frames} samples)")
     except (soundfile.SoundFileError, OSError, TypeError) as error:  # TypeError: soundfile's, for a name in .raw
         raise UserError(f"{path} cannot be read ({getattr(error, 'strerror', None) or one_line(error)})") from error
 
 
-def _resampled(file: soundfile.SoundFile, path: Path, sample_rate: int) -> Iterator[Tensor]:
-    """Resample each piece together with the samples of its neighbours that the filter reaches."""
-    divisor = math.gcd(file.samplerate, sample_rate)
-    step, made = file.samplerate // divisor, sample_rate // divisor  # `step` samples become `made` samples
-    size = -(-PIECE_SECONDS * file.samplerate // step) * step
-    resample = resampler(file.samplerate, sample_rate) if step != made else None
+def resampled(
+    read: Callable[[int], np.ndarray], rate: int, sample_rate: int, seconds: float, name: object
+) -> Generator[Tensor, None, int]:
+    """Yield the sound of ``read`` as `pieces` does, ``seconds`` at a time, and return the number of samples read.
+
+    ``read(n)`` returns the next n samples (n, channels) at ``rate``, float32; fewer only at the end. Each piece is
+    resampled together with the samples of its neighbours that the filter reaches.
+    """
+    divisor = math.gcd(rate, sample_rate)
+    step, made = rate // divisor, sample_rate // divisor  # `step` samples become `made` samples
+    size = math.ceil(seconds * rate / step) * step
+    resample = resampler(rate, sample_rate) if step != made else None
     reach = -(-resample.width // step) * step if resample else 0  # of the filter, to either side
     held, before = torch.zeros(1, 0), 0  # samples read, from ``before`` samples before the next piece
     n_read = 0
     while True:
-        new = file.read(before + size + reach - held.shape[1], dtype="float32", always_2d=True)
+        new = read(before + size + reach - held.shape[1])
         n_read += len(new)
         if fault := fault_of(new) if len(new) or not n_read else "":
-            raise UserError(f"{path} is no recording, {fault}")
+            raise UserError(f"{name} is no recording, {fault}")
         held = torch.cat([held, torch.from_numpy(new.mean(axis=1, keepdims=True).T)], 1)
         at_end = held.shape[1] < before + size + reach
         y = resample(held) if resample else held
         y = y[:, before // step * made :]
         yield y if at_end else y[:, : size // step * made]
         if at_end:
-            break
+            return n_read
         held = held[:, before + size - reach :]
         before = reach
-    if n_read < file.frames:  # a cut MP3 file; FLAC's decoder reports it, and an OGG file does not know its length
-        raise UserError(f"{path} cannot be read (truncated: {n_read} of {file.frames} samples)")
 
 
 def windows(pieces: Iterable[Tensor], span: Span, hop: int) -> Iterator[Tensor]:

@@ -104,6 +104,19 @@ def predict(
     yield from _finished(under_way, [], span, rate)
 
 
+def predict_live(
+    module: SceneClassifier, sound: Iterable[Tensor], recording: Recording, hop: int
+) -> Iterator[Prediction]:
+    """Yield a prediction of each window of ``sound``, pieces (1, samples), as soon as it is there; one begins every
+    ``hop`` samples. ``seconds`` of a prediction is where its window ends. Raises FloatingPointError as `predict`."""
+    span, rate = span_of_module(module), module.logmel.orig_sample_rate
+    whole = _Sum(recording, module.labels.scenes)
+    for i, window in enumerate(windows(whole.counted(sound), span, hop)):
+        one = _Sum(recording, whole.scenes, samples=min(whole.samples, span.window + i * hop))
+        _classify(module, [(window, one)], False)
+        yield one.result(span, rate)
+
+
 @dataclass(eq=False)
 class _Sum:
     """A recording's probabilities and features so far, summed over its classified windows."""
