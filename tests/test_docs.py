@@ -112,7 +112,7 @@ def test_a_data_set_is_added_as_the_docs_say(tmp_path):
 def test_the_readmes_example_of_the_backbone_runs():
     section = (ROOT / "README.md").read_text().partition("## The backbone alone")[2]
     (code,) = re.findall(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
-    code += "\nassert logits.shape == (2, 50) and y.shape == (b, d_inner, l)"
+    code += "\nassert logits.shape == (2, 50) and tokens.shape == (2, 641, 192) and mixer(tokens).shape == tokens.shape"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

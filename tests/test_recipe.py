@@ -249,6 +249,7 @@ def test_a_larger_model_is_pruned_into_a_smaller_one_and_trained_on(teacher_run,
 
 def test_teachers_are_in_evaluation_mode(tmp_path):
     teacher = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3)).train()
+    teacher.clips_id = "those of its run"
     path = tmp_path / "best.ckpt"
     path.touch()
     TrainedModel("x", teacher, path, tmp_path)
