@@ -63,7 +63,8 @@ def _stand_ins(path: Path) -> Iterator[list[str]]:
     """
     found = []
     with suppress(Exception):  # whatever is wrong with the file, reading it says so
-        found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        if path.is_file():  # a FIFO would be waited for
+            found = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     for name in found:
         if not {name, name.partition(".")[0]} & _BESIDE:
             raise UserError(
