@@ -296,7 +296,7 @@ FAULTS = {  # a line of scene.c and what it becomes
     "stem": ("to[t % 2 ? 1 + t / 2", "to[t % 2 ? 0 + t / 2"),
     "residual": ("if (centre) slide(w, x + above", "if (centre > 1) slide(w, x + above"),
     "scan direction": ("is_backward ? GRID_TIME - 1 - step : step", "step"),
-    "softplus": ("return x > 20.0f ? x : y;", "return x > 20.0f ? x : y + 0.01f;"),
+    "softplus": ("float e = exp_of(x), u", "float e = exp_of(x + 1.0f), u"),
     "gate": ("y[i] *= 0.5f * inner[i]", "y[i] *= 0.51f * inner[i]"),
     "head": ("x < 0 ? 0 : x;", "x;"),
 }

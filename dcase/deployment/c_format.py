@@ -166,11 +166,11 @@ def plan(module: SceneClassifier, stages: list[Stage]) -> tuple[dict[str, int], 
     grid, d, inner = module.model.config.grid, shape.d_model, shape.d_inner
     layer = Places(rest)
     layer.add("BEFORE", d * grid[1])
-    layer.add("NORMED", d * grid[1])
     layer.add("INNER", inner * grid[1])
     layer.add("SCANNED", inner * grid[1])
     layer.add("PROJECTED", (shape.dt_rank + 2 * shape.d_state) * grid[1])
     layer.add("DELTA", 4 * grid[1])
+    layer.add("INPUTS", 4 * grid[1])
     layer.add("DECAY", 4 * shape.d_state * grid[1])
     places |= layer.of
     tokens = places["TOKENS"] = max(rows.end, layer.end + SLACK)
@@ -386,8 +386,12 @@ def write(module: SceneClassifier, models: dict[str, dict[str, Tensor]], bits: i
             "D_CONV": shape.d_conv, "DT_RANK": mixer.dt_rank, "GRID_MEL": shape.grid[0], "GRID_TIME": shape.grid[1],
             "NORM_EPS": _float(shape.norm_eps), "N_PLACES": _float(math.prod(shape.grid)),
         }  # fmt: skip
-    names = {"PANEL", "FEATURES", "ZEROS", "OUT", "BEFORE", "NORMED", "INNER", "SCANNED", "PROJECTED", "DELTA", "DECAY"}
-    constants |= {name: at for name, at in places.items() if name in names | {"SOUND", "SPECTRUM", "LOG_MEL", "TOKENS"}}
+    names = {"PANEL", "FEATURES", "ZEROS", "OUT", "BEFORE", "INNER", "SCANNED", "PROJECTED", "DELTA"}
+    constants |= {
+        name: at
+        for name, at in places.items()
+        if name in names | {"INPUTS", "DECAY", "SOUND", "SPECTRUM", "LOG_MEL", "TOKENS"}
+    }
     written = Written([f"#define {name} {value}" for name, value in constants.items()])
     starts, shares = mel_table(logmel)
     turns = torch.arange(config.n_fft // 4 + 1, dtype=torch.float64) * (2 * math.pi / config.n_fft)

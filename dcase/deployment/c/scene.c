@@ -77,6 +77,37 @@ static float scale_of(matrix m, size_t row)
     return m.scale ? half(m.scale[row]) : 1.0f;
 }
 
+/* Four numbers that are calculated together: in one register where the processor has such, and the compiler knows. */
+#if defined __GNUC__ && (defined __SSE__ || defined __ARM_NEON || defined __wasm_simd128__)
+typedef float four __attribute__((vector_size(16)));
+static four plus(four x, four y) { return x + y; }
+#if N_LAYERS
+static four times(four x, four y) { return x * y; }
+#endif
+static four scaled(four x, float w) { return x * w; }
+#else
+typedef struct {
+    float a, b, c, d;
+} four;
+static four plus(four x, four y) { return (four){x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
+#if N_LAYERS
+static four times(four x, four y) { return (four){x.a * y.a, x.b * y.b, x.c * y.c, x.d * y.d}; }
+#endif
+static four scaled(four x, float w) { return (four){x.a * w, x.b * w, x.c * w, x.d * w}; }
+#endif
+
+static four load(const float *x)
+{
+    four y;
+    memcpy(&y, x, sizeof y);
+    return y;
+}
+
+static void store(float *to, four x)
+{
+    memcpy(to, &x, sizeof x);
+}
+
 /* ---- log-mel ---- */
 
 /* Return sine and cosine of i of N_FFT parts of a turn, up to three quarters. */
@@ -192,14 +223,15 @@ static void resample(scene *s, float x, uint32_t index)
     s->history[place] = s->history[place + TAPS] = x;
     const float *input = s->history + place + 1; /* the oldest, if x is the newest */
     while (s->wanted == index && s->resampled < LENGTH) {
-        float sum = 0;
-        if (s->phase <= UP / 2) {
-            const float *tap = kernels + s->phase * TAPS;
-            for (size_t i = 0; i < TAPS; i++) sum += tap[i] * input[i];
-        } else { /* the mirror image of another phase */
-            const float *tap = kernels + (UP - s->phase) * TAPS + TAPS - 1;
-            for (size_t i = 0; i < TAPS; i++) sum += *(tap - i) * input[i];
-        }
+        float sum = 0, odd = 0;
+        int is_mirrored = s->phase > UP / 2; /* the mirror image of another phase */
+        const float *tap = kernels + (is_mirrored ? UP - s->phase : s->phase) * TAPS;
+        const float *end = input + TAPS - 1;
+        if (is_mirrored)
+            for (size_t i = 0; i < TAPS; i += 2) sum += tap[i] * *(end - i), odd += tap[i + 1] * *(end - i - 1);
+        else
+            for (size_t i = 0; i < TAPS; i += 2) sum += tap[i] * input[i], odd += tap[i + 1] * input[i + 1];
+        sum += odd;
         uint32_t position = s->phase * DOWN / UP;
         s->phase++;
         s->wanted += s->phase * DOWN / UP - position;
@@ -268,11 +300,26 @@ static void use_rows(scene *s, uint32_t x, uint32_t n, uint32_t t)
     for (uint32_t k = 0; k < n; k++) s->at[k] = x + k * t;
 }
 
+/* sums (4, 4) = a panel (n, 4) of weights, transposed, times four frames of the n rows that lie ``at`` places in x. */
+static void block(const float *panel, const float *x, const uint32_t *at, uint32_t n, float *sums)
+{
+    static const float zeros[4];
+    four s0 = load(zeros), s1 = s0, s2 = s0, s3 = s0;
+    for (uint32_t k = 0; k < n; k++, panel += 4) {
+        four frames = load(x + at[k]);
+        s0 = plus(s0, scaled(frames, panel[0]));
+        s1 = plus(s1, scaled(frames, panel[1]));
+        s2 = plus(s2, scaled(frames, panel[2]));
+        s3 = plus(s3, scaled(frames, panel[3]));
+    }
+    store(sums, s0), store(sums + 4, s1), store(sums + 8, s2), store(sums + 12, s3);
+}
+
 /* y (outs, t) = rows ``first`` ... of the matrix (, n) times the rows (n, t) that `use_rows` named; with an affine and
-   ReLU, or added to y. Four rows by four frames at a time: 16 sums stay in registers. The last frames read beyond a
+   ReLU, or added to y. ``norm``: factors of the n rows, or null. Four rows by four frames at a time: 16 sums stay in registers. The last frames read beyond a
    row's end, but are not written. */
-static void product(scene *s, matrix w, uint32_t first, uint32_t outs, uint32_t n, uint32_t t, const float *affine,
-                    int relu, int add, float *y)
+static void product(scene *s, matrix w, const uint16_t *norm, uint32_t first, uint32_t outs, uint32_t n, uint32_t t,
+                    const float *affine, int relu, int add, float *y)
 {
     float *panel = s->arena + PANEL;
     for (uint32_t o = 0; o < outs; o += 4) {
@@ -283,20 +330,19 @@ static void product(scene *s, matrix w, uint32_t first, uint32_t outs, uint32_t 
                 for (uint32_t k = 0; k < n; k++) panel[4 * k + i] = (float)((const int8_t *)w.data)[row + k];
             else
                 for (uint32_t k = 0; k < n; k++) panel[4 * k + i] = half(((const uint16_t *)w.data)[row + k]);
+            if (norm)
+                for (uint32_t k = 0; k < n; k++) panel[4 * k + i] *= half(norm[k]);
         }
         for (uint32_t t0 = 0; t0 < t; t0 += 4) {
-            float sums[4][4] = {{0}};
-            const float *x = s->arena + t0;
-            for (uint32_t k = 0; k < n; k++)
-                for (size_t i = 0; i < 4; i++)
-                    for (size_t j = 0; j < 4; j++) sums[i][j] += panel[4 * k + i] * x[s->at[k] + j];
+            float sums[16];
+            block(panel, s->arena + t0, s->at, n, sums);
             uint32_t width = t - t0 < 4 ? t - t0 : 4;
             for (uint32_t i = 0; i < high; i++) {
                 float scale = affine ? affine[2 * (o + i)] : scale_of(w, first + o + i);
                 float shift = affine ? affine[2 * (o + i) + 1] : 0.0f;
                 float *to = y + (o + i) * t + t0;
                 for (uint32_t j = 0; j < width; j++) {
-                    float value = sums[i][j] * scale + shift;
+                    float value = sums[4 * i + j] * scale + shift;
                     if (relu && value < 0) value = 0;
                     to[j] = add ? to[j] + value : value;
                 }
@@ -333,7 +379,7 @@ static void convolve(scene *s, const stage *g, uint32_t centre, int is_last)
             s->at[k++] = is_there ? x + half_row : ZEROS;
             s->at[k++] = is_there ? x + 1 : ZEROS;
         }
-    product(s, g->project, 0, g->c_out, k, g->t_out, g->affine_project, 1, 0, s->arena + OUT);
+    product(s, g->project, 0, 0, g->c_out, k, g->t_out, g->affine_project, 1, 0, s->arena + OUT);
 }
 
 static void shortcut(scene *s, const stage *g, uint32_t centre, int is_last)
@@ -370,7 +416,7 @@ static void residual(scene *s, const stage *g, uint32_t centre, int is_last)
         }
     }
     use_rows(s, above, g->wide, g->t_out);
-    product(s, g->project, 0, g->c_out, g->wide, g->t_out, g->affine_project, 0, 0, s->arena + OUT);
+    product(s, g->project, 0, 0, g->c_out, g->wide, g->t_out, g->affine_project, 0, 0, s->arena + OUT);
     shortcut(s, g, centre, is_last);
 }
 
@@ -391,7 +437,7 @@ static void patches(scene *s, const stage *g, uint32_t row)
     size_t skipped = (size_t)part * D_MODEL * g->c_in;
     w.data = w.is_int8 ? (const void *)((const int8_t *)w.data + skipped) : (const uint16_t *)w.data + skipped;
     use_rows(s, OUT, g->c_in, g->t_in);
-    product(s, w, 0, D_MODEL, g->c_in, GRID_TIME, 0, 0, 1, tokens);
+    product(s, w, 0, 0, D_MODEL, g->c_in, GRID_TIME, 0, 0, 1, tokens);
 }
 #endif
 
@@ -426,7 +472,7 @@ static void push(scene *s, size_t i, int is_end)
             if (g->shortcut)
                 memcpy(s->arena + g->outer + row % (g->shortcut == 2 ? 3 : 2) * size, out, size * sizeof *out);
             use_rows(s, OUT, g->c_in, g->t_in);
-            product(s, g->expand, 0, g->wide, g->c_in, g->t_in, g->affine_expand, 1, 0,
+            product(s, g->expand, 0, 0, g->wide, g->c_in, g->t_in, g->affine_expand, 1, 0,
                     s->arena + g->inner + row % 3 * g->wide * g->t_in);
         }
     }
@@ -457,11 +503,19 @@ static void rows_of_log_mel(scene *s)
 /* ---- Mamba ---- */
 
 #if N_LAYERS
-/* e^x = 2^k e^r with |r| <= log(2) / 2. Without branches, so that compilers can do several at once. */
+static uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* e^x = 2^k e^r with |r| <= log(2) / 2, for |x| up to 87, beyond which float32 ends. Without branches, so that compilers
+   can do several at once. */
 static float exp_of(float x)
 {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
+    int32_t size = (int32_t)(bits_of(x) & 0x7fffffff), most = 0x42ae0000; /* 87 */
+    x = of_bits((uint32_t)(size < most ? size : most) | (bits_of(x) & 0x80000000u));
     int32_t k = (int32_t)(x * 1.44269504f + 128.5f) - 128;
     float n = (float)k, r = x - n * 0.693359375f + n * 2.12194440e-4f, p = 1.0f / 5040;
     p = p * r + 1.0f / 720;
@@ -474,23 +528,17 @@ static float exp_of(float x)
     return p * of_bits((uint32_t)(k + 127) << 23);
 }
 
-static uint32_t bits_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
 /* log(1 + e^x). With u = 1 + e^x rounded, and what rounding took away: log(u) = k log(2) + 2 atanh(f / (2 + f)). */
 static float softplus(float x)
 {
-    float e = exp_of(x > 20.0f ? 20.0f : x), u = 1.0f + e, lost = (e - (u - 1.0f)) / u;
+    float e = exp_of(x), u = 1.0f + e, lost = (e - (u - 1.0f)) / u;
     uint32_t bits = bits_of(u) + (0x3f800000u - 0x3f3504f3u);
     float k = (float)((int32_t)(bits >> 23) - 127), f = of_bits((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
     float a = f / (2.0f + f), z = a * a;
     float series = (((z / 9 + 1.0f / 7) * z + 1.0f / 5) * z + 1.0f / 3) * z;
     float y = k * 0.693147182f + (2.0f * a * series + 2.0f * a) + lost;
-    return x > 20.0f ? x : y;
+    int32_t least = (int32_t)bits_of(x), found = (int32_t)bits_of(y); /* y is above 0 and, beyond exp_of's end, x */
+    return of_bits((uint32_t)(found > least ? found : least));
 }
 
 static void silu(float *x, size_t n)
@@ -515,70 +563,83 @@ static void convolve_time(const branch *b, int is_backward, const float *x, floa
     }
 }
 
-/* Scan one direction: from u (D_INNER, GRID_TIME) and the arena's delta, B, C to y, which may be u, or added to y. */
+/* Scan one direction: from u (D_INNER, GRID_TIME) and the arena's delta, B, C to y, which may be u, or added to y. Four
+   channels at a time, which lie side by side. */
 static void scan(scene *s, const branch *b, int is_backward, const float *u, float *y)
 {
     const float *low = s->arena + PROJECTED, *B = low + DT_RANK * GRID_TIME, *C = B + D_STATE * GRID_TIME;
-    float *delta = s->arena + DELTA, *decay = s->arena + DECAY;
-    for (size_t d0 = 0; d0 < D_INNER; d0 += 4) {
+    float *delta = s->arena + DELTA, *decay = s->arena + DECAY, *inputs = s->arena + INPUTS;
+    for (size_t d0 = 0; d0 < D_INNER; d0 += 4, u += 4 * GRID_TIME, y += 4 * GRID_TIME) {
         size_t high = D_INNER - d0 < 4 ? D_INNER - d0 : 4;
+        float a[D_STATE * 4] = {0}, w[DT_RANK * 4] = {0}, bias[4] = {0}, skip[4] = {0};
         for (size_t i = 0; i < high; i++) {
-            float *to = delta + i * GRID_TIME, bias = half(b->dt_bias[d0 + i]);
-            for (size_t t = 0; t < GRID_TIME; t++) to[t] = bias;
-            for (size_t r = 0; r < DT_RANK; r++) {
-                float w = value_of(b->dt_proj, (d0 + i) * DT_RANK + r) * scale_of(b->dt_proj, d0 + i);
-                for (size_t t = 0; t < GRID_TIME; t++) to[t] += w * low[r * GRID_TIME + t];
-            }
+            size_t d = d0 + i;
+            bias[i] = half(b->dt_bias[d]), skip[i] = half(b->d[d]);
+            for (size_t r = 0; r < DT_RANK; r++) w[4 * r + i] = value_of(b->dt_proj, d * DT_RANK + r) * scale_of(b->dt_proj, d);
+            for (size_t n = 0; n < D_STATE; n++) a[4 * n + i] = value_of(b->a_log, d * D_STATE + n) * scale_of(b->a_log, d);
+            for (size_t t = 0; t < GRID_TIME; t++) inputs[4 * t + i] = u[i * GRID_TIME + t];
         }
-        for (size_t i = 0; i < high * GRID_TIME; i++) delta[i] = softplus(delta[i]);
-        for (size_t i = 0; i < high; i++)
+        for (size_t i = 0; i < 4 * D_STATE; i++) a[i] = -exp_of(a[i]);
+        for (size_t t = 0; t < GRID_TIME; t++) {
+            four sum = load(bias);
+            for (size_t r = 0; r < DT_RANK; r++) sum = plus(sum, scaled(load(w + 4 * r), low[r * GRID_TIME + t]));
+            store(delta + 4 * t, sum);
+        }
+        for (size_t i = 0; i < 4 * GRID_TIME; i++) delta[i] = softplus(delta[i]);
+        for (size_t t = 0; t < GRID_TIME; t++)
+            for (size_t n = 0; n < 4 * D_STATE; n++) decay[4 * D_STATE * t + n] = delta[4 * t + n % 4] * a[n];
+        for (size_t i = 0; i < 4 * D_STATE * GRID_TIME; i++) decay[i] = exp_of(decay[i]);
+        four h[D_STATE], zero = scaled(load(bias), 0.0f);
+        for (size_t n = 0; n < D_STATE; n++) h[n] = zero;
+        for (size_t step = 0; step < GRID_TIME; step++) {
+            size_t t = is_backward ? GRID_TIME - 1 - step : step;
+            four x = load(inputs + 4 * t), input = times(load(delta + 4 * t), x), sum = times(load(skip), x);
             for (size_t n = 0; n < D_STATE; n++) {
-                float a = -exp_of(value_of(b->a_log, (d0 + i) * D_STATE + n)), *to = decay + (i * D_STATE + n) * GRID_TIME;
-                for (size_t t = 0; t < GRID_TIME; t++) to[t] = delta[i * GRID_TIME + t] * a;
+                h[n] = plus(times(load(decay + 4 * (D_STATE * t + n)), h[n]), scaled(input, B[n * GRID_TIME + t]));
+                sum = plus(sum, scaled(h[n], C[n * GRID_TIME + t]));
             }
-        for (size_t i = 0; i < high * D_STATE * GRID_TIME; i++) decay[i] = exp_of(decay[i]);
-        for (size_t i = 0; i < high; i++) {
-            const float *x = u + (d0 + i) * GRID_TIME;
-            float *to = y + (d0 + i) * GRID_TIME, skip = half(b->d[d0 + i]), h[D_STATE] = {0};
-            for (size_t step = 0; step < GRID_TIME; step++) {
-                size_t t = is_backward ? GRID_TIME - 1 - step : step;
-                float input = delta[i * GRID_TIME + t] * x[t], sum = skip * x[t];
-                for (size_t n = 0; n < D_STATE; n++) {
-                    h[n] = decay[(i * D_STATE + n) * GRID_TIME + t] * h[n] + input * B[n * GRID_TIME + t];
-                    sum += h[n] * C[n * GRID_TIME + t];
-                }
-                to[t] = is_backward ? to[t] + sum : sum;
+            float out[4];
+            store(out, sum);
+            for (size_t i = 0; i < high; i++) {
+                float *to = y + i * GRID_TIME + t;
+                *to = is_backward ? *to + out[i] : out[i];
             }
         }
     }
 }
 
+/* inner = D_INNER rows of in_proj, from ``first`` on, times the norm of tokens x (D_MODEL, GRID_TIME): its weights are
+   applied before the sums, and the frames' own factors after them. */
+static void project_in(scene *s, const layer *l, uint32_t first, const float *x, const float *factors)
+{
+    float *inner = s->arena + INNER;
+    use_rows(s, (uint32_t)(x - s->arena), D_MODEL, GRID_TIME);
+    product(s, l->in_proj, l->norm, first, D_INNER, D_MODEL, GRID_TIME, 0, 0, 0, inner);
+    for (size_t d = 0; d < D_INNER; d++)
+        for (size_t t = 0; t < GRID_TIME; t++) inner[d * GRID_TIME + t] *= factors[t];
+}
+
 /* Add to a row of tokens x (D_MODEL, GRID_TIME) what the layer makes of it. */
 static void mix(scene *s, const layer *l, float *x)
 {
-    float *normed = s->arena + NORMED, *inner = s->arena + INNER, *y = s->arena + SCANNED, squares[GRID_TIME] = {0};
+    float *inner = s->arena + INNER, *y = s->arena + SCANNED, squares[GRID_TIME] = {0};
     for (size_t d = 0; d < D_MODEL; d++)
         for (size_t t = 0; t < GRID_TIME; t++) squares[t] += x[d * GRID_TIME + t] * x[d * GRID_TIME + t];
     for (size_t t = 0; t < GRID_TIME; t++) squares[t] = 1.0f / sqrtf(squares[t] / D_MODEL + NORM_EPS);
-    for (size_t d = 0; d < D_MODEL; d++)
-        for (size_t t = 0; t < GRID_TIME; t++)
-            normed[d * GRID_TIME + t] = x[d * GRID_TIME + t] * squares[t] * half(l->norm[d]);
-    use_rows(s, NORMED, D_MODEL, GRID_TIME);
-    product(s, l->in_proj, 0, D_INNER, D_MODEL, GRID_TIME, 0, 0, 0, inner);
+    project_in(s, l, 0, x, squares);
     for (int i = 0; i < 2; i++) {
         float *u = i ? inner : y; /* the second direction needs x no more, and its y is added to the first one's */
         convolve_time(&l->branches[i], i, inner, u);
         silu(u, D_INNER * GRID_TIME);
         use_rows(s, i ? INNER : SCANNED, D_INNER, GRID_TIME);
-        product(s, l->branches[i].x_proj, 0, DT_RANK + 2 * D_STATE, D_INNER, GRID_TIME, 0, 0, 0, s->arena + PROJECTED);
+        product(s, l->branches[i].x_proj, 0, 0, DT_RANK + 2 * D_STATE, D_INNER, GRID_TIME, 0, 0, 0, s->arena + PROJECTED);
         scan(s, &l->branches[i], i, u, y);
     }
-    use_rows(s, NORMED, D_MODEL, GRID_TIME);
-    product(s, l->in_proj, D_INNER, D_INNER, D_MODEL, GRID_TIME, 0, 0, 0, inner); /* the gate */
+    project_in(s, l, D_INNER, x, squares); /* the gate */
     silu(inner, D_INNER * GRID_TIME);
     for (size_t i = 0; i < D_INNER * GRID_TIME; i++) y[i] *= 0.5f * inner[i];
     use_rows(s, SCANNED, D_INNER, GRID_TIME);
-    product(s, l->out_proj, 0, D_MODEL, D_INNER, GRID_TIME, 0, 0, 1, x);
+    product(s, l->out_proj, 0, 0, D_MODEL, D_INNER, GRID_TIME, 0, 0, 1, x);
 }
 
 /* Add to each token what a 3 x 3 kernel of its channel makes of its neighbours, then what the scan of its row adds. */
