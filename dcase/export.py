@@ -2,6 +2,7 @@
 
     python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/checkpoints/best.ckpt --dataset_dir /data/TAU22
     python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/stored --device_id a --input log_mel --format torch_export
+    python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/stored --format c --out scene_in_c
 
 Before it is kept, the exported model is compared with PyTorch on clips of the test split: where a logit differs by more
 than 0.0001, or a scene changes, nothing is written and the exit code is 1.
@@ -9,12 +10,14 @@ than 0.0001, or a scene changes, nothing is written and the exit code is 1.
 
 import io
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import torch
@@ -25,8 +28,9 @@ from torch.export import Dim
 from dcase import cli, errors
 from dcase.data.dataset import TAU22
 from dcase.data.loading import find_source, open_sound, with_sound
+from dcase.data.synth import new_folder
 from dcase.data.tau22 import DataConfig
-from dcase.deployment import onnx_format
+from dcase.deployment import c_format, onnx_format
 from dcase.deployment.exported import Exported, FrontEnd
 from dcase.errors import UserError
 from dcase.files import replace_file
@@ -41,7 +45,7 @@ from dcase.training.lit import SceneClassifier
 TOLERANCE = 1e-4  # of a logit
 BATCHES = (1, 8)  # clips in the batches that are compared
 WAVEFORM, LOG_MEL = "waveform", "log_mel"
-ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torch_export": ".pt2"}
+ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torch_export": ".pt2", "c": "_c"}
 
 Model = Callable[[Tensor], Tensor]  # waveform (b, samples) or log-mel (b, 1, n_mels, frames) -> logits (b, n_classes)
 
@@ -50,9 +54,10 @@ Model = Callable[[Tensor], Tensor]  # waveform (b, samples) or log-mel (b, 1, n_
 class ExportConfig:
     ckpt_path: str = ""
     """Checkpoint of either stage, stored model or published folder, as test_only.py takes it."""
-    format: Literal["onnx", "safetensors", "torch_export"] = "onnx"
+    format: Literal["onnx", "safetensors", "torch_export", "c"] = "onnx"
     """onnx: for ONNX Runtime. torch_export: a .pt2 file that torch of the same version loads. safetensors: only the
-    weights, as train_base.py writes them to stored/; python -m dcase.export and test_only.py read them."""
+    weights, as train_base.py writes them to stored/; python -m dcase.export and test_only.py read them. c: a folder
+    that any C99 compiler takes, with all models of the checkpoint, of aum_nano, aum_nano_8bit or cp_mobile."""
     input: Literal["waveform", "log_mel"] = "waveform"
     """Input of the exported model: waveform (b, samples) at the recordings' rate, as long as the data's clips; or
     log_mel, normalised, (b, 1, n_mels, frames)."""
@@ -61,7 +66,7 @@ class ExportConfig:
     weight_bits: Literal[32, 16, 8] | None = None
     """Bits of the weights in the file; None: as the run stores and counts them (--weight_bits of the training)."""
     out: str = ""
-    """File to write; "": a file in export/ of the run's folder, named after --device_id."""
+    """File to write, for c a new folder; "": in export/ of the run's folder, named after --device_id."""
     dataset_dir: str | None = None
     """Data folder with the test clips, WAV files, to compare on; None: TAU22_DIR, else the folder that the checkpoint's
     run was given, else SynthTAU."""
@@ -73,6 +78,10 @@ class ExportConfig:
             raise UserError("--ckpt_path is missing: give a checkpoint, or the folder stored/ of a run")
         if self.check_clips < 1:
             raise UserError(f"--check_clips is at least 1; got {self.check_clips}")
+        if self.format == "c" and (self.input != WAVEFORM or self.device_id != GENERAL):
+            raise UserError(
+                "--format c takes waveforms, and writes all models together: leave out --input and --device_id"
+            )
 
 
 class Mismatch(Exception):
@@ -86,14 +95,16 @@ class Parity:
     clips: int  # each of them once in every size of `BATCHES`
     difference: float  # the largest of a logit
     changed: int  # clips with another scene, where PyTorch's own logits tell the two scenes apart
-    milliseconds: float  # for one clip in a batch of one: the median
+    milliseconds: float = 0.0  # for one clip in a batch of one: the median; not measured for C
+    runs: int = len(BATCHES)  # of each clip
+    sizes: tuple[str, str] = ("", "")  # bytes of a C program's constants and memory
 
     def check(self) -> None:
         """Raise `Mismatch`, with figures, where the two differ."""
         if self.changed or not self.difference <= TOLERANCE:  # NaN is refused too
             raise Mismatch(
                 f"logits differ from PyTorch's by up to {self.difference:.2g} on {self.clips} clips "
-                f"({TOLERANCE:g} is allowed), and {self.changed} of {len(BATCHES) * self.clips} predictions are other "
+                f"({TOLERANCE:g} is allowed), and {self.changed} of {self.runs * self.clips} predictions are other "
                 "scenes"
             )
 
@@ -115,18 +126,27 @@ def main() -> None:
     module.refuse_other_frames(test)
     out = Path(config.out or default_path(config))
     try:
-        parity = export(module, config, test, out)
+        if config.format == "c":
+            bits = config.weight_bits or module.config.storage.weight_bits
+            c_format.refuse_unknown(module, bits)
+            parity = export_c(module, bits, clips_of(test, samples_of(test), config.check_clips), out)
+        else:
+            parity = export(module, config, test, out)
     except Mismatch as error:
         print(f"\nerror: {error}; nothing was written", file=sys.stderr)
         sys.exit(1)
+    in_c = config.format == "c"
+    size = "{} B of constants; RAM {} B, sizeof(scene)".format(*parity.sizes) if in_c else f"{out.stat().st_size:,} B"
+    batches = "" if in_c else " in batches of 1 and 8"
     rows = {
         "File": out,
-        "Size": f"{out.stat().st_size:,} B",
+        "Size": size,
         "Input": input_of(module, config.input, samples_of(test)),
-        "Largest Difference": f"{parity.difference:.1e} of a logit, on {parity.clips} clips in batches of 1 and 8",
+        "Largest Difference": f"{parity.difference:.1e} of a logit, on {parity.clips} clips{batches}",
         "Other Predictions": parity.changed,
-        "One Clip": f"{parity.milliseconds:.1f} ms",
     }
+    if not in_c:
+        rows["One Clip"] = f"{parity.milliseconds:.1f} ms"
     for name, value in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {value}")
 
@@ -180,6 +200,49 @@ def export(module: SceneClassifier, config: ExportConfig, test: TAU22, out: Path
 
     replace_file(out, write)
     return parity
+
+
+def export_c(module: SceneClassifier, bits: int, clips: Tensor, out: Path) -> Parity:
+    """Write the folder ``out`` after the comparison of each model on clips (n, samples), and on one that the folder
+    will contain. Raises as `export`; an existing folder that is not empty is refused."""
+    rate, general, samples = module.logmel.orig_sample_rate, module.model, clips.shape[1]
+    models = {GENERAL: general, **module.device_models}
+    for model in models.values():
+        model.load_state_dict(model.state_dict() | decode(encode(model.state_dict(), bits)))
+    with new_folder(out, "C sources", "--out") as folder:
+        folder.mkdir(parents=True)
+        states = {name: model.state_dict() for name, model in models.items()}
+        values = c_format.write(module, states, bits, samples, folder)
+        clip = c_format.test_clip(samples, rate)
+        clips = torch.cat([clips, torch.from_numpy(clip).float()[None] / 32768])
+        of_clip, found = {}, []
+        with TemporaryDirectory(prefix="dcase-export-") as place:
+            program = Path(place) / c_format.PROGRAM
+            c_format.compile_program(folder, program)
+            for name, module.model in progress(models.items(), desc="comparing", unit="model", leave=False):
+                with torch.no_grad():
+                    expected = torch.cat([reference(module, WAVEFORM)(x) for x in clips.split(max(BATCHES))])
+                found.append(differences(c_format.run_program(program, clips, rate, name), expected))
+                of_clip[name] = expected[-1]
+            ram = f"{c_format.sizeof(program):,}"
+        module.model = general
+        sizes = values["CONST_BYTES"], ram
+        parity = Parity(len(clips), *total(found), runs=len(models), sizes=sizes)
+        parity.check()
+        c_format.write_test_vectors(folder, clip, rate, of_clip)
+        measured = {"SIZEOF": ram, "CLIPS": len(clips), "DIFFERENCE": f"{parity.difference:.1e}"}
+        c_format.write_readme(folder, values | measured)
+    return parity
+
+
+def differences(logits: Tensor, expected: Tensor) -> tuple[float, int]:
+    """Return the largest difference of a logit, NaN where one is, and how many clips have another scene where the
+    expected logits tell the two apart. Raises `Mismatch` where shapes differ."""
+    if logits.shape != expected.shape:
+        raise Mismatch(f"logits have shape {tuple(logits.shape)}, PyTorch's {tuple(expected.shape)}")
+    first, second = expected.topk(2).values.T
+    changed = (first - second > TOLERANCE) & (logits.argmax(1) != expected.argmax(1))
+    return (logits - expected).abs().max().item(), int(changed.sum())
 
 
 def samples_of(test: TAU22) -> int:
@@ -248,7 +311,7 @@ def clips_of(test: TAU22, samples: int, n: int) -> Tensor:
 def compare(model: Model, module: SceneClassifier, kind: str, clips: Tensor) -> Parity:
     """Run both on clips (n, samples), in batches of `BATCHES`. Raises `Mismatch` where shapes differ."""
     of_module = reference(module, kind)
-    difference, changed, seconds = torch.zeros(()), 0, []
+    found, seconds = [], []
     batches = [batch for size in BATCHES for batch in clips.split(size)]
     for x in progress(batches, desc="comparing", unit="batch", leave=False):
         x = x if kind == WAVEFORM else log_mels(module, x)
@@ -257,12 +320,14 @@ def compare(model: Model, module: SceneClassifier, kind: str, clips: Tensor) -> 
         logits = model(x)
         if len(x) == 1:
             seconds.append(time.perf_counter() - began)
-        if logits.shape != expected.shape:
-            raise Mismatch(f"logits have shape {tuple(logits.shape)}, PyTorch's {tuple(expected.shape)}")
-        difference = torch.maximum(difference, (logits - expected).abs().max())  # NaN stays
-        first, second = expected.topk(2).values.T
-        changed += int(((first - second > TOLERANCE) & (logits.argmax(1) != expected.argmax(1))).sum())
-    return Parity(len(clips), difference.item(), changed, 1000 * statistics.median(seconds))
+        found.append(differences(logits, expected))
+    return Parity(len(clips), *total(found), 1000 * statistics.median(seconds))
+
+
+def total(found: list[tuple[float, int]]) -> tuple[float, int]:
+    """Return the largest of `differences`, where NaN counts as larger than any, and the number of other scenes."""
+    largest, changed = zip(*found, strict=True)
+    return max(largest, key=lambda x: math.inf if math.isnan(x) else x), sum(changed)
 
 
 def input_of(module: SceneClassifier, kind: str, samples: int) -> str:

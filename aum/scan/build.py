@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL:
     because loading a damaged library would end the process. Loading one runs its code: where another
     user could have put it there, this process compiles its own.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     machine, built_for = _instruction_set(compiler)
     made_of = [*(path.read_bytes() for path in (*SOURCES, *HEADERS)), *map(str.encode, (*compiler, *FLAGS)), built_for]
     name = f"cpu_kernels-{_digest(b' '.join(made_of))}"
@@ -81,8 +81,8 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _compiler() -> list[str]:
-    """The command of the C compiler: ``CC``, or what Linux systems call it."""
+def find_compiler() -> list[str]:
+    """Return the command of the C compiler: ``CC``, or what Linux systems call it."""
     asked = os.environ.get("CC")
     for command in [shlex.split(asked)] if asked else (["cc"], ["gcc"], ["clang"]):
         if command and shutil.which(command[0]):
@@ -90,8 +90,7 @@ def _compiler() -> list[str]:
     raise NotAvailable(
         f"CC is {asked}, which is not on PATH"
         if asked
-        else "no C compiler on PATH: install one (apt install gcc libc6-dev, or conda install gcc) for a scan "
-        "that is several times faster on the CPU"
+        else "no C compiler on PATH: install one (apt install gcc libc6-dev, or conda install gcc)"
     )
 
 
