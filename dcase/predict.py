@@ -12,9 +12,9 @@ of the windows are averaged; the last window ends with the recording. A shorter 
 since silence is no scene; a model trained with --target_length reads it padded, and one trained with --batch_lengths at
 its own length, as they read their training clips. A file that cannot be read is reported and skipped, and the exit code
 is then 2. Ctrl-C keeps what is predicted until then, in scenes.partial.csv for --out scenes.csv. With - in place of
-files, sound is read from standard input as it comes. Each window, of which one begins each second at least, makes a
-line: where it ends, its scenes, and those of the mean over the last seconds. The end of the input or Ctrl-C ends it
-with the mean over all windows, and --out has a row for each.
+files, sound is read from standard input as it comes. A window begins at least once a second, and each makes a line:
+where it ends, its scenes, and those of the mean over the last seconds. At the end of the input, or after Ctrl-C, the
+mean over all windows is printed; --out has a row for each window.
 """
 
 import csv
@@ -90,7 +90,7 @@ class PredictConfig:
     rate: int = 44100
     """With -: its sampling rate, Hz."""
     channels: int = 1
-    """With -: its number of channels, of which the mean is taken."""
+    """With -: its number of channels; their mean is taken."""
     average: float = 10.0
     """With -: seconds of sound whose windows the running average of a line is the mean of."""
 

@@ -125,7 +125,7 @@ class Mix(NamedTuple):
         return weight * x + (1 - weight) * x[self.other]
 
     def lengths(self, lengths: Tensor | None) -> Tensor | None:
-        """Return the frames (b,) of the mixed clips, those of the longer one of two; None: all have as many."""
+        """Return the frames of each mixed clip (b,), those of the longer of its two; None: all have equally many."""
         if lengths is None or self.other is None:
             return lengths
         return torch.maximum(lengths, lengths[self.other.to(lengths.device)])

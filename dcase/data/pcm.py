@@ -49,9 +49,8 @@ class PcmStream:
         self._fill(n * size)
         end = min(n, len(self.held) // size) * size
         data, self.held = self.held[:end], self.held[end:]
-        return soundfile.read(io.BytesIO(data), format="RAW", endian="LITTLE", dtype="float32", always_2d=True, **kind)[
-            0
-        ]
+        sound = io.BytesIO(data)
+        return soundfile.read(sound, format="RAW", endian="LITTLE", dtype="float32", always_2d=True, **kind)[0]
 
     def _fill(self, size: int) -> None:
         """Wait until that many bytes are held, or the input ends."""

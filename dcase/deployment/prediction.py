@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from dcase.data.recordings import Span, pieces, span_of, windows
 from dcase.errors import UserError
-from dcase.model.devices import forward_by_device
 from dcase.model.quantisation import rounded
 from dcase.runs.config import EvalConfig, from_plain
 from dcase.runs.trained import load_trained
@@ -178,7 +177,6 @@ def _with_features(module: SceneClassifier, waveform: Tensor, device: Tensor) ->
         features = model.forward_features(*inputs)
         return torch.cat([model.forward_head(features), features], 1)
 
-    waveform, length = module.logmel.resampled(waveform, torch.full_like(device, waveform.shape[-1]))
-    x, devices = module.logmel(waveform, length), module.labels.devices
+    sound = module.logmel.resampled(waveform, torch.full_like(device, waveform.shape[-1]))
     specific = {device_id: partial(both, model) for device_id, model in module.device_models.items()}
-    return forward_by_device(partial(both, module.model), specific, x, device, devices, module.lengths(length))
+    return module.by_device(partial(both, module.model), *sound, device, specific)

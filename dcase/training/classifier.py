@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytorch_lightning as pl
 import torch
@@ -140,12 +140,18 @@ class Classifier(pl.LightningModule):
         return self.by_device(self.model, *self.logmel.resampled(waveform, length), device)
 
     def by_device(
-        self, general: Callable[[Tensor], Tensor], waveform: Tensor, length: Tensor, device: Tensor
+        self,
+        general: Callable[[Tensor], Tensor],
+        waveform: Tensor,
+        length: Tensor,
+        device: Tensor,
+        specific: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     ) -> Tensor:
         """Return logits (b, scenes) of ``waveform`` (b, 1, samples) at the model's rate; ``general`` is the general
-        model, or a function of the log-mel in its place."""
-        x, devices = self.logmel(waveform, length), self.labels.devices
-        return forward_by_device(general, self.device_models, x, device, devices, self.lengths(length))
+        model, or a function of the log-mel in its place, and ``specific`` such functions of devices in place of
+        ``device_models``."""
+        x, specific = self.logmel(waveform, length), self.device_models if specific is None else specific
+        return forward_by_device(general, specific, x, device, self.labels.devices, self.lengths(length))
 
     def lengths(self, length: Tensor) -> Tensor | None:
         """Return the frames of each clip that count, (b,) on the CPU, one patch at least; None where all do.
@@ -187,7 +193,7 @@ def warned_of_unknown_clips(checkpoint: dict, what: str) -> bool:
     is_unknown = checkpoint["clips_id"] == UNKNOWN_CLIPS
     if is_unknown:
         print(
-            f"WARNING: {what} does not name the clips that it was trained on: where it has heard those held out for "
-            "validation, their figures are optimistic"
+            f"WARNING: {what} does not name the clips that it was trained on: if they include clips that are held out "
+            "for validation here, the validation's figures are optimistic"
         )
     return is_unknown
