@@ -133,7 +133,7 @@ async function startMicrophone() {
   try {
     context = new AudioContext({ sampleRate: model.rate });
     if (context.sampleRate !== model.rate) throw new DOMException("", "NotSupportedError");
-    await context.audioWorklet.addModule(source("worklet"));
+    await context.audioWorklet.addModule(`data:text/javascript,${encodeURIComponent(text("worklet"))}`);
     const node = new AudioWorkletNode(context, "pieces", { channelCount: 1, channelCountMode: "explicit" });
     const microphone = context.createMediaStreamSource(stream);
     await context.resume();
@@ -241,17 +241,18 @@ function play(most) {
 
 // Dark blue through violet and orange to light yellow, lighter at every step.
 const RAMP = [[8, 8, 32], [70, 20, 105], [160, 45, 110], [225, 95, 65], [250, 175, 60], [252, 250, 190]];
-const COLOURS = Array.from({ length: 256 }, (_, i) => {
-  const at = i / 255 * (RAMP.length - 1), k = Math.min(RAMP.length - 2, Math.floor(at));
-  return RAMP[k].map((low, c) => low + (RAMP[k + 1][c] - low) * (at - k));
-});
+const COLOURS = new Uint32Array(Uint8Array.from({ length: 1024 }, (_, i) => {
+  const at = (i >> 2) / 255 * (RAMP.length - 1), k = Math.min(RAMP.length - 2, Math.floor(at));
+  return i % 4 === 3 ? 255 : RAMP[k][i % 4] + (RAMP[k + 1][i % 4] - RAMP[k][i % 4]) * (at - k);
+}).buffer);
 
 function picture(logMel, frames) {
   const canvas = new OffscreenCanvas(frames, model.n_mels);
   const image = new ImageData(frames, model.n_mels);
+  const pixels = new Uint32Array(image.data.buffer);
   for (let m = 0; m < model.n_mels; m++)
     for (let t = 0; t < frames; t++)
-      image.data.set([...COLOURS[logMel[m * frames + t]], 255], 4 * ((model.n_mels - 1 - m) * frames + t));
+      pixels[(model.n_mels - 1 - m) * frames + t] = COLOURS[logMel[m * frames + t]];
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
 }
@@ -342,9 +343,8 @@ function draw() {
     }
     if (first + i === chosen) {
       for (const [context, height] of [[sound, high], [roll, tall - axis]]) {
-        context.strokeStyle = context === sound ? "#fff" : ink;
-        context.lineWidth = 2;
-        context.strokeRect(x + 1, 1, width - 2, height - 2);
+        const lines = context === sound ? [["#000", 5], ["#fff", 2]] : [[ink, 2]]; // the log-mel is light and dark
+        for ([context.strokeStyle, context.lineWidth] of lines) context.strokeRect(x + 1, 1, width - 2, height - 2);
         context.lineWidth = 1;
       }
     }
