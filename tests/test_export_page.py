@@ -22,6 +22,7 @@ from dcase.model.quantisation import rounded
 
 missing = [name for name in ("clang", "wasm-ld") if not shutil.which(name)]
 needs_clang = pytest.mark.skipif(bool(missing), reason=f"no {' and '.join(missing)} on PATH: apt install clang lld")
+DENY = "--use-fake-ui-for-media-stream=deny"
 TONE = 1500  # Hz
 LIMIT = 1_000_000  # bytes
 HEARD = "heard.map(one => [one.end, ...one.logits])"
@@ -244,7 +245,10 @@ def test_a_microphone_is_heard(page, module, tmp_path):
 @pytest.mark.parametrize(
     "flags, line",
     [
-        (["--use-fake-device-for-media-stream"], "The browser does not let this page use the microphone: allow it"),
+        (
+            ["--use-fake-device-for-media-stream", DENY],
+            "The browser does not let this page use the microphone: allow it",
+        ),
         ([], "No microphone was found: connect one"),
     ],
 )
