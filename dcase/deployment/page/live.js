@@ -7,21 +7,19 @@ const seconds = (samples) => `${(samples / model.rate).toFixed(samples % model.r
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const source = (id) => URL.createObjectURL(new Blob([text(id)], { type: "text/javascript" }));
 
-const heard = []; // windows: { end, fresh, sound, picture, probabilities, mean, best, meanBest, milliseconds }
+const heard = []; // windows: { end, sound, fresh, logits, device, milliseconds, picture, probabilities, averaged, mean }
 let attempt = 0; // counts what the user asks for
 let session = 0; // counts what is heard
 let chosen = -1; // in `heard`
 let isFollowing = true;
 let recording = null; // the microphone: { context, stream }
-let playing = null;
+let held, filled, taken; // its last samples, how many they are, and how many there were
+let playing = null; // { context, timer }
 
 // ---- what is said ----
 
-function say(what) {
-  get("status").textContent = what;
-}
-
-function trouble(what) {
+function say(status, what = "") {
+  get("status").textContent = status;
   get("trouble").hidden = !what;
   get("trouble").textContent = what;
 }
@@ -29,32 +27,31 @@ function trouble(what) {
 // ---- the model, in a worker ----
 
 const worker = new Worker(source("worker"));
-worker.onerror = (event) => trouble(`The model does not start in this browser: ${event.message}`);
+worker.onerror = (event) => actions.failed({ reason: event.message });
 worker.onmessage = ({ data }) => actions[data.kind](data);
 const actions = {
   ready({ difference, milliseconds }) {
-    if (!(difference <= model.tolerance)) { // NaN, too
-      say("The model cannot be used.");
-      return trouble(`This browser calculates other logits than the trained model (by up to ${difference}, ` +
-        `${model.tolerance} is allowed): try another browser, and report this one.`);
-    }
+    if (!(difference <= model.tolerance)) // NaN, too
+      return say("The model cannot be used.", `This browser calculates other logits than the trained model (by up to ` +
+        `${difference}, ${model.tolerance} is allowed): try another browser, and report this one.`);
     const each = milliseconds * model.rate / model.step;
     get("check").textContent = `In this browser the WebAssembly differs by ${difference.toExponential(1)} on a clip ` +
       `to check with, and takes ${each.toFixed(1)} ms for each second of sound.`;
     say("Ready.");
     for (const id of ["microphone", "open"]) get(id).disabled = false;
   },
-  window(data) {
+  hear(data) {
     if (data.session !== session) return;
-    if (data.logits) add(data);
-    else trouble(`At ${seconds(data.end)} a sample is not finite, or far beyond full scale: that part is left out.`);
-  },
-  end(data) {
-    if (data.session === session) say(`Heard all of it: ${heard.length} times ${seconds(model.step)}.`);
+    if (data.logits) {
+      add(data);
+    } else {
+      lost = `At ${seconds(data.end)} a sample is not finite, or far beyond full scale: that part is left out.`;
+      say(text("status"), lost);
+    }
+    if (data.next) data.next === "end" ? say(`Heard all of it, ${seconds(data.end)}.`, lost) : hearFile(data.end);
   },
   failed({ reason }) {
-    say("The model cannot be used.");
-    trouble(`The model fails in this browser: ${reason}`);
+    say("The model cannot be used.", `The model fails in this browser: ${reason}`);
   },
 };
 
@@ -70,12 +67,11 @@ load().catch((error) => actions.failed({ reason: String(error) }));
 function begin() {
   stopMicrophone();
   stopPlaying();
-  trouble("");
   heard.length = 0;
-  chosen = -1;
-  isFollowing = true;
-  announced = "";
-  worker.postMessage({ kind: "begin", session: ++session });
+  [chosen, isFollowing, announced, lost] = [-1, true, "", ""];
+  held = new Float32Array(model.samples);
+  [filled, taken] = [0, 0];
+  session++;
   show();
 }
 
@@ -88,10 +84,10 @@ function softmax(logits) {
 
 const best = (shares) => shares.indexOf(Math.max(...shares));
 
-let announced = "";
+let announced, lost; // the scene that was read out, and what was left out
 function add({ end, sound, logits, logMel, frames, milliseconds, device }) {
   const before = heard.length ? heard[heard.length - 1].end : 0;
-  const one = { end, sound, fresh: Math.min(sound.length, end - before), milliseconds, logits, device };
+  const one = { end, sound: sound.slice(-model.step), fresh: Math.min(model.step, end - before), logits, device, milliseconds };
   one.probabilities = softmax(logits);
   one.picture = picture(logMel, frames);
   heard.push(one);
@@ -102,7 +98,7 @@ function add({ end, sound, logits, logMel, frames, milliseconds, device }) {
   if (old) old.sound = old.picture = null;
   if (isFollowing) chosen = heard.length - 1;
   const scene = model.scenes[best(one.mean)];
-  if (recording && scene !== announced) say(`Listening. Scene: ${scene}.`); // read out only where it changes
+  if (recording && scene !== announced) say(`Listening. Scene: ${scene}.`, lost); // read out only where it changes
   announced = scene;
   schedule();
 }
@@ -111,24 +107,24 @@ function add({ end, sound, logits, logMel, frames, milliseconds, device }) {
 
 // Why no sound comes from a microphone, by the name of the browser's error.
 const REASONS = {
-  NotAllowedError: "The browser does not let this page use the microphone: allow it beside the page's address, or open a sound file.",
+  NotAllowedError: "The browser does not let this page use the microphone: allow it beside the page's address, or open " +
+    "a sound file.",
   NotFoundError: "No microphone was found: connect one, or open a sound file.",
   NotReadableError: "The microphone gives no sound: another program may be using it.",
 };
 
 async function startMicrophone() {
   const mine = ++attempt;
-  trouble("");
   if (!navigator.mediaDevices)
-    return trouble("This browser gives pages at such an address no microphone: open a sound file, or serve the page from https or localhost.");
+    return say("Ready.", "This browser gives pages at such an address no microphone: open a sound file, or serve the page " +
+      "from https or localhost.");
   say("Asking for the microphone ...");
   let stream, context;
   try {
     const plain = { echoCancellation: false, noiseSuppression: false, autoGainControl: false, channelCount: 1 };
     stream = await navigator.mediaDevices.getUserMedia({ audio: plain });
   } catch (error) {
-    say("Ready.");
-    return trouble(REASONS[error.name] || `There is no sound from the microphone: ${error.message}`);
+    return say("Ready.", REASONS[error.name] || `There is no sound from the microphone: ${error.message}`);
   }
   try {
     context = new AudioContext({ sampleRate: model.rate });
@@ -139,24 +135,21 @@ async function startMicrophone() {
     await context.resume();
     if (mine !== attempt) throw new DOMException("something else was begun", "AbortError");
     begin();
-    const current = session;
-    node.port.onmessage = ({ data }) =>
-      worker.postMessage({ kind: "stream", session: current, sound: data }, [data.buffer]);
+    node.port.onmessage = ({ data }) => take(data);
     microphone.connect(node).connect(context.destination); // which hears silence
   } catch (error) {
     for (const track of stream.getTracks()) track.stop();
     if (context) context.close();
     if (mine !== attempt) return;
-    say("Ready.");
-    return trouble(error.name === "NotSupportedError"
-      ? `This browser does not record at ${model.rate} Hz, the model's rate: try a Chromium browser, set the microphone to ${model.rate} Hz, or open a sound file.`
+    return say("Ready.", error.name === "NotSupportedError"
+      ? `This browser does not record at ${model.rate} Hz, the model's rate: try a Chromium browser, set the microphone ` +
+        `to ${model.rate} Hz, or open a sound file.`
       : `This browser cannot record: ${error.message}`);
   }
   recording = { context, stream };
   stream.getTracks()[0].onended = () => {
     stopMicrophone();
-    say("Stopped.");
-    trouble("The microphone was taken away.");
+    say("Stopped.", "The microphone was taken away.");
   };
   get("microphone").textContent = "Stop microphone";
   say("Listening.");
@@ -172,7 +165,6 @@ function stopMicrophone() {
 
 async function openFile(file) {
   const mine = ++attempt;
-  trouble("");
   say(`Reading ${file.name} ...`);
   let sound;
   try {
@@ -180,23 +172,46 @@ async function openFile(file) {
     sound = await decoder.decodeAudioData(await file.arrayBuffer());
   } catch (error) {
     if (mine !== attempt) return;
-    say("Ready.");
-    return trouble(error.name === "NotSupportedError"
+    return say("Ready.", error.name === "NotSupportedError"
       ? `This browser does not resample to ${model.rate} Hz, the model's rate: try another one.`
       : `${file.name} is no sound that this browser reads: try WAV, FLAC, OGG or MP3.`);
   }
   if (mine !== attempt) return;
-  if (sound.length < model.samples) {
-    say("Ready.");
-    return trouble(`${file.name} is too short: it has ${(sound.length / model.rate).toFixed(2)} s, and the model needs ` +
-      `${(model.samples / model.rate).toFixed(2)} s.`);
-  }
+  if (sound.length < model.samples)
+    return say("Ready.", `${file.name} is too short: it has ${(sound.length / model.rate).toFixed(2)} s, and the model ` +
+      `needs ${(model.samples / model.rate).toFixed(2)} s.`);
   const mono = sound.getChannelData(0).slice();
   for (let c = 1; c < sound.numberOfChannels; c++) sound.getChannelData(c).forEach((x, i) => { mono[i] += x; });
-  for (let i = 0; sound.numberOfChannels > 1 && i < mono.length; i++) mono[i] /= sound.numberOfChannels;
+  if (sound.numberOfChannels > 1) mono.forEach((x, i) => { mono[i] = x / sound.numberOfChannels; });
   begin();
   say(`Hearing ${file.name}, ${sound.duration.toFixed(1)} s ...`);
-  worker.postMessage({ kind: "whole", session, sound: mono }, [mono.buffer]);
+  held = mono;
+  hearFile(model.samples - model.step);
+}
+
+function hear(sound, end, next) {
+  const device = get("device") ? +get("device").value : 0;
+  worker.postMessage({ kind: "hear", session, sound, end, next, device });
+}
+
+// Hear the window behind the one that ended at ``before``; the last one ends with the recording, as those of
+// `python -m dcase.predict` do.
+function hearFile(before) {
+  const end = Math.min(before + model.step, held.length);
+  hear(held.slice(end - model.samples, end), end, end < held.length ? "more" : "end");
+}
+
+// Take samples of the microphone, and hear each window that they fill.
+function take(sound) {
+  while (recording && sound.length) {
+    const part = sound.subarray(0, model.samples - filled);
+    held.set(part, filled);
+    [filled, taken, sound] = [filled + part.length, taken + part.length, sound.subarray(part.length)];
+    if (filled < model.samples) return;
+    hear(held, taken);
+    held.copyWithin(0, model.step);
+    filled -= model.step;
+  }
 }
 
 function stopPlaying() {
@@ -209,28 +224,21 @@ function stopPlaying() {
 }
 
 // Play windows from the chosen one on, as far as their sound is kept.
-function play(most) {
-  if (playing) return stopPlaying();
-  const first = chosen;
-  const parts = heard.slice(first, first + most).map((one, i) => one.sound.subarray(i ? one.sound.length - one.fresh : 0));
+function play() {
+  const start = chosen;
+  const parts = heard.slice(start).map((one, i) => one.sound.subarray(i ? one.sound.length - one.fresh : 0));
   const ends = parts.map(((sum) => (part) => sum += part.length)(0));
-  let context;
-  try {
-    context = new AudioContext();
-    const buffer = context.createBuffer(1, ends[ends.length - 1], model.rate);
-    parts.forEach((part, i) => buffer.copyToChannel(part, 0, ends[i] - part.length));
-    const node = new AudioBufferSourceNode(context, { buffer });
-    node.connect(context.destination);
-    node.onended = stopPlaying;
-    node.start();
-  } catch (error) {
-    if (context) context.close();
-    return trouble(`This browser cannot play the sound: ${error.message}`);
-  }
+  const context = new AudioContext();
+  const buffer = context.createBuffer(1, ends[ends.length - 1], model.rate);
+  parts.forEach((part, i) => buffer.copyToChannel(part, 0, ends[i] - part.length));
+  const node = new AudioBufferSourceNode(context, { buffer });
+  node.connect(context.destination);
+  node.onended = stopPlaying;
+  node.start();
   const begun = context.currentTime;
   const timer = setInterval(() => {
     const at = (context.currentTime - begun) * model.rate;
-    choose(first + Math.max(0, ends.findIndex((end) => at < end)));
+    choose(start + Math.max(0, ends.findIndex((end) => at < end)));
   }, 100);
   isFollowing = false;
   playing = { context, timer };
@@ -239,12 +247,9 @@ function play(most) {
 
 // ---- what is shown ----
 
-// Dark blue through violet and orange to light yellow, lighter at every step.
-const RAMP = [[8, 8, 32], [70, 20, 105], [160, 45, 110], [225, 95, 65], [250, 175, 60], [252, 250, 190]];
-const COLOURS = new Uint32Array(Uint8Array.from({ length: 1024 }, (_, i) => {
-  const at = (i >> 2) / 255 * (RAMP.length - 1), k = Math.min(RAMP.length - 2, Math.floor(at));
-  return i % 4 === 3 ? 255 : RAMP[k][i % 4] + (RAMP[k + 1][i % 4] - RAMP[k][i % 4]) * (at - k);
-}).buffer);
+// From black through violet and orange to yellow, lighter at every step.
+const colour = (x) => [255 * Math.sqrt(x), 255 * x ** 3, 255 * Math.max(0, Math.sin(2 * Math.PI * x)), 255];
+const COLOURS = new Uint32Array(Uint8Array.from({ length: 1024 }, (_, i) => colour((i >> 2) / 255)[i % 4]).buffer);
 
 function picture(logMel, frames) {
   const canvas = new OffscreenCanvas(frames, model.n_mels);
@@ -289,9 +294,8 @@ function show() {
   slider.value = Math.max(0, chosen);
   slider.setAttribute("aria-valuetext", one ? `${seconds(one.end)}: ${text("scene")} ${text("share")}` : "none");
   get("follow").setAttribute("aria-pressed", isFollowing);
-  get("play").disabled = get("play-on").disabled = !(one && one.sound) && !playing;
-  get("play").textContent = playing ? "Stop playing" : `Play this ${model.unit}`;
-  get("play-on").hidden = Boolean(playing);
+  get("play").disabled = !(one && one.sound) && !playing;
+  get("play").textContent = playing ? "Stop playing" : "Play from here";
   draw();
 }
 
@@ -317,11 +321,8 @@ function draw() {
   first = Math.max(first, chosen - shown + 1);
   if (isFollowing) first = Math.max(0, heard.length - shown);
   const axis = 20, row = (tall - axis) / model.scenes.length;
-  roll.font = "12px system-ui, sans-serif";
-  for (let i = 0; i <= model.scenes.length; i++) {
-    roll.fillStyle = line;
-    roll.fillRect(0, Math.min(i * row, tall - axis), across, 1);
-  }
+  [roll.font, roll.textAlign, roll.fillStyle] = ["12px system-ui, sans-serif", "right", line];
+  for (let i = 0; i <= model.scenes.length; i++) roll.fillRect(0, i * row, across, 1);
   const every = Math.ceil(56 / width);
   heard.slice(first, first + shown).forEach((one, i) => {
     const x = i * width;
@@ -338,7 +339,6 @@ function draw() {
     });
     if ((first + i + 1) % every === 0) {
       roll.fillStyle = soft;
-      roll.textAlign = "right";
       roll.fillText(seconds(one.end), x + width - 1, tall - 5);
     }
     if (first + i === chosen) {
@@ -349,10 +349,8 @@ function draw() {
       }
     }
   });
-  const last = heard[heard.length - 1];
-  get("roll").setAttribute("aria-label", last
-    ? `Scenes over time, newest last: ${heard.slice(-5).map((one) => model.scenes[best(one.probabilities)]).join(", ")}`
-    : "Scenes over time: none yet");
+  const newest = heard.slice(-5).map((one) => model.scenes[best(one.probabilities)]);
+  get("roll").setAttribute("aria-label", `Scenes over time, newest last: ${newest.join(", ") || "none yet"}`);
 }
 
 // ---- what the user does ----
@@ -367,7 +365,6 @@ get("file").onchange = ({ target }) => {
   if (target.files.length) openFile(target.files[0]);
   target.value = ""; // so that the same file can be chosen again
 };
-if (get("device")) get("device").onchange = ({ target }) => worker.postMessage({ kind: "device", device: +target.value });
 get("chosen").oninput = ({ target }) => {
   stopPlaying();
   isFollowing = +target.value === heard.length - 1;
@@ -379,8 +376,7 @@ get("follow").onclick = () => {
   if (isFollowing) choose(heard.length - 1);
   schedule();
 };
-get("play").onclick = () => play(1);
-get("play-on").onclick = () => play(heard.length);
+get("play").onclick = () => (playing ? stopPlaying() : play());
 for (const id of ["log-mel", "roll"])
   get(id).onclick = ({ offsetX }) => {
     const index = first + Math.floor(offsetX / width);
@@ -395,7 +391,7 @@ addEventListener("drop", (event) => {
   const [file] = event.dataTransfer.files;
   if (get("open").disabled) return;
   if (file) openFile(file);
-  else trouble("What was dropped is no file.");
+  else say(text("status"), "What was dropped is no file.");
 });
 addEventListener("resize", schedule);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", schedule);
