@@ -16,8 +16,6 @@ let recording = null; // the microphone: { context, stream }
 let held, filled, taken; // its last samples, how many they are, and how many there were
 let playing = null; // { context, timer }
 
-// ---- what is said ----
-
 function say(status, what = "") {
   get("status").textContent = status;
   get("trouble").hidden = !what;
@@ -76,10 +74,8 @@ function begin() {
 }
 
 function softmax(logits) {
-  const highest = Math.max(...logits);
-  const powers = Array.from(logits, (x) => Math.exp(x - highest));
-  const sum = powers.reduce((a, b) => a + b);
-  return powers.map((x) => x / sum);
+  const powers = Array.from(logits, (x) => Math.exp(x - Math.max(...logits)));
+  return powers.map((x) => x / powers.reduce((a, b) => a + b));
 }
 
 const best = (shares) => shares.indexOf(Math.max(...shares));
@@ -247,17 +243,18 @@ function play() {
 
 // ---- what is shown ----
 
-// From black through violet and orange to yellow, lighter at every step.
-const colour = (x) => [255 * Math.sqrt(x), 255 * x ** 3, 255 * Math.max(0, Math.sin(2 * Math.PI * x)), 255];
-const COLOURS = new Uint32Array(Uint8Array.from({ length: 1024 }, (_, i) => colour((i >> 2) / 255)[i % 4]).buffer);
+// Red, green and blue from dark blue through violet and orange to light yellow, lighter at every step.
+const RAMP = [[8, 8, 32], [70, 20, 105], [160, 45, 110], [225, 95, 65], [250, 175, 60], [252, 250, 190], [252, 250, 190]];
+const COLOURS = Uint32Array.from({ length: 256 }, (_, i) => {
+  const k = Math.floor(i / 51), [r, g, b] = RAMP[k].map((low, c) => low + (RAMP[k + 1][c] - low) * (i / 51 - k));
+  return 255 << 24 | b << 16 | g << 8 | r;
+});
 
 function picture(logMel, frames) {
   const canvas = new OffscreenCanvas(frames, model.n_mels);
   const image = new ImageData(frames, model.n_mels);
   const pixels = new Uint32Array(image.data.buffer);
-  for (let m = 0; m < model.n_mels; m++)
-    for (let t = 0; t < frames; t++)
-      pixels[(model.n_mels - 1 - m) * frames + t] = COLOURS[logMel[m * frames + t]];
+  logMel.forEach((x, i) => { pixels[(model.n_mels - 1 - Math.floor(i / frames)) * frames + i % frames] = COLOURS[x]; });
   canvas.getContext("2d").putImageData(image, 0, 0);
   return canvas;
 }
@@ -278,7 +275,9 @@ function show() {
   get("when").textContent = one ? `At ${seconds(one.end)}` : "Nothing heard yet";
   get("scene").textContent = one ? model.scenes[best(one.probabilities)] : "-";
   get("share").textContent = one ? percent(Math.max(...one.probabilities)) : "";
-  if (one) get("average").textContent = `Mean of ${seconds(one.averaged * model.step)}: ${model.scenes[best(one.mean)]} ${percent(Math.max(...one.mean))}`;
+  if (one)
+    get("average").textContent = `Mean of ${seconds(one.averaged * model.step)}: ${model.scenes[best(one.mean)]} ` +
+      percent(Math.max(...one.mean));
   rows.forEach((row, i) => {
     const [fill, mark] = row.querySelectorAll(".bar > *");
     fill.style.width = `${one ? 100 * one.probabilities[i] : 0}%`;
@@ -341,14 +340,14 @@ function draw() {
       roll.fillStyle = soft;
       roll.fillText(seconds(one.end), x + width - 1, tall - 5);
     }
-    if (first + i === chosen) {
-      for (const [context, height] of [[sound, high], [roll, tall - axis]]) {
-        const lines = context === sound ? [["#000", 5], ["#fff", 2]] : [[ink, 2]]; // the log-mel is light and dark
-        for ([context.strokeStyle, context.lineWidth] of lines) context.strokeRect(x + 1, 1, width - 2, height - 2);
-        context.lineWidth = 1;
-      }
-    }
   });
+  const frame = (context, colour, thick, height) => { // around the chosen one
+    [context.strokeStyle, context.lineWidth] = [colour, thick];
+    if (heard.length) context.strokeRect((chosen - first) * width + 1, 1, width - 2, height - 2);
+  };
+  frame(sound, "#000", 5, high); // the log-mel is light and dark
+  frame(sound, "#fff", 2, high);
+  frame(roll, ink, 2, tall - axis);
   const newest = heard.slice(-5).map((one) => model.scenes[best(one.probabilities)]);
   get("roll").setAttribute("aria-label", `Scenes over time, newest last: ${newest.join(", ") || "none yet"}`);
 }
@@ -365,26 +364,18 @@ get("file").onchange = ({ target }) => {
   if (target.files.length) openFile(target.files[0]);
   target.value = ""; // so that the same file can be chosen again
 };
-get("chosen").oninput = ({ target }) => {
+function pick(index, follows) {
   stopPlaying();
-  isFollowing = +target.value === heard.length - 1;
-  choose(+target.value);
-};
-get("follow").onclick = () => {
-  stopPlaying();
-  isFollowing = !isFollowing;
-  if (isFollowing) choose(heard.length - 1);
-  schedule();
-};
+  isFollowing = follows;
+  choose(index);
+}
+get("chosen").oninput = ({ target }) => pick(+target.value, +target.value === heard.length - 1);
+get("follow").onclick = () => pick(isFollowing ? chosen : heard.length - 1, !isFollowing);
 get("play").onclick = () => (playing ? stopPlaying() : play());
-for (const id of ["log-mel", "roll"])
-  get(id).onclick = ({ offsetX }) => {
-    const index = first + Math.floor(offsetX / width);
-    if (index >= heard.length) return;
-    stopPlaying();
-    isFollowing = false;
-    choose(index);
-  };
+get("log-mel").onclick = get("roll").onclick = ({ offsetX }) => {
+  const index = first + Math.floor(offsetX / width);
+  if (index < heard.length) pick(index, false);
+};
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
   event.preventDefault();
