@@ -3,6 +3,7 @@
     python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/checkpoints/best.ckpt --dataset_dir /data/TAU22
     python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/stored --device_id a --input log_mel --format torch_export
     python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/stored --format c --out scene_in_c
+    python -m dcase.export --ckpt_path DCASE25_Task1/RUN_ID/stored --format page --out scenes.html
 
 Before it is kept, the exported model is compared with PyTorch on clips of the test split: where a logit differs by more
 than 0.0001, or a scene changes, nothing is written and the exit code is 1.
@@ -30,7 +31,7 @@ from dcase.data.dataset import TAU22
 from dcase.data.loading import find_source, open_sound, with_sound
 from dcase.data.synth import new_folder
 from dcase.data.tau22 import DataConfig
-from dcase.deployment import c_format, onnx_format
+from dcase.deployment import c_format, onnx_format, page_format
 from dcase.deployment.exported import Exported, FrontEnd
 from dcase.errors import UserError
 from dcase.files import replace_file
@@ -45,7 +46,8 @@ from dcase.training.lit import SceneClassifier
 TOLERANCE = 1e-4  # of a logit
 BATCHES = (1, 8)  # clips in the batches that are compared
 WAVEFORM, LOG_MEL = "waveform", "log_mel"
-ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torch_export": ".pt2", "c": "_c"}
+ENDINGS = {"onnx": ".onnx", "safetensors": ".safetensors", "torch_export": ".pt2", "c": "_c", "page": ".html"}
+OF_C = ("c", "page")  # the formats that are made of C
 
 Model = Callable[[Tensor], Tensor]  # waveform (b, samples) or log-mel (b, 1, n_mels, frames) -> logits (b, n_classes)
 
@@ -54,10 +56,11 @@ Model = Callable[[Tensor], Tensor]  # waveform (b, samples) or log-mel (b, 1, n_
 class ExportConfig:
     ckpt_path: str = ""
     """Checkpoint of either stage, stored model or published folder, as test_only.py takes it."""
-    format: Literal["onnx", "safetensors", "torch_export", "c"] = "onnx"
+    format: Literal["onnx", "safetensors", "torch_export", "c", "page"] = "onnx"
     """onnx: for ONNX Runtime. torch_export: a .pt2 file that torch of the same version loads. safetensors: only the
     weights, as train_base.py writes them to stored/; python -m dcase.export and test_only.py read them. c: a folder
-    that any C99 compiler takes, with all models of the checkpoint, of aum_nano, aum_nano_8bit or cp_mobile."""
+    that any C99 compiler takes, with all models of the checkpoint, of aum_nano, aum_nano_8bit or cp_mobile. page: the
+    same C as WebAssembly in one HTML file, which hears a microphone or a sound file in a browser; needs clang, lld."""
     input: Literal["waveform", "log_mel"] = "waveform"
     """Input of the exported model: waveform (b, samples) at the recordings' rate, as long as the data's clips; or
     log_mel, normalised, (b, 1, n_mels, frames)."""
@@ -78,9 +81,10 @@ class ExportConfig:
             raise UserError("--ckpt_path is missing: give a checkpoint, or the folder stored/ of a run")
         if self.check_clips < 1:
             raise UserError(f"--check_clips is at least 1; got {self.check_clips}")
-        if self.format == "c" and (self.input != WAVEFORM or self.device_id != GENERAL):
+        if self.format in OF_C and (self.input != WAVEFORM or self.device_id != GENERAL):
             raise UserError(
-                "--format c takes waveforms, and writes all models together: leave out --input and --device_id"
+                f"--format {self.format} takes waveforms, and writes all models together: leave out --input and "
+                "--device_id"
             )
 
 
@@ -126,17 +130,26 @@ def main() -> None:
     module.refuse_other_frames(test)
     out = Path(config.out or default_path(config))
     try:
-        if config.format == "c":
+        if config.format in OF_C:
             bits = config.weight_bits or module.config.storage.weight_bits
             c_format.refuse_unknown(module, bits)
-            parity = export_c(module, bits, clips_of(test, samples_of(test), config.check_clips), out)
+            if config.format == "page":
+                page_format.refuse_no_compiler()
+            clips = clips_of(test, samples_of(test), config.check_clips)
+            if config.format == "c":
+                parity = export_c(module, bits, clips, out)
+            else:
+                run = run_of(config.ckpt_path)
+                parity = export_page(module, bits, clips, out, f"run {run.id}" if run else Path(config.ckpt_path).name)
         else:
             parity = export(module, config, test, out)
     except Mismatch as error:
         print(f"\nerror: {error}; nothing was written", file=sys.stderr)
         sys.exit(1)
-    in_c = config.format == "c"
-    size = "{} B of constants; RAM {} B, sizeof(scene)".format(*parity.sizes) if in_c else f"{out.stat().st_size:,} B"
+    in_c = config.format in OF_C
+    size = "{} B of constants; RAM {} B, sizeof(scene)".format(*parity.sizes) if in_c else ""
+    if config.format != "c":
+        size = "; ".join(filter(None, [f"{out.stat().st_size:,} B", size]))
     batches = "" if in_c else " in batches of 1 and 8"
     rows = {
         "File": out,
@@ -205,34 +218,62 @@ def export(module: SceneClassifier, config: ExportConfig, test: TAU22, out: Path
 def export_c(module: SceneClassifier, bits: int, clips: Tensor, out: Path) -> Parity:
     """Write the folder ``out`` after the comparison of each model on clips (n, samples), and on one that the folder
     will contain. Raises as `export`; an existing folder that is not empty is refused."""
+    rate = module.logmel.orig_sample_rate
+    clip = c_format.test_clip(clips.shape[1], rate)
+    with new_folder(out, "C sources", "--out") as folder:
+        folder.mkdir(parents=True)
+        parity, values, logits = write_c(module, bits, clips, torch.from_numpy(clip).float() / 32768, folder)
+        c_format.write_test_vectors(folder, clip, rate, logits)
+        c_format.write_readme(folder, values)
+    return parity
+
+
+def export_page(module: SceneClassifier, bits: int, clips: Tensor, out: Path, origin: str) -> Parity:
+    """Write the page ``out`` after the comparison of its C, as `export_c`. The page compares what a browser makes of it
+    with these logits when it is opened. ``origin``: where the model comes from, in words."""
+    samples = clips.shape[1]
+    clip = torch.from_numpy(page_format.check_clip(samples))
+    with TemporaryDirectory(prefix="dcase-export-") as place:
+        parity, values, logits = write_c(module, bits, clips, clip, Path(place))
+        facts = {
+            "origin": origin, "bits": bits, "constants": values["CONST_BYTES"], "ram": values["SIZEOF"],
+            "difference": values["DIFFERENCE"], "clips": values["CLIPS"], "tolerance": TOLERANCE,
+        }  # fmt: skip
+        html = page_format.page(module, page_format.webassembly(Path(place)), logits, samples, facts)
+    replace_file(out, lambda beside: beside.write_text(html, encoding="utf-8"))
+    return parity
+
+
+def write_c(
+    module: SceneClassifier, bits: int, clips: Tensor, clip: Tensor, folder: Path
+) -> tuple[Parity, dict, dict[str, Tensor]]:
+    """Write C sources into ``folder``, compile them elsewhere, and compare each model on clips (n, samples) and clip
+    (samples,). Return the parity, the values that README.md tells, and PyTorch's logits of ``clip`` by model.
+
+    Raises `Mismatch` where logits differ.
+    """
     rate, general, samples = module.logmel.orig_sample_rate, module.model, clips.shape[1]
     models = {GENERAL: general, **module.device_models}
     for model in models.values():
         model.load_state_dict(model.state_dict() | decode(encode(model.state_dict(), bits)))
-    with new_folder(out, "C sources", "--out") as folder:
-        folder.mkdir(parents=True)
-        states = {name: model.state_dict() for name, model in models.items()}
-        values = c_format.write(module, states, bits, samples, folder)
-        clip = c_format.test_clip(samples, rate)
-        clips = torch.cat([clips, torch.from_numpy(clip).float()[None] / 32768])
-        of_clip, found = {}, []
-        with TemporaryDirectory(prefix="dcase-export-") as place:
-            program = Path(place) / c_format.PROGRAM
-            c_format.compile_program(folder, program)
-            for name, module.model in progress(models.items(), desc="comparing", unit="model", leave=False):
-                with torch.no_grad():
-                    expected = torch.cat([reference(module, WAVEFORM)(x) for x in clips.split(max(BATCHES))])
-                found.append(differences(c_format.run_program(program, clips, rate, name), expected))
-                of_clip[name] = expected[-1]
-            ram = f"{c_format.sizeof(program):,}"
-        module.model = general
-        sizes = values["CONST_BYTES"], ram
-        parity = Parity(len(clips), *total(found), runs=len(models), sizes=sizes)
-        parity.check()
-        c_format.write_test_vectors(folder, clip, rate, of_clip)
-        measured = {"SIZEOF": ram, "CLIPS": len(clips), "DIFFERENCE": f"{parity.difference:.1e}"}
-        c_format.write_readme(folder, values | measured)
-    return parity
+    states = {name: model.state_dict() for name, model in models.items()}
+    values = c_format.write(module, states, bits, samples, folder)
+    clips = torch.cat([clips, clip[None]])
+    of_clip, found = {}, []
+    with TemporaryDirectory(prefix="dcase-export-") as place:
+        program = Path(place) / c_format.PROGRAM
+        c_format.compile_program(folder, program)
+        for name, module.model in progress(models.items(), desc="comparing", unit="model", leave=False):
+            with torch.no_grad():
+                expected = torch.cat([reference(module, WAVEFORM)(x) for x in clips.split(max(BATCHES))])
+            found.append(differences(c_format.run_program(program, clips, rate, name), expected))
+            of_clip[name] = expected[-1]
+        ram = f"{c_format.sizeof(program):,}"
+    module.model = general
+    parity = Parity(len(clips), *total(found), runs=len(models), sizes=(values["CONST_BYTES"], ram))
+    parity.check()
+    measured = {"SIZEOF": ram, "CLIPS": len(clips), "DIFFERENCE": f"{parity.difference:.1e}"}
+    return parity, values | measured, of_clip
 
 
 def differences(logits: Tensor, expected: Tensor) -> tuple[float, int]:

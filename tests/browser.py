@@ -25,7 +25,7 @@ def find_browser() -> str | None:
 class Browser:
     """One tab. Use as a context: the process ends with it."""
 
-    def __init__(self, path: str, timeout: float = 60):
+    def __init__(self, path: str, *more_flags: str, timeout: float = 60):
         self.timeout = timeout
         self.events: list[dict] = []
         self._count = 0
@@ -42,6 +42,7 @@ class Browser:
 
         flags = ["--headless", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--no-first-run"]
         flags += ["--disable-dev-shm-usage", "--hide-scrollbars", f"--user-data-dir={self._profile.name}"]
+        flags += more_flags
         quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._process = subprocess.Popen([path, *flags], preexec_fn=connect, close_fds=False, **quiet)
         for fd in (to_browser, from_browser):
@@ -134,7 +135,7 @@ class Browser:
             self.do("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str) -> None:
-        code = {"Tab": 9, "Enter": 13}[key]
+        code = {"Tab": 9, "Enter": 13, "ArrowLeft": 37}[key]
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.do("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
