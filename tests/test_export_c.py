@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import os
 import shutil
 import struct
 import subprocess
@@ -281,6 +282,36 @@ MALFORMED = {
     "two formats": (wav(fmt())[:36] + wav(fmt(channels=64, bits=8))[12:], "not PCM of 16 or 24"),
     "too short": (wav(fmt()), "shorter than one window"),
 }
+
+
+def test_a_fuzzer_finds_no_fault_in_the_readers(tmp_path):
+    """FUZZ_SECONDS=600 python -m pytest -s tests/test_export_c.py -k fuzzer    # without FUZZ_SECONDS: 2,000 runs"""
+    front_end = LogMelConfig(8000, 24, 12, 32, 8, 100, 3500, target_length=8)  # small, for thousands of runs per second
+    sizes = {"embed_dim": 4, "d_state": 1, "stem": (4,), "stem_blocks": 0, "depth": 1, "patch_size": (2, 1)}
+    module = made("aum_nano", front_end, RATE, 8, ("a",), **sizes)
+    state = module.model.state_dict()
+    c_format.write(module, {GENERAL: state, "a": state}, 16, 160, tmp_path)
+    (tmp_path / "corpus").mkdir()
+    for form, subtype in (("WAV", "PCM_16"), ("WAV", "PCM_24"), ("WAV", "FLOAT"), ("WAVEX", "PCM_16")):
+        for channels in (1, 2):
+            path = tmp_path / f"corpus/{form} {subtype} {channels}"
+            soundfile.write(path, 0.1 * torch.randn(400, channels).numpy(), RATE, subtype, format=form)
+    odd = wav(fmt())[:12] + b"LIST\x05\0\0\0INFO\0\0" + wav(fmt())[12:]
+    for name, (content, _) in {**MALFORMED, "odd chunk": (odd, "")}.items():
+        (tmp_path / "corpus" / name).write_bytes(content)
+    program = tmp_path / "fuzz"
+    flags = ["-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", "-I", tmp_path]
+    sources = [Path(__file__).with_name("fuzz_wav.c"), tmp_path / "scene.c", "-lm"]
+    try:
+        subprocess.run(["clang", *flags, "-o", program, *sources], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"clang or its libFuzzer (libclang-rt-dev) does not work: {error}")
+    seconds = os.environ.get("FUZZ_SECONDS")
+    limit = f"-max_total_time={seconds}" if seconds else "-runs=2000"
+    options = [limit, "-seed=1", "-close_fd_mask=3", "-max_len=4096", "-print_final_stats=1"]
+    done = subprocess.run([program, *options, "corpus"], cwd=tmp_path, capture_output=True, text=True)
+    print(done.stderr[-1500:])
+    assert done.returncode == 0, done.stderr[-5000:]
 
 
 @pytest.mark.parametrize("name", MALFORMED)
