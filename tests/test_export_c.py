@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -185,6 +186,20 @@ def test_integers_are_what_their_floats_are_and_devices_have_their_own_model(fol
         found.append(scene.logits()[1])
     assert np.array_equal(found[0], found[1]) and np.abs(found[0] - found[2]).max() > 0.01
     assert scene.library.scene_set_device(scene.state, 2) == -1 == scene.library.scene_set_device(scene.state, -1)
+
+
+def test_the_log_mel_is_pytorchs_in_quiet_mel_bins_beside_a_loud_tone(tmp_path):
+    module = made("aum_nano", LogMelConfig(), 44100, 65, **SMALL)
+    c_format.write(module, {GENERAL: module.model.state_dict()}, 16, 44100, tmp_path)
+    c_format.compile_program(tmp_path, tmp_path / "scene", FAST)
+    tone = 0.9 * torch.sin(torch.arange(44100))  # 7 kHz
+    with torch.no_grad():
+        expected = export.log_mels(module, tone[None])[0, 0].numpy()
+    scene = Scene(tmp_path)
+    scene.push(tone.numpy())
+    start = 4 * int(re.search(r"define LOG_MEL (\d+)", (tmp_path / "weights.h").read_text())[1])
+    found = np.frombuffer(scene.state.raw[start : start + expected.nbytes], np.float32).reshape(expected.shape)
+    assert np.abs(found - expected).max() < 0.01  # 0.12 where the resampling kernels are off by 1e-5
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -3e38])
