@@ -34,7 +34,7 @@ except NotAvailable as error:
     pytest.skip(f"there is no C compiler: {error}", allow_module_level=True)
 
 FAST = ("-std=c99", "-O1")  # compiling takes longer than running
-STRICT = (*FAST, "-Wall", "-Wextra", "-Wconversion", "-Werror")
+STRICT = (*FAST, "-pedantic", "-Wall", "-Wextra", "-Wconversion", "-Wdouble-promotion", "-Werror")
 RATE, SAMPLES = 12000, 6000  # resampled to 8 kHz
 FRONT_END = LogMelConfig(sample_rate=8000, window_length=200, hop_length=100, n_fft=256, n_mels=64)
 SMALL = {"embed_dim": 12, "d_state": 3}
@@ -105,9 +105,10 @@ def test_c_gives_pytorchs_logits(name, quick, tmp_path):
         )
         done = check(text=True)
         assert done.returncode == 0 and "largest difference" in done.stdout, done.stderr
-        changed = "\n".join(" ".join([line[0], str(float(line[1]) + 0.001), *line[2:]]) for line in logits)
-        (tmp_path / "out/test_logits.txt").write_text(changed + "\n")
-        assert check().returncode != 0
+        for wrong in (str(float(logits[0][1]) + 0.001), "nan"):
+            changed = "\n".join(" ".join([line[0], wrong, *line[2:]]) for line in logits)
+            (tmp_path / "out/test_logits.txt").write_text(changed + "\n")
+            assert check().returncode != 0
 
 
 # The functions
@@ -263,6 +264,9 @@ def test_pcm_comes_from_standard_input(checked):
     done = run(checked, "-", input=x.tobytes() * 2 + b"\0\0\0")  # and a part of a window, and half a sample
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2 and b"(general)" in done.stdout
     assert run(checked, "--device", "a", "-", input=x.tobytes()).stdout.endswith(b"(a)\n")
+    for few in (b"", b"\0", x[:-1].tobytes()):
+        done = run(checked, "-", input=few)
+        assert done.returncode == 1 and done.stderr.startswith(b"error: standard input: it is shorter than one window")
     assert run(checked, "--device", "x", "-").returncode == 2 == run(checked).returncode
 
 
@@ -382,6 +386,8 @@ def test_what_c_cannot_express_is_refused(quick, tmp_path, monkeypatch):
         others = {"stem_blocks": 0} if name == "stem" else {}
         module = made("aum_nano", FRONT_END, RATE, 41, **SMALL, **others, **{name: value})
         assert f"aum_nano: {name} is" in refusal(c_format.refuse_unknown, module, 16)
+    overlapping = made("aum_nano", FRONT_END, RATE, 41, **SMALL, patch_size=(4, 1), strides=(2, 1))
+    assert "only N,1 without overlap" in refusal(c_format.refuse_unknown, overlapping, 16)
     odd = made("aum_nano", dataclasses.replace(FRONT_END, n_fft=250), RATE, 41, **SMALL)
     assert "n_fft is 250; it must be a power of two" in refusal(c_format.refuse_unknown, odd, 16)
     assert "aum_small: head is mlp" in refusal(
