@@ -191,13 +191,16 @@ def read_before(stages: list[Stage], row: int) -> int:
 # ---- tables of the front end ----
 
 
-def resampling(logmel: LogMel) -> tuple[dict[str, int], Tensor]:
-    """Return UP, DOWN, TAPS and LAST_TAP, and the kernels of half the phases, (UP // 2 + 1, TAPS): the others are
-    their mirror images."""
+def resampling(logmel: LogMel) -> tuple[dict[str, object], dict[str, Tensor]]:
+    """Return constants and tables: ``kernels`` of half the phases, (UP // 2 + 1, TAPS), and what their mirror images
+    lack to be the kernels of the others, in multiples of LACKING_UNIT.
+
+    They lack up to 1e-5, since torchaudio's phases are float32, and the log of a quiet mel bin shows it.
+    """
     common = math.gcd(logmel.orig_sample_rate, logmel.config.sample_rate)
     down, up = logmel.orig_sample_rate // common, logmel.config.sample_rate // common
     if up == down:
-        return {"UP": 1, "DOWN": 1, "TAPS": 1, "LAST_TAP": 0}, torch.zeros(0)
+        return {"UP": 1, "DOWN": 1, "TAPS": 1, "LAST_TAP": 0}, {}
     kernel = logmel.resample.kernel.squeeze(1)
     kernel = kernel.masked_fill(kernel.abs() < 1e-20, 0)  # cos(pi / 2) squared, which is not quite 0
     before = (kernel.shape[1] - down) // 2
@@ -209,7 +212,12 @@ def resampling(logmel: LogMel) -> tuple[dict[str, int], Tensor]:
     index = starts[:, None] + torch.arange(1 - last, last + 1)
     there = (index >= 0) & (index < kernel.shape[1])
     chosen = torch.where(there, kernel.gather(1, index.clamp(0, kernel.shape[1] - 1)), 0)
-    return {"UP": up, "DOWN": down, "TAPS": taps, "LAST_TAP": last}, chosen[: up // 2 + 1]
+    half = up // 2 + 1
+    lacking = torch.zeros(half, taps)
+    lacking[1 : up - half + 1] = chosen[half:].flip(0, 1) - chosen[1 : up - half + 1]
+    unit = lacking.abs().max().clamp_min(1e-30) / 127
+    constants = {"UP": up, "DOWN": down, "TAPS": taps, "LAST_TAP": last, "LACKING_UNIT": _float(unit)}
+    return constants, {"kernels": chosen[:half], "lacking": (lacking / unit).round().to(torch.int8)}
 
 
 def mel_table(logmel: LogMel) -> tuple[Tensor, Tensor]:
@@ -354,7 +362,7 @@ def write(module: SceneClassifier, models: dict[str, dict[str, Tensor]], bits: i
     logmel, stages = module.logmel, stages_of(module)
     config, scenes = logmel.config, module.labels.scenes
     places, arena = plan(module, stages)
-    factors, kernels = resampling(logmel)
+    factors, resampler = resampling(logmel)
     length = math.ceil(samples * config.sample_rate / logmel.orig_sample_rate)
     frames_of(config, samples, logmel.orig_sample_rate)  # refuses clips that are too short
     mamba = not isinstance(module.model, CPMobile)
@@ -399,9 +407,8 @@ def write(module: SceneClassifier, models: dict[str, dict[str, Tensor]], bits: i
         "hann": logmel.window[: config.window_length // 2 + 1],
         "sines": turns.sin().float(),
         "mel_shares": shares,
+        **resampler,
     }
-    if kernels.numel():
-        tables["kernels"] = kernels
     for name, values in tables.items():
         written.array("tables", name, values)
     written.array("tables", "mel_starts", starts.to(torch.int32).to(torch.int16))

@@ -184,7 +184,7 @@ int main(int argc, char **argv)
             as_logits = 1;
         } else if (!strcmp(argv[i], "--device") && i + 1 < argc) {
             for (device = 0, i++; device < SCENE_DEVICES && strcmp(argv[i], scene_device_names[device]);) device++;
-            if (device == SCENE_DEVICES) return fail(argv[i], "there is no model of that name"), 2;
+            if (device == SCENE_DEVICES) return fail(argv[i], "there is no model of that name: README.md lists them"), 2;
         } else if (w.name || (argv[i][0] == '-' && argv[i][1])) {
             return usage();
         } else {
@@ -196,5 +196,6 @@ int main(int argc, char **argv)
     w.bytes = 2, w.channels = 1;
     w.file = w.is_stream ? stdin : fopen(w.name, "rb");
     if (!w.file) return fail(w.name, strerror(errno)), 1;
+    if (w.is_stream) w.name = "standard input";
     return (!w.is_stream && open_wav(&w)) || run(&w, device, as_logits) ? 1 : 0;
 }

@@ -224,11 +224,15 @@ static void resample(scene *s, float x, uint32_t index)
     const float *input = s->history + place + 1; /* the oldest, if x is the newest */
     while (s->wanted == index && s->resampled < LENGTH) {
         float sum = 0, odd = 0;
-        int is_mirrored = s->phase > UP / 2; /* the mirror image of another phase */
-        const float *tap = kernels + (is_mirrored ? UP - s->phase : s->phase) * TAPS;
-        const float *end = input + TAPS - 1;
+        int is_mirrored = s->phase > UP / 2; /* the mirror image of another phase, but for what that lacks */
+        size_t row = (is_mirrored ? UP - s->phase : s->phase) * TAPS;
+        const float *tap = kernels + row, *end = input + TAPS - 1;
+        const int8_t *lack = lacking + row;
         if (is_mirrored)
-            for (size_t i = 0; i < TAPS; i += 2) sum += tap[i] * *(end - i), odd += tap[i + 1] * *(end - i - 1);
+            for (size_t i = 0; i < TAPS; i += 2) {
+                sum += (tap[i] + LACKING_UNIT * (float)lack[i]) * *(end - i);
+                odd += (tap[i + 1] + LACKING_UNIT * (float)lack[i + 1]) * *(end - i - 1);
+            }
         else
             for (size_t i = 0; i < TAPS; i += 2) sum += tap[i] * input[i], odd += tap[i + 1] * input[i + 1];
         sum += odd;
