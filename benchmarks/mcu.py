@@ -1,4 +1,4 @@
-"""Run exported C on a microcontroller that QEMU emulates: flash, RAM, stack, instructions, and the logits against PyTorch's.
+"""Run exported C on a microcontroller that QEMU emulates: flash, RAM, stack, instructions, and PyTorch's logits.
 
     python benchmarks/mcu.py                                   # new models on SynthTAU; make mcu installs what it needs
     python benchmarks/mcu.py --folders scene_in_c --append     # folders of python -m dcase.export --format c
@@ -25,8 +25,8 @@ from dcase.errors import UserError, run
 
 ARM, RISC_V, QEMU = "arm-none-eabi-", "riscv64-unknown-elf-", "qemu-system-arm"
 FLAGS = (
-    "-std=c99 -O2 -fpeel-loops -fno-inline-functions-called-once -ffp-contract=fast -fno-math-errno -ffunction-sections "
-    "-Wall -Wextra -Wconversion -Wdouble-promotion -Werror"
+    "-std=c99 -O2 -fpeel-loops -fno-inline-functions-called-once -ffp-contract=fast -fno-math-errno "
+    "-ffunction-sections -Wall -Wextra -Wconversion -Wdouble-promotion -Werror"
 ).split()
 TARGETS = {  # the compiler's prefix, its flags, the library's
     "Cortex-M7": (ARM, "-mcpu=cortex-m7 -mthumb -mfpu=fpv5-sp-d16 -mfloat-abi=hard", ""),
@@ -35,9 +35,7 @@ TARGETS = {  # the compiler's prefix, its flags, the library's
 }
 FUNCTIONS = ("scene_init", "scene_set_device", "scene_push", "scene_push_int16", "scene_logits")
 TICK = 40  # instructions: mcu.c
-DOUBLE = re.compile(
-    r"__aeabi_(d|f2d|i2d|ui2d)|__(add|sub|mul|div|extendsf)\w*df"
-)  # arithmetic of double without hardware
+DOUBLE = re.compile(r"__aeabi_(?:d|f2d|i2d|ui2d)\w+|__(?:add|sub|mul|div|extendsf)\w*df\w+")  # the compiler's functions
 TOLERANCE = 1e-4  # of a logit
 TIMEOUT = 300  # seconds
 HEADER = ["model", "flash, B: M7", "M4F", "RV32", "of that constants, M7", "RAM, B: struct", "stack",
@@ -80,9 +78,8 @@ def flash(folder: Path, target: str, place: Path) -> tuple[int, int, int]:
     keep = [f"-Wl,--gc-sections,-e,scene_init,{','.join(f'-u,{name}' for name in FUNCTIONS)}", "-nostartfiles"]
     source = folder / "scene.c"
     called(prefix + "gcc", *FLAGS, *flags.split(), *library.split(), source, *keep, "-o", elf, "-lm")
-    if slow := sorted(set(DOUBLE.findall(symbols := called(prefix + "nm", elf)))):
-        lines = [line.split()[-1] for line in symbols.splitlines() if DOUBLE.search(line)]
-        raise UserError(f"{source}: {target} would calculate in double: {', '.join(lines)} ({len(slow)} kinds)")
+    if slow := sorted(set(DOUBLE.findall(called(prefix + "nm", elf)))):
+        raise UserError(f"{source}: {target} would calculate in double: {', '.join(slow)}")
     sizes = {line.split()[0]: int(line.split()[1]) for line in called(prefix + "size", "-A", elf).splitlines()[2:-2]}
     ram = sum(size for name, size in sizes.items() if name.startswith((".data", ".sdata", ".bss", ".sbss", ".tbss")))
     constants = sum(size for name, size in sizes.items() if name.startswith((".rodata", ".srodata")))
@@ -164,8 +161,8 @@ def main() -> None:
         rows = [measured(*named) for named in given or new_models(config.models.split(","), Path(place))]
     tools = "; ".join(output_of(name, "--version").partition("\n")[0] for name in (ARM + "gcc", RISC_V + "gcc", QEMU))
     text = (
-        f"{head}\n\n### A microcontroller, emulated\n\nThe test clip of each folder, with mcu.c on QEMU's board mps2-an500. "
-        f"RAM is the struct and the stack; instructions are those of the first model. {tools}. Flags: "
+        f"{head}\n\n### A microcontroller, emulated\n\nThe test clip of each folder, with mcu.c on QEMU's board "
+        f"mps2-an500. RAM is the struct and the stack; instructions are those of the first model. {tools}. Flags: "
         f"`{' '.join(x for x in FLAGS if not x.startswith('-W'))}`.\n\n{table(HEADER, rows)}"
     )
     publish(text, config.append)

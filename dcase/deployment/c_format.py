@@ -287,8 +287,8 @@ class Weights:
         return self.written.array("weights", self.prefix + name, self.stored[name])
 
     def matrix(self, name: str, with_scale: bool = True, parts: int = 0, order: tuple[int, ...] | None = None) -> str:
-        """``with_scale``: the codes' scale is not part of an affine. ``parts``: for `product`, in panels; in how many parts
-        it is taken. ``order`` of the axes, where it is another one."""
+        """``with_scale``: the codes' scale is not part of an affine. ``parts`` that `product` takes,
+        in panels; 0: as it is. ``order`` of the axes, where it is another one."""
         value, scale = self.stored[name], self.stored.get(name + SCALE)
         values = value if order is None else value.permute(order).flatten(0, 1)
         array = self.written.array("weights", self.prefix + name, panels(values, parts) if parts else values)
