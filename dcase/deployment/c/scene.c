@@ -396,6 +396,7 @@ static void product(scene *s, matrix w, const float *norm, uint32_t outs, uint32
     }
 }
 
+#if N_LAYERS
 /* Return the part of a matrix that begins ``outs`` rows of n after it, ``index`` times: parts have their own panels. */
 static matrix part_of(matrix w, uint32_t index, uint32_t outs, uint32_t n)
 {
@@ -403,6 +404,7 @@ static matrix part_of(matrix w, uint32_t index, uint32_t outs, uint32_t n)
     w.data = w.is_int8 ? (const void *)((const int8_t *)w.data + skipped) : (const uint16_t *)w.data + skipped;
     return w;
 }
+#endif
 
 /* Add a row of a 3 x 3 kernel over one channel: y[t] += w . x[stride t - 1 ... stride t + 1], zeros beyond the ends. */
 static void slide(const float *w, const float *x, uint32_t t_in, uint32_t t_out, uint32_t stride, float *y)
