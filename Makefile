@@ -6,6 +6,8 @@
 # make lint      run ruff
 # make pictures  draw the pictures of README.md and docs/ from the demo and the notebook
 # make browser   install headless Chromium by apt, as root, where none is; without one the tests of the page are skipped
+# make mcu       run exported C on an emulated Cortex-M7: flash, RAM, instructions (benchmarks/mcu.py); make mcu-tools installs
+#                the compilers and QEMU by apt, as root, where they are missing; without them its tests are skipped
 # Each target makes .venv and installs the pinned requirements first, once.
 
 PYTHON ?= python3.11
@@ -13,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo_runs
 
-.PHONY: demo test drill gpu lint pictures browser clean
+.PHONY: demo test drill gpu lint pictures browser mcu mcu-tools clean
 
 $(VENV)/.run: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +46,14 @@ browser:
 		if command -v $$name; then exit; fi; done; \
 	apt-get update -qq \
 		&& DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium-headless-shell
+
+mcu-tools:
+	command -v arm-none-eabi-gcc && command -v riscv64-unknown-elf-gcc && command -v qemu-system-arm \
+		|| { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+			gcc-arm-none-eabi libnewlib-arm-none-eabi gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf qemu-system-arm; }
+
+mcu: $(VENV)/.run mcu-tools
+	$(BIN)/python benchmarks/mcu.py
 
 gpu: $(VENV)/.test
 	$(BIN)/python benchmarks/gpu.py $(if $(QUICK),--quick)

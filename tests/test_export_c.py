@@ -350,13 +350,13 @@ def test_a_file_that_is_not_there_is_told(checked, tmp_path):
 
 
 FAULTS = {  # a line of scene.c and what it becomes
-    "window": ("i <= WINDOW / 2 ? i : WINDOW - i", "i <= WINDOW / 2 ? i : WINDOW - i + 1"),
+    "window": ("j = is_falling ? WINDOW - i :", "j = is_falling ? WINDOW - i + 1 :"),
     "mel": ("falling += (1.0f - share)", "falling += share"),
     "resampler": ("s->phase %= UP;", "s->phase = 0;"),
     "stem": ("to[t % 2 ? 1 + t / 2", "to[t % 2 ? 0 + t / 2"),
     "residual": ("if (centre) slide(w, x + above", "if (centre > 1) slide(w, x + above"),
     "scan direction": ("is_backward ? GRID_TIME - 1 - step : step", "step"),
-    "softplus": ("float e = exp_of(x), u", "float e = exp_of(x + 0.01f), u"),
+    "softplus": ("power_of_2(-LOG2_E * fabsf(x))", "power_of_2(-LOG2_E * fabsf(x + 0.01f))"),
     "gate": ("y[i] *= 0.5f * inner[i]", "y[i] *= 0.51f * inner[i]"),
     "head": ("x < 0 ? 0 : x;", "x;"),
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from aum.scan.build import NotAvailable, find_compiler
@@ -29,7 +30,8 @@ from dcase.training.lit import SceneClassifier
 SOURCES = Path(__file__).with_name("c")
 PROGRAM = "scene"
 TIMEOUT = 300  # seconds, of the compiler, and of the program for each 100 clips
-SLACK = 4  # floats after a row's end that `product` reads
+AT_ONCE = 6  # frames that `product` takes; it reads beyond the end of rows that are shorter
+DEPTHWISE = 1  # among a stage's matrices
 EXACT = 1e-6  # of a mel filter's weight, which is at most 1
 FLAGS = ("-std=c99", "-O3")
 # Fields of AuMConfig and the values that scene.c knows.
@@ -138,6 +140,7 @@ def plan(module: SceneClassifier, stages: list[Stage]) -> tuple[dict[str, int], 
     """
     config, mamba = module.logmel.config, stages[-1].kind == "PATCHES"
     columns = max(stage.t_in for stage in stages)
+    slack = max(0, AT_ONCE - min(stage.t_out for stage in stages))
     sums = [9 * g.c_in if g.kind == "CONVOLUTION" else max(g.c_in, g.wide) for g in stages]
     if mamba:
         shape = module.model.layers[0].mixer
@@ -149,20 +152,20 @@ def plan(module: SceneClassifier, stages: list[Stage]) -> tuple[dict[str, int], 
     rows.add("PANEL", 4 * max(sums))
     rows.add("FEATURES", stages[-1].c_out)
     rest = rows.end
-    rows.add("ZEROS", columns + SLACK)
-    rows.add("OUT", max(module.frames, *(g.c_out * g.t_out for g in stages[:-1])) + SLACK)
+    rows.add("ZEROS", columns + slack)
+    rows.add("OUT", max(module.frames, *(g.c_out * g.t_out for g in stages[:-1])) + slack)
     for i, g in enumerate(stages):
         if g.kind == "CONVOLUTION":
             g.outer = rows.add(f"outer {i}", 3 * g.c_in * (2 * g.t_out + 1))
         elif g.kind == "RESIDUAL":
             g.outer = rows.add(f"outer {i}", (0, 2, 3)[g.shortcut] * g.c_in * g.t_in)
             g.inner = rows.add(f"inner {i}", 3 * g.wide * g.t_in)
-    rows.end += SLACK
+    rows.end += slack
     places = sound.of | rows.of
     row, mel_end = module.frames, max(sound.end, rows.end)
     if not mamba:
         places["LOG_MEL"] = mel_end
-        return places, mel_end + config.n_mels * row + SLACK
+        return places, mel_end + config.n_mels * row + slack
     grid, d, inner = module.model.config.grid, shape.d_model, shape.d_inner
     layer = Places(rest)
     layer.add("BEFORE", d * grid[1])
@@ -173,11 +176,11 @@ def plan(module: SceneClassifier, stages: list[Stage]) -> tuple[dict[str, int], 
     layer.add("INPUTS", 4 * grid[1])
     layer.add("DECAY", 4 * shape.d_state * grid[1])
     places |= layer.of
-    tokens = places["TOKENS"] = max(rows.end, layer.end + SLACK)
+    tokens = places["TOKENS"] = max(rows.end, layer.end + slack)
     size = d * grid[1]
     ends = [tokens + (m + 1) * size - row * read_before(stages, m * stages[-1].stride[0]) for m in range(grid[0])]
     places["LOG_MEL"] = max(mel_end, *ends)
-    return places, max(places["LOG_MEL"] + config.n_mels * row, tokens + grid[0] * size) + SLACK
+    return places, max(places["LOG_MEL"] + config.n_mels * row, tokens + grid[0] * size) + slack
 
 
 def read_before(stages: list[Stage], row: int) -> int:
@@ -291,10 +294,12 @@ class Weights:
     def vector(self, name: str) -> str:
         return self.written.array("weights", self.prefix + name, self.stored[name])
 
-    def matrix(self, name: str, with_scale: bool = True, order: tuple[int, ...] | None = None) -> str:
-        """``with_scale``: the codes' scale is not part of an affine. ``order`` of the axes, where it is another one."""
+    def matrix(self, name: str, with_scale: bool = True, parts: int = 0, order: tuple[int, ...] | None = None) -> str:
+        """``with_scale``: the codes' scale is not part of an affine. ``parts`` that `product` takes,
+        in panels; 0: as it is. ``order`` of the axes, where it is another one."""
         value, scale = self.stored[name], self.stored.get(name + SCALE)
-        array = self.written.array("weights", self.prefix + name, value if order is None else value.permute(order))
+        values = value if order is None else value.permute(order).flatten(0, 1)
+        array = self.written.array("weights", self.prefix + name, panels(values, parts) if parts else values)
         scale = "0" if scale is None or not with_scale else self.vector(name + SCALE)
         return f"{{{array}, {scale}, {int(value.dtype == torch.int8)}}}"
 
@@ -310,6 +315,12 @@ class Weights:
         return self.written.array("affines", f"{self.prefix}{norm}.affine", torch.stack([scale, shift], 1).float())
 
 
+def panels(matrix: Tensor, parts: int) -> Tensor:
+    """Return the rows of each part in fours, side by side: (parts, panels, n, 4), filled up with zeros."""
+    rows = matrix.flatten(1).unflatten(0, (parts, -1))
+    return F.pad(rows, (0, 0, 0, -rows.shape[1] % 4)).unflatten(1, (-1, 4)).transpose(2, 3)
+
+
 NOTHING = "{0, 0, 0}"
 
 
@@ -322,10 +333,10 @@ def write_model(written: Written, index: int, state: dict[str, Tensor], bits: in
         matrices, affines = [NOTHING] * 3, ["0"] * 3
         for i, names in enumerate(g.names):
             if names and names[1]:
-                matrices[i] = w.matrix(f"{names[0]}.weight", with_scale=False)
+                matrices[i] = w.matrix(f"{names[0]}.weight", with_scale=False, parts=int(i != DEPTHWISE))
                 affines[i] = w.affine(names[1], eps[names[1]], f"{names[0]}.weight")
             elif names:  # the patch embedding, by mel bins
-                matrices[i] = w.matrix(f"{names[0]}.weight", order=(2, 0, 1, 3))
+                matrices[i] = w.matrix(f"{names[0]}.weight", parts=g.stride[0], order=(2, 0, 1, 3))
         values = [g.kind, g.c_in, g.wide, g.c_out, g.t_in, g.t_out, *g.stride, g.shortcut, g.inner, g.outer]
         rows.append("    {" + ", ".join(map(str, values)) + ",\n     " + ", ".join([*matrices, *affines]) + "},")
     if not isinstance(model, CPMobile):
@@ -334,10 +345,12 @@ def write_model(written: Written, index: int, state: dict[str, Tensor], bits: in
             start = f"layers.{i}.mixer."
             branches = []
             for suffix, a_log in (("", "A_log"), ("_b", "A_b_log")):
-                parts = [w.matrix(f"{start}{name}{suffix}.weight") for name in ("conv1d", "x_proj", "dt_proj")]
+                named = (("conv1d", 0), ("x_proj", 1), ("dt_proj", 0))
+                parts = [w.matrix(f"{start}{name}{suffix}.weight", parts=n) for name, n in named]
                 vectors = [w.vector(f"{start}{name}{suffix}.bias") for name in ("conv1d", "dt_proj")]
                 branches.append(", ".join([*parts, w.matrix(start + a_log), *vectors, w.vector(f"{start}D{suffix}")]))
-            parts = [w.matrix(f"local.{i}.weight"), *(w.matrix(f"{start}{x}.weight") for x in ("in_proj", "out_proj"))]
+            parts = [w.matrix(f"local.{i}.weight"), w.matrix(f"{start}in_proj.weight", parts=2)]
+            parts += [w.matrix(f"{start}out_proj.weight", parts=1)]
             parts += [w.vector(f"local.{i}.bias"), w.vector(f"layers.{i}.norm.weight")]
             layers.append(f"    {{{', '.join(parts)}, {{{{{branches[0]}}}, {{{branches[1]}}}}}}},")
         names = ("patch_embed.proj.bias", "pos_embed.pos_embed_mel", "pos_embed.pos_embed_time")
@@ -381,6 +394,7 @@ def write(module: SceneClassifier, models: dict[str, dict[str, Tensor]], bits: i
         "MEL_DEVIATION": _float(logmel.std.item()),
         "SILENCE": _float(logmel.silence.item()),
         **factors,
+        "FRAMES_AT_ONCE": AT_ONCE,
         "FREQ_NORM": _float(module.model.config.freq_norm if mamba else 0),
         "WIDEST": max(g.t_in for g in stages),
         "N_FEATURES": stages[-1].c_out,

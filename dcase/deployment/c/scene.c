@@ -9,7 +9,8 @@
 #include <math.h>
 #include <string.h>
 
-/* A matrix of the stored model: float16, or int8 codes with a float16 scale for each row. */
+/* A matrix of the stored model: float16, or int8 codes with a float16 scale for each row. Those that `product` takes lie
+   in panels of four rows, (n, 4), each filled up with zeros. */
 typedef struct {
     const void *data;
     const uint16_t *scale; /* null for float16 */
@@ -51,6 +52,8 @@ typedef struct {
 
 #include "weights.h"
 
+#define LOG2_E 1.44269504f
+
 /* ---- numbers ---- */
 
 static float of_bits(uint32_t bits)
@@ -58,6 +61,13 @@ static float of_bits(uint32_t bits)
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
+}
+
+static uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
 }
 
 /* Return a finite float16's value: its exponent is smaller by 112. */
@@ -81,20 +91,8 @@ static float scale_of(matrix m, size_t row)
 #if defined __GNUC__ && (defined __SSE__ || defined __ARM_NEON || defined __wasm_simd128__)
 typedef float four __attribute__((vector_size(16)));
 static four plus(four x, four y) { return x + y; }
-#if N_LAYERS
 static four times(four x, four y) { return x * y; }
-#endif
 static four scaled(four x, float w) { return x * w; }
-#else
-typedef struct {
-    float a, b, c, d;
-} four;
-static four plus(four x, four y) { return (four){x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
-#if N_LAYERS
-static four times(four x, four y) { return (four){x.a * y.a, x.b * y.b, x.c * y.c, x.d * y.d}; }
-#endif
-static four scaled(four x, float w) { return (four){x.a * w, x.b * w, x.c * w, x.d * w}; }
-#endif
 
 static four load(const float *x)
 {
@@ -107,19 +105,29 @@ static void store(float *to, four x)
 {
     memcpy(to, &x, sizeof x);
 }
+#else
+typedef struct {
+    float a, b, c, d;
+} four;
+static four plus(four x, four y) { return (four){x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d}; }
+static four times(four x, four y) { return (four){x.a * y.a, x.b * y.b, x.c * y.c, x.d * y.d}; }
+static four scaled(four x, float w) { return (four){x.a * w, x.b * w, x.c * w, x.d * w}; }
+static four load(const float *x) { return (four){x[0], x[1], x[2], x[3]}; }
+static void store(float *to, four x) { to[0] = x.a, to[1] = x.b, to[2] = x.c, to[3] = x.d; }
+#endif
 
 /* ---- log-mel ---- */
 
-/* Return sine and cosine of i of N_FFT parts of a turn, up to three quarters. */
-static void turn(size_t i, float *sine, float *cosine)
+/* A transform of four numbers: p[0] and three that are given, rotated, by the remainder of 4 of their places in time.
+   It is written to p and each m-th number from there. */
+static inline void cross(float *p, size_t m, float re1, float im1, float re2, float im2, float re3, float im3)
 {
-    size_t r = i % (N_FFT / 4);
-    float s = sines[r], c = sines[N_FFT / 4 - r];
-    switch (i / (N_FFT / 4)) {
-    case 0: *sine = s, *cosine = c; break;
-    case 1: *sine = c, *cosine = -s; break;
-    default: *sine = -s, *cosine = -c;
-    }
+    float sum_re = p[0] + re2, sum_im = p[1] + im2, dif_re = p[0] - re2, dif_im = p[1] - im2;
+    float odd_re = re1 + re3, odd_im = im1 + im3, odd_dre = re1 - re3, odd_dim = im1 - im3;
+    p[0] = sum_re + odd_re, p[1] = sum_im + odd_im;
+    p[2 * m] = dif_re + odd_dim, p[2 * m + 1] = dif_im - odd_dre;
+    p[4 * m] = sum_re - odd_re, p[4 * m + 1] = sum_im - odd_im;
+    p[6 * m] = dif_re - odd_dim, p[6 * m + 1] = dif_im + odd_dre;
 }
 
 /* Fourier transform of N_FFT / 2 complex numbers, which lie in bit-reversed order, in place. */
@@ -134,24 +142,22 @@ static void transform(float *z)
         }
         m = 2;
     }
-    for (; m < N_FFT / 2; m *= 4)
-        for (size_t j = 0; j < m; j++) {
-            float s1, c1, s2, c2, s3, c3;
-            size_t step = j * (N_FFT / 4 / m);
-            turn(step, &s1, &c1), turn(2 * step, &s2, &c2), turn(3 * step, &s3, &c3);
+    for (; m < N_FFT / 2; m *= 4) {
+        for (size_t i = 0; i < N_FFT; i += 8 * m) { /* without a rotation */
+            const float *p = z + i;
+            cross(z + i, m, p[4 * m], p[4 * m + 1], p[2 * m], p[2 * m + 1], p[6 * m], p[6 * m + 1]);
+        }
+        for (size_t j = 1; j < m; j++) {
+            size_t part = j * (N_FFT / 4 / m); /* of a turn */
+            float s1 = sines[part], c1 = sines[N_FFT / 4 - part], s2 = 2.0f * s1 * c1, c2 = c1 * c1 - s1 * s1;
+            float s3 = s1 * c2 + c1 * s2, c3 = c1 * c2 - s1 * s2;
             for (size_t i = 2 * j; i < N_FFT; i += 8 * m) {
-                float *p0 = z + i, *p2 = p0 + 2 * m, *p1 = p2 + 2 * m, *p3 = p1 + 2 * m; /* by remainder of 4 */
-                float re1 = c1 * p1[0] + s1 * p1[1], im1 = c1 * p1[1] - s1 * p1[0];
-                float re2 = c2 * p2[0] + s2 * p2[1], im2 = c2 * p2[1] - s2 * p2[0];
-                float re3 = c3 * p3[0] + s3 * p3[1], im3 = c3 * p3[1] - s3 * p3[0];
-                float sum_re = p0[0] + re2, sum_im = p0[1] + im2, dif_re = p0[0] - re2, dif_im = p0[1] - im2;
-                float odd_re = re1 + re3, odd_im = im1 + im3, odd_dre = re1 - re3, odd_dim = im1 - im3;
-                p0[0] = sum_re + odd_re, p0[1] = sum_im + odd_im;
-                p1[0] = sum_re - odd_re, p1[1] = sum_im - odd_im;
-                p2[0] = dif_re + odd_dim, p2[1] = dif_im - odd_dre;
-                p3[0] = dif_re - odd_dim, p3[1] = dif_im + odd_dre;
+                const float *p2 = z + i + 2 * m, *p1 = p2 + 2 * m, *p3 = p1 + 2 * m;
+                cross(z + i, m, c1 * p1[0] + s1 * p1[1], c1 * p1[1] - s1 * p1[0], c2 * p2[0] + s2 * p2[1],
+                      c2 * p2[1] - s2 * p2[0], c3 * p3[0] + s3 * p3[1], c3 * p3[1] - s3 * p3[0]);
             }
         }
+    }
 }
 
 /* Turn the transform of even samples + i odd samples into powers: bin k at z[2 k], the last one at z[1]. */
@@ -163,7 +169,7 @@ static void powers(float *z)
         float *low = z + 2 * k, *high = z + N_FFT - 2 * k, s, c;
         float even_re = 0.5f * (low[0] + high[0]), even_im = 0.5f * (low[1] - high[1]);
         float odd_re = 0.5f * (low[1] + high[1]), odd_im = 0.5f * (high[0] - low[0]);
-        turn(k, &s, &c);
+        s = sines[k], c = sines[N_FFT / 4 - k];
         float re = c * odd_re + s * odd_im, im = c * odd_im - s * odd_re;
         float sum_re = even_re + re, sum_im = even_im + im, dif_re = even_re - re, dif_im = even_im - im;
         low[0] = sum_re * sum_re + sum_im * sum_im;
@@ -171,26 +177,49 @@ static void powers(float *z)
     }
 }
 
-/* Calculate one frame of the log-mel from the last WINDOW samples; beyond the clip's ends they are reflected. */
+/* Return log(x), x > 0: with x = 2^k m and f = m - 1 it is k log(2) + 2 atanh(f / (2 + f)), where m is around 1. */
+static float log_of(float x)
+{
+    uint32_t bits = bits_of(x) + (0x3f800000u - 0x3f3504f3u); /* m is at least sqrt(1 / 2) */
+    float k = (float)((int32_t)(bits >> 23) - 127), f = of_bits((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+    float a = f / (2.0f + f), z = a * a;
+    float series = (((z * (1.0f / 9) + 1.0f / 7) * z + 1.0f / 5) * z + 1.0f / 3) * z;
+    return k * 0.693147182f + (2.0f * a * series + 2.0f * a);
+}
+
+/* z = the last WINDOW samples times the window, as complex numbers in bit-reversed order. Beyond the clip's ends the
+   samples are reflected. */
+static void window(const scene *s, float *z)
+{
+    int32_t first = (int32_t)(s->frames * HOP) - EDGE, end = LENGTH - 1 - first, n;
+    int32_t from = (first < 0 ? -first : first) % WINDOW;
+    size_t reversed = 0;
+    memset(z, 0, N_FFT * sizeof *z);
+    for (int32_t i = 0; i < WINDOW; i += n) { /* up to where the ring, the sound or the window ends or turns */
+        int32_t is_back = i < -first || i >= end, turn_at = i < -first ? -first : is_back ? WINDOW : end;
+        int32_t is_falling = i > WINDOW / 2, j = is_falling ? WINDOW - i : i;
+        n = is_back ? from + 1 : WINDOW - from;
+        if (n > turn_at - i) n = turn_at - i;
+        if (n > (is_falling ? WINDOW : WINDOW / 2 + 1) - i) n = (is_falling ? WINDOW : WINDOW / 2 + 1) - i;
+        const float *x = s->arena + SOUND + from, *h = hann + j;
+        for (int32_t k = i; k < i + n; k++, x += is_back ? -1 : 1, h += is_falling ? -1 : 1) {
+            z[2 * reversed + (size_t)(k & 1)] = *x * *h;
+            if (k & 1) { /* add 1 to the number whose bits are reversed */
+                size_t bit = N_FFT / 4;
+                for (; reversed & bit; bit >>= 1) reversed ^= bit;
+                reversed |= bit;
+            }
+        }
+        from += is_back ? -n : n;
+        from = from < 0 ? WINDOW - 1 : from == WINDOW ? 0 : from;
+    }
+}
+
+/* Calculate one frame of the log-mel. */
 static void frame(scene *s)
 {
-    const float *sound = s->arena + SOUND;
     float *z = s->arena + SPECTRUM, *mel = s->arena + LOG_MEL + s->frames;
-    int32_t first = (int32_t)(s->frames * HOP) - EDGE;
-    size_t from = (size_t)(first < 0 ? -first : first) % WINDOW, reversed = 0;
-    memset(z, 0, N_FFT * sizeof *z);
-    for (int32_t i = 0; i < WINDOW; i++) {
-        z[2 * reversed + (size_t)(i & 1)] = sound[from] * hann[i <= WINDOW / 2 ? i : WINDOW - i];
-        if (first + i < 0 || first + i >= LENGTH - 1)
-            from = (from ? from : WINDOW) - 1;
-        else
-            from = from + 1 == WINDOW ? 0 : from + 1;
-        if (i & 1) { /* add 1 to the number whose bits are reversed */
-            size_t bit = N_FFT / 4;
-            for (; reversed & bit; bit >>= 1) reversed ^= bit;
-            reversed |= bit;
-        }
-    }
+    window(s, z);
     transform(z);
     powers(z);
     float above = 0; /* of this mel bin: what the FFT bins below its centre gave */
@@ -200,7 +229,7 @@ static void frame(scene *s)
             float power = z[k == N_FFT / 2 ? 1 : 2 * k], share = mel_shares[k];
             rising += share * power, falling += (1.0f - share) * power;
         }
-        if (m) mel[(m - 1) * FRAMES] = (logf(above + falling + LOG_OFFSET) - MEL_MEAN) / MEL_DEVIATION;
+        if (m) mel[(m - 1) * FRAMES] = (log_of(above + falling + LOG_OFFSET) - MEL_MEAN) / MEL_DEVIATION;
         above = rising;
     }
     s->frames++;
@@ -304,64 +333,92 @@ static void use_rows(scene *s, uint32_t x, uint32_t n, uint32_t t)
     for (uint32_t k = 0; k < n; k++) s->at[k] = x + k * t;
 }
 
-/* sums (4, 4) = a panel (n, 4) of weights, transposed, times four frames of the n rows that lie ``at`` places in x. */
-static void block(const float *panel, const float *x, const uint32_t *at, uint32_t n, float *sums)
+/* sums (6, 4) = six frames of the n rows that lie ``at`` places in x, transposed, times a panel (n, 4) of weights; with a
+   scale and a shift of each of the four. */
+static void block(const float *panel, const float *x, const uint32_t *at, uint32_t n, four scale, four shift,
+                  float *sums)
 {
     static const float zeros[4];
-    four s0 = load(zeros), s1 = s0, s2 = s0, s3 = s0;
+    four s0 = load(zeros), s1 = s0, s2 = s0, s3 = s0, s4 = s0, s5 = s0;
     for (uint32_t k = 0; k < n; k++, panel += 4) {
-        four frames = load(x + at[k]);
-        s0 = plus(s0, scaled(frames, panel[0]));
-        s1 = plus(s1, scaled(frames, panel[1]));
-        s2 = plus(s2, scaled(frames, panel[2]));
-        s3 = plus(s3, scaled(frames, panel[3]));
+        const float *frames = x + at[k];
+        four w = load(panel);
+        s0 = plus(s0, scaled(w, frames[0]));
+        s1 = plus(s1, scaled(w, frames[1]));
+        s2 = plus(s2, scaled(w, frames[2]));
+        s3 = plus(s3, scaled(w, frames[3]));
+        s4 = plus(s4, scaled(w, frames[4]));
+        s5 = plus(s5, scaled(w, frames[5]));
     }
-    store(sums, s0), store(sums + 4, s1), store(sums + 8, s2), store(sums + 12, s3);
+    store(sums, plus(times(s0, scale), shift)), store(sums + 4, plus(times(s1, scale), shift));
+    store(sums + 8, plus(times(s2, scale), shift)), store(sums + 12, plus(times(s3, scale), shift));
+    store(sums + 16, plus(times(s4, scale), shift)), store(sums + 20, plus(times(s5, scale), shift));
 }
 
-/* y (outs, t) = rows ``first`` ... of the matrix (, n) times the rows (n, t) that `use_rows` named; with an affine and
-   ReLU, or added to y. ``norm``: factors of the n rows, or null. Four rows by four frames at a time: 16 sums stay in registers. The last frames read beyond a
-   row's end, but are not written. */
-static void product(scene *s, matrix w, const uint16_t *norm, uint32_t first, uint32_t outs, uint32_t n, uint32_t t,
-                    const float *affine, int relu, int add, float *y)
+/* y (outs, t) = a matrix (outs, n) times the rows (n, t) that `use_rows` named; with an affine and ReLU, or added to y.
+   ``norm``: factors of the n rows, or null. Four rows of the matrix by six frames at a time: 24 sums stay in registers.
+   The last six frames overlap those before them; where there are fewer, what lies beyond a row's end is read too, but
+   nothing is written there. */
+static void product(scene *s, matrix w, const float *norm, uint32_t outs, uint32_t n, uint32_t t, const float *affine,
+                    int relu, int add, float *y)
 {
     float *panel = s->arena + PANEL;
     for (uint32_t o = 0; o < outs; o += 4) {
         uint32_t high = outs - o < 4 ? outs - o : 4;
-        for (uint32_t i = 0; i < 4; i++) {
-            uint32_t row = (first + o + (i < high ? i : 0)) * n;
-            if (w.is_int8)
-                for (uint32_t k = 0; k < n; k++) panel[4 * k + i] = (float)((const int8_t *)w.data)[row + k];
-            else
-                for (uint32_t k = 0; k < n; k++) panel[4 * k + i] = half(((const uint16_t *)w.data)[row + k]);
-            if (norm)
-                for (uint32_t k = 0; k < n; k++) panel[4 * k + i] *= half(norm[k]);
+        if (w.is_int8) {
+            const int8_t *codes = (const int8_t *)w.data + o * n;
+            for (uint32_t k = 0; k < 4 * n; k += 4) {
+                panel[k] = (float)codes[k], panel[k + 1] = (float)codes[k + 1];
+                panel[k + 2] = (float)codes[k + 2], panel[k + 3] = (float)codes[k + 3];
+            }
+        } else {
+            const uint16_t *halves = (const uint16_t *)w.data + o * n;
+            for (uint32_t k = 0; k < 4 * n; k++) panel[k] = half(halves[k]);
         }
-        for (uint32_t t0 = 0; t0 < t; t0 += 4) {
-            float sums[16];
-            block(panel, s->arena + t0, s->at, n, sums);
-            uint32_t width = t - t0 < 4 ? t - t0 : 4;
-            for (uint32_t i = 0; i < high; i++) {
-                float scale = affine ? affine[2 * (o + i)] : scale_of(w, first + o + i);
-                float shift = affine ? affine[2 * (o + i) + 1] : 0.0f;
-                float *to = y + (o + i) * t + t0;
-                for (uint32_t j = 0; j < width; j++) {
-                    float value = sums[4 * i + j] * scale + shift;
-                    if (relu && value < 0) value = 0;
-                    to[j] = add ? to[j] + value : value;
-                }
+        for (uint32_t k = 0; norm && k < n; k++) store(panel + 4 * k, scaled(load(panel + 4 * k), norm[k]));
+        float scale[4] = {0}, shift[4] = {0};
+        for (uint32_t i = 0; i < high; i++) {
+            scale[i] = affine ? affine[2 * (o + i)] : scale_of(w, o + i);
+            shift[i] = affine ? affine[2 * (o + i) + 1] : 0.0f;
+        }
+        for (uint32_t done = 0, t0; done < t; done = t0 + FRAMES_AT_ONCE) {
+            float sums[4 * FRAMES_AT_ONCE];
+            t0 = done + FRAMES_AT_ONCE <= t || t < FRAMES_AT_ONCE ? done : t - FRAMES_AT_ONCE;
+            block(panel, s->arena + t0, s->at, n, load(scale), load(shift), sums);
+            uint32_t end = t - t0 < FRAMES_AT_ONCE ? t : t0 + FRAMES_AT_ONCE;
+            for (uint32_t j = done; j < end; j++) {
+                const float *value = sums + 4 * (j - t0);
+                float *to = y + o * t + j;
+                if (relu)
+                    for (uint32_t i = 0; i < high; i++, to += t) *to = value[i] < 0 ? 0 : value[i];
+                else if (add)
+                    for (uint32_t i = 0; i < high; i++, to += t) *to += value[i];
+                else
+                    for (uint32_t i = 0; i < high; i++, to += t) *to = value[i];
             }
         }
     }
 }
 
+#if N_LAYERS
+/* Return the part of a matrix that begins ``outs`` rows of n after it, ``index`` times: parts have their own panels. */
+static matrix part_of(matrix w, uint32_t index, uint32_t outs, uint32_t n)
+{
+    size_t skipped = (size_t)index * ((outs + 3) / 4 * 4) * n;
+    w.data = w.is_int8 ? (const void *)((const int8_t *)w.data + skipped) : (const uint16_t *)w.data + skipped;
+    return w;
+}
+#endif
+
 /* Add a row of a 3 x 3 kernel over one channel: y[t] += w . x[stride t - 1 ... stride t + 1], zeros beyond the ends. */
 static void slide(const float *w, const float *x, uint32_t t_in, uint32_t t_out, uint32_t stride, float *y)
 {
-    for (uint32_t t = 1; t < t_out; t++) y[t] += w[0] * x[t * stride - 1];
-    for (uint32_t t = 0; t < t_out; t++) y[t] += w[1] * x[t * stride];
     uint32_t inside = (t_out - 1) * stride + 1 < t_in ? t_out : t_out - 1;
-    for (uint32_t t = 0; t < inside; t++) y[t] += w[2] * x[t * stride + 1];
+    y[0] += w[1] * x[0] + (t_in > 1 ? w[2] * x[1] : 0.0f);
+    for (uint32_t t = 1; t < inside; t++)
+        y[t] += w[0] * x[t * stride - 1] + w[1] * x[t * stride] + w[2] * x[t * stride + 1];
+    for (uint32_t t = inside > 1 ? inside : 1; t < t_out; t++)
+        y[t] += w[0] * x[t * stride - 1] + w[1] * x[t * stride];
 }
 
 /* ---- rows of mel bins ---- */
@@ -383,7 +440,7 @@ static void convolve(scene *s, const stage *g, uint32_t centre, int is_last)
             s->at[k++] = is_there ? x + half_row : ZEROS;
             s->at[k++] = is_there ? x + 1 : ZEROS;
         }
-    product(s, g->project, 0, 0, g->c_out, k, g->t_out, g->affine_project, 1, 0, s->arena + OUT);
+    product(s, g->project, 0, g->c_out, k, g->t_out, g->affine_project, 1, 0, s->arena + OUT);
 }
 
 static void shortcut(scene *s, const stage *g, uint32_t centre, int is_last)
@@ -420,7 +477,7 @@ static void residual(scene *s, const stage *g, uint32_t centre, int is_last)
         }
     }
     use_rows(s, above, g->wide, g->t_out);
-    product(s, g->project, 0, 0, g->c_out, g->wide, g->t_out, g->affine_project, 0, 0, s->arena + OUT);
+    product(s, g->project, 0, g->c_out, g->wide, g->t_out, g->affine_project, 0, 0, s->arena + OUT);
     shortcut(s, g, centre, is_last);
 }
 
@@ -437,11 +494,8 @@ static void patches(scene *s, const stage *g, uint32_t row)
             for (size_t t = 0; t < GRID_TIME; t++)
                 tokens[d * GRID_TIME + t] =
                     half(m->patch_bias[d]) + half(m->pos_mel[mel * D_MODEL + d]) + half(m->pos_time[t * D_MODEL + d]);
-    matrix w = g->project;
-    size_t skipped = (size_t)part * D_MODEL * g->c_in;
-    w.data = w.is_int8 ? (const void *)((const int8_t *)w.data + skipped) : (const uint16_t *)w.data + skipped;
     use_rows(s, OUT, g->c_in, g->t_in);
-    product(s, w, 0, 0, D_MODEL, g->c_in, GRID_TIME, 0, 0, 1, tokens);
+    product(s, part_of(g->project, part, D_MODEL, g->c_in), 0, D_MODEL, g->c_in, GRID_TIME, 0, 0, 1, tokens);
 }
 #endif
 
@@ -476,7 +530,7 @@ static void push(scene *s, size_t i, int is_end)
             if (g->shortcut)
                 memcpy(s->arena + g->outer + row % (g->shortcut == 2 ? 3 : 2) * size, out, size * sizeof *out);
             use_rows(s, OUT, g->c_in, g->t_in);
-            product(s, g->expand, 0, 0, g->wide, g->c_in, g->t_in, g->affine_expand, 1, 0,
+            product(s, g->expand, 0, g->wide, g->c_in, g->t_in, g->affine_expand, 1, 0,
                     s->arena + g->inner + row % 3 * g->wide * g->t_in);
         }
     }
@@ -507,42 +561,42 @@ static void rows_of_log_mel(scene *s)
 /* ---- Mamba ---- */
 
 #if N_LAYERS
-static uint32_t bits_of(float x)
+/* 2^x, where x is at most 125; below -125 as there. With 1.5 2^23 added, the last bits are x rounded: k. A polynomial, off
+   by 9.1e-8 at most, gives 2^r for the rest, |r| <= 1 / 2, and k is added to its exponent. Numbers are compared as
+   integers, without branches, so that compilers can do several at once: as unsigned ones, negative numbers are above
+   positive ones, and the lower the higher. */
+static float power_of_2(float x)
 {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
+    uint32_t bits = bits_of(x), lowest = 0xc2fa0000u; /* -125 */
+    x = of_bits(bits < lowest ? bits : lowest);
+    float shifted = x + 12582912.0f, r = x - (shifted - 12582912.0f), p = 0.0013264727f;
+    p = p * r + 0.0096715128f;
+    p = p * r + 0.0555073375f;
+    p = p * r + 0.240222421f;
+    p = p * r + 0.693146978f;
+    p = p * r + 1.0f;
+    return of_bits(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-/* e^x = 2^k e^r with |r| <= log(2) / 2, for |x| up to 87, beyond which float32 ends. Without branches, so that compilers
-   can do several at once. */
+/* e^x for |x| up to 86, beyond which float32 ends, and as there. */
 static float exp_of(float x)
 {
-    int32_t size = (int32_t)(bits_of(x) & 0x7fffffff), most = 0x42ae0000; /* 87 */
-    x = of_bits((uint32_t)(size < most ? size : most) | (bits_of(x) & 0x80000000u));
-    int32_t k = (int32_t)(x * 1.44269504f + 128.5f) - 128;
-    float n = (float)k, r = x - n * 0.693359375f + n * 2.12194440e-4f, p = 1.0f / 5040;
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    return p * of_bits((uint32_t)(k + 127) << 23);
+    int32_t bits = (int32_t)bits_of(x * LOG2_E), highest = 0x42fa0000; /* 125; negative numbers are below it */
+    return power_of_2(of_bits((uint32_t)(bits < highest ? bits : highest)));
 }
 
-/* log(1 + e^x). With u = 1 + e^x rounded, and what rounding took away: log(u) = k log(2) + 2 atanh(f / (2 + f)). */
+/* log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|; a polynomial of e in 0 ... 1, off by 2.2e-7 of it at most. */
 static float softplus(float x)
 {
-    float e = exp_of(x), u = 1.0f + e, lost = (e - (u - 1.0f)) / u;
-    uint32_t bits = bits_of(u) + (0x3f800000u - 0x3f3504f3u);
-    float k = (float)((int32_t)(bits >> 23) - 127), f = of_bits((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
-    float a = f / (2.0f + f), z = a * a;
-    float series = (((z / 9 + 1.0f / 7) * z + 1.0f / 5) * z + 1.0f / 3) * z;
-    float y = k * 0.693147182f + (2.0f * a * series + 2.0f * a) + lost;
-    int32_t least = (int32_t)bits_of(x), found = (int32_t)bits_of(y); /* y is above 0 and, beyond exp_of's end, x */
-    return of_bits((uint32_t)(found > least ? found : least));
+    float e = power_of_2(-LOG2_E * fabsf(x)), p = -0.0087789395f;
+    p = p * e + 0.0449865889f;
+    p = p * e + -0.109022842f;
+    p = p * e + 0.178472038f;
+    p = p * e + -0.245368648f;
+    p = p * e + 0.332840636f;
+    p = p * e + -0.499981803f;
+    p = p * e + 1.0f;
+    return 0.5f * (x + fabsf(x)) + p * e;
 }
 
 static void silu(float *x, size_t n)
@@ -555,13 +609,18 @@ static void convolve_time(const branch *b, int is_backward, const float *x, floa
 {
     for (size_t d = 0; d < D_INNER; d++, x += GRID_TIME, u += GRID_TIME) {
         float y[GRID_TIME], bias = half(b->conv_bias[d]);
-        for (size_t t = 0; t < GRID_TIME; t++) y[t] = bias;
-        for (size_t j = 0; j < D_CONV && j < GRID_TIME; j++) { /* the sample j steps before */
-            float w = value_of(b->conv, d * D_CONV + D_CONV - 1 - j) * scale_of(b->conv, d);
-            if (is_backward)
-                for (size_t t = 0; t < GRID_TIME - j; t++) y[t] += w * x[t + j];
+        float w[D_CONV], scale = scale_of(b->conv, d); /* w[j]: of the sample j steps before */
+        for (size_t j = 0; j < D_CONV; j++) w[j] = value_of(b->conv, d * D_CONV + D_CONV - 1 - j) * scale;
+        for (size_t t = 0; t < GRID_TIME; t++) {
+            size_t before = is_backward ? GRID_TIME - 1 - t : t;
+            float sum = bias;
+            if (before < D_CONV - 1)
+                for (size_t j = 0; j <= before; j++) sum += w[j] * (is_backward ? x[t + j] : x[t - j]);
+            else if (is_backward)
+                for (size_t j = 0; j < D_CONV; j++) sum += w[j] * x[t + j];
             else
-                for (size_t t = j; t < GRID_TIME; t++) y[t] += w * x[t - j];
+                for (size_t j = 0; j < D_CONV; j++) sum += w[j] * x[t - j];
+            y[t] = sum;
         }
         memcpy(u, y, sizeof y);
     }
@@ -583,7 +642,7 @@ static void scan(scene *s, const branch *b, int is_backward, const float *u, flo
             for (size_t n = 0; n < D_STATE; n++) a[4 * n + i] = value_of(b->a_log, d * D_STATE + n) * scale_of(b->a_log, d);
             for (size_t t = 0; t < GRID_TIME; t++) inputs[4 * t + i] = u[i * GRID_TIME + t];
         }
-        for (size_t i = 0; i < 4 * D_STATE; i++) a[i] = -exp_of(a[i]);
+        for (size_t i = 0; i < 4 * D_STATE; i++) a[i] = -LOG2_E * exp_of(a[i]);
         for (size_t t = 0; t < GRID_TIME; t++) {
             four sum = load(bias);
             for (size_t r = 0; r < DT_RANK; r++) sum = plus(sum, scaled(load(w + 4 * r), low[r * GRID_TIME + t]));
@@ -591,8 +650,8 @@ static void scan(scene *s, const branch *b, int is_backward, const float *u, flo
         }
         for (size_t i = 0; i < 4 * GRID_TIME; i++) delta[i] = softplus(delta[i]);
         for (size_t t = 0; t < GRID_TIME; t++)
-            for (size_t n = 0; n < 4 * D_STATE; n++) decay[4 * D_STATE * t + n] = delta[4 * t + n % 4] * a[n];
-        for (size_t i = 0; i < 4 * D_STATE * GRID_TIME; i++) decay[i] = exp_of(decay[i]);
+            for (size_t n = 0; n < 4 * D_STATE; n += 4)
+                for (size_t i = 0; i < 4; i++) decay[4 * D_STATE * t + n + i] = power_of_2(delta[4 * t + i] * a[n + i]);
         four h[D_STATE], zero = scaled(load(bias), 0.0f);
         for (size_t n = 0; n < D_STATE; n++) h[n] = zero;
         for (size_t step = 0; step < GRID_TIME; step++) {
@@ -612,13 +671,15 @@ static void scan(scene *s, const branch *b, int is_backward, const float *u, flo
     }
 }
 
-/* inner = D_INNER rows of in_proj, from ``first`` on, times the norm of tokens x (D_MODEL, GRID_TIME): its weights are
+/* inner = one of the two parts of in_proj, D_INNER rows, times the norm of tokens x (D_MODEL, GRID_TIME): its weights are
    applied before the sums, and the frames' own factors after them. */
-static void project_in(scene *s, const layer *l, uint32_t first, const float *x, const float *factors)
+static void project_in(scene *s, const layer *l, uint32_t part, const float *norm, const float *x, const float *factors)
 {
     float *inner = s->arena + INNER;
+    matrix w = part_of(l->in_proj, part, D_INNER, D_MODEL);
+    if (w.scale) w.scale += part * D_INNER;
     use_rows(s, (uint32_t)(x - s->arena), D_MODEL, GRID_TIME);
-    product(s, l->in_proj, l->norm, first, D_INNER, D_MODEL, GRID_TIME, 0, 0, 0, inner);
+    product(s, w, norm, D_INNER, D_MODEL, GRID_TIME, 0, 0, 0, inner);
     for (size_t d = 0; d < D_INNER; d++)
         for (size_t t = 0; t < GRID_TIME; t++) inner[d * GRID_TIME + t] *= factors[t];
 }
@@ -626,24 +687,25 @@ static void project_in(scene *s, const layer *l, uint32_t first, const float *x,
 /* Add to a row of tokens x (D_MODEL, GRID_TIME) what the layer makes of it. */
 static void mix(scene *s, const layer *l, float *x)
 {
-    float *inner = s->arena + INNER, *y = s->arena + SCANNED, squares[GRID_TIME] = {0};
+    float *inner = s->arena + INNER, *y = s->arena + SCANNED, squares[GRID_TIME] = {0}, norm[D_MODEL];
+    for (size_t d = 0; d < D_MODEL; d++) norm[d] = half(l->norm[d]);
     for (size_t d = 0; d < D_MODEL; d++)
         for (size_t t = 0; t < GRID_TIME; t++) squares[t] += x[d * GRID_TIME + t] * x[d * GRID_TIME + t];
     for (size_t t = 0; t < GRID_TIME; t++) squares[t] = 1.0f / sqrtf(squares[t] / D_MODEL + NORM_EPS);
-    project_in(s, l, 0, x, squares);
+    project_in(s, l, 0, norm, x, squares);
     for (int i = 0; i < 2; i++) {
         float *u = i ? inner : y; /* the second direction needs x no more, and its y is added to the first one's */
         convolve_time(&l->branches[i], i, inner, u);
         silu(u, D_INNER * GRID_TIME);
         use_rows(s, i ? INNER : SCANNED, D_INNER, GRID_TIME);
-        product(s, l->branches[i].x_proj, 0, 0, DT_RANK + 2 * D_STATE, D_INNER, GRID_TIME, 0, 0, 0, s->arena + PROJECTED);
+        product(s, l->branches[i].x_proj, 0, DT_RANK + 2 * D_STATE, D_INNER, GRID_TIME, 0, 0, 0, s->arena + PROJECTED);
         scan(s, &l->branches[i], i, u, y);
     }
-    project_in(s, l, D_INNER, x, squares); /* the gate */
+    project_in(s, l, 1, norm, x, squares); /* the gate */
     silu(inner, D_INNER * GRID_TIME);
     for (size_t i = 0; i < D_INNER * GRID_TIME; i++) y[i] *= 0.5f * inner[i];
     use_rows(s, SCANNED, D_INNER, GRID_TIME);
-    product(s, l->out_proj, 0, 0, D_MODEL, D_INNER, GRID_TIME, 0, 0, 1, x);
+    product(s, l->out_proj, 0, D_MODEL, D_INNER, GRID_TIME, 0, 0, 1, x);
 }
 
 /* Add to each token what a 3 x 3 kernel of its channel makes of its neighbours, then what the scan of its row adds. */
