@@ -4,6 +4,9 @@
    `push` hands a row from stage to stage, and each keeps the three rows that its 3 x 3 kernel sees. The arena is used
    three times: for the sound and its spectrum while samples come in, for the stages' rows, and for one Mamba layer.
    Tokens are written over the part of the log-mel that has been read. */
+#if defined __GNUC__ && defined __MMX__ && !defined __clang__
+#pragma GCC target("no-mmx") /* GCC 12 uses a register of MMX here by -O3, and the caller's next long double is NaN */
+#endif
 #include "scene.h"
 
 #include <math.h>
@@ -118,6 +121,18 @@ static void store(float *to, four x) { to[0] = x.a, to[1] = x.b, to[2] = x.c, to
 
 /* ---- log-mel ---- */
 
+/* Return sine and cosine of i of N_FFT parts of a turn, up to three quarters. */
+static void turn(size_t i, float *sine, float *cosine)
+{
+    size_t r = i % (N_FFT / 4);
+    float s = sines[r], c = sines[N_FFT / 4 - r];
+    switch (i / (N_FFT / 4)) {
+    case 0: *sine = s, *cosine = c; break;
+    case 1: *sine = c, *cosine = -s; break;
+    default: *sine = -s, *cosine = -c;
+    }
+}
+
 /* A transform of four numbers: p[0] and three that are given, rotated, by the remainder of 4 of their places in time.
    It is written to p and each m-th number from there. */
 static inline void cross(float *p, size_t m, float re1, float im1, float re2, float im2, float re3, float im3)
@@ -149,8 +164,8 @@ static void transform(float *z)
         }
         for (size_t j = 1; j < m; j++) {
             size_t part = j * (N_FFT / 4 / m); /* of a turn */
-            float s1 = sines[part], c1 = sines[N_FFT / 4 - part], s2 = 2.0f * s1 * c1, c2 = c1 * c1 - s1 * s1;
-            float s3 = s1 * c2 + c1 * s2, c3 = c1 * c2 - s1 * s2;
+            float s1 = sines[part], c1 = sines[N_FFT / 4 - part], s2, c2, s3, c3; /* products of these are too coarse */
+            turn(2 * part, &s2, &c2), turn(3 * part, &s3, &c3);
             for (size_t i = 2 * j; i < N_FFT; i += 8 * m) {
                 const float *p2 = z + i + 2 * m, *p1 = p2 + 2 * m, *p3 = p1 + 2 * m;
                 cross(z + i, m, c1 * p1[0] + s1 * p1[1], c1 * p1[1] - s1 * p1[0], c2 * p2[0] + s2 * p2[1],
