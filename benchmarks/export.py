@@ -5,14 +5,18 @@
 
 Each model is made anew, with BatchNorm statistics of the clips and logits of deviation 1; --checkpoints takes trained
 ones instead. It is exported with the functions of `python -m dcase.export`, and compared on test clips in batches of 1
-and 8. Then both run one clip in turn, with one thread each.
+and 8. Then all run one clip in turn, with one thread each; where `--format c` knows the model, the C too, by -O3.
 """
 
+import ctypes
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -20,13 +24,14 @@ from torch.optim.swa_utils import update_bn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.timing import CPU, machine, milliseconds, progress, publish, race, ratio, table
+from aum.scan.build import find_compiler
+from benchmarks.timing import CPU, WALL, machine, milliseconds, progress, publish, race, ratio, table
 from dcase import cli
 from dcase.data.dataset import Sound
 from dcase.data.loading import find_source, with_sound
 from dcase.data.logmel import frames_of
 from dcase.data.tau22 import RATE, DataConfig
-from dcase.deployment import onnx_format
+from dcase.deployment import c_format, onnx_format
 from dcase.errors import UserError, run
 from dcase.export import WAVEFORM, ExportConfig, choose, clips_of, compare, log_mels, reference, traced
 from dcase.model.named import ModelConfig
@@ -38,7 +43,7 @@ from dcase.training.lit import SceneClassifier
 BITS = {"aum_nano": 16, "aum_nano_8bit": 8, "cp_mobile": 16, "aum_tiny": 32, "aum_small": 32, "aum_base": 32}
 CALIBRATION = 64  # clips
 HEADER = ["model", "weights", "file", "largest difference of a logit", "other scenes", "ONNX Runtime, ms",
-          "PyTorch, ms", "ratio, wall", "ratio, CPU time"]  # fmt: skip
+          "PyTorch, ms", "ratio, wall", "ratio, CPU time", "C, ms", "C to ONNX Runtime, wall", "CPU time"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,26 @@ def make(name: str, clips: Tensor) -> SceneClassifier:
     return module
 
 
+def in_c(module: SceneClassifier, bits: int, clip: np.ndarray, folder: Path) -> Callable[[], object]:
+    """Return a call of the C code with a clip (samples,), compiled as a library into ``folder``."""
+    c_format.write(module, {GENERAL: module.model.state_dict()}, bits, len(clip), folder)
+    library, program = folder / "scene.so", folder / "scene"
+    c_format.compile_program(folder, program)
+    command = [*find_compiler(), *c_format.FLAGS, "-fPIC", "-shared", "-o", library, folder / "scene.c", "-lm"]
+    subprocess.run(command, check=True)
+    scene, state = ctypes.CDLL(str(library)), ctypes.create_string_buffer(c_format.sizeof(program))
+    logits = (ctypes.c_float * len(module.labels.scenes))()
+    samples = (ctypes.c_float * len(clip))(*clip)
+    scene.scene_init(state)
+
+    def call() -> None:
+        scene.scene_push(state, samples, ctypes.c_size_t(len(clip)))
+        if scene.scene_logits(state, logits) != 1:
+            raise RuntimeError("the clip was not full")
+
+    return call
+
+
 def measured(name: str, module: SceneClassifier, clips: Tensor, path: Path, config: ExportBenchmark) -> list[str]:
     """Export the model to ``path`` and return a row of the table."""
     progress(f"{name}: export, parity on {len(clips)} clips, timing")
@@ -82,9 +107,16 @@ def measured(name: str, module: SceneClassifier, clips: Tensor, path: Path, conf
     inputs = {WAVEFORM: one.numpy()}
     with torch.inference_mode():
         calls = {"onnx": lambda: session.run(None, inputs), "torch": lambda: torch_model(one)}
+        try:
+            c_format.refuse_unknown(module, bits)
+            calls["c"] = in_c(module, bits, one[0].numpy(), Path(tempfile.mkdtemp(dir=path.parent)))
+        except UserError as error:
+            progress(f"  not in C: {error}")
         samples = race(calls, config.repeats, limit=60)
     onnx, ours = samples["onnx"], samples["torch"]
     times = [milliseconds(onnx), milliseconds(ours), ratio(onnx, ours), ratio(onnx, ours, CPU)]
+    if "c" in calls:
+        times += [milliseconds(samples["c"]), *(ratio(samples["c"], onnx, which) for which in (WALL, CPU))]
     return [name, f"{bits} bit", f"{path.stat().st_size:,} B", f"{parity.difference:.1e}", str(parity.changed), *times]
 
 
