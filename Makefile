@@ -5,7 +5,8 @@
 # make gpu       run the tests and benchmarks that need an NVIDIA GPU, into gpu_out/; QUICK=1: in 6 minutes
 # make lint      run ruff
 # make pictures  draw the pictures of README.md and docs/ from the demo and the notebook
-# make browser   install headless Chromium by apt, as root, where none is; without one the tests of the page are skipped
+# make browser   install headless Chromium, and clang and lld for --format page, by apt, as root, where they are missing; without
+#                them the tests of pages are skipped
 # make mcu       run exported C on an emulated Cortex-M7: flash, RAM, instructions (benchmarks/mcu.py); make mcu-tools installs
 #                the compilers and QEMU by apt, as root, where they are missing; without them its tests are skipped
 # Each target makes .venv and installs the pinned requirements first, once.
@@ -41,16 +42,16 @@ drill: $(VENV)/.run
 pictures: $(VENV)/.test
 	$(BIN)/python docs/pictures.py $(DEMO)
 
+INSTALL = apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends
+
 browser:
+	command -v clang && command -v wasm-ld || { $(INSTALL) clang lld libclang-rt-dev; }
 	for name in chromium-headless-shell chromium chromium-browser google-chrome chrome; do \
-		if command -v $$name; then exit; fi; done; \
-	apt-get update -qq \
-		&& DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium-headless-shell
+		if command -v $$name; then exit; fi; done; $(INSTALL) chromium-headless-shell
 
 mcu-tools:
-	command -v arm-none-eabi-gcc && command -v riscv64-unknown-elf-gcc && command -v qemu-system-arm \
-		|| { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
-			gcc-arm-none-eabi libnewlib-arm-none-eabi gcc-riscv64-unknown-elf picolibc-riscv64-unknown-elf qemu-system-arm; }
+	test -f "$$(arm-none-eabi-gcc -print-file-name=libm.a)" && command -v riscv64-unknown-elf-gcc && command -v qemu-system-arm \
+		|| { $(INSTALL) gcc-arm-none-eabi libnewlib-arm-none-eabi gcc-riscv64-unknown-elf qemu-system-arm; }
 
 mcu: $(VENV)/.run mcu-tools
 	$(BIN)/python benchmarks/mcu.py

@@ -4,8 +4,8 @@
     python benchmarks/mcu.py --folders scene_in_c --append     # folders of python -m dcase.export --format c
 
 Each folder's scene.c is compiled for Cortex-M7 with hardware float32, linked with mcu.c, and run on its test clip by
-qemu-system-arm. For Cortex-M4F and RISC-V (rv32imfc) it is compiled and linked. Flash is code, constants and what
-scene.c takes of the C library, without mcu.c. QEMU counts instructions; it gives no time.
+qemu-system-arm. For Cortex-M4F and RISC-V (rv32imfc, without a C library) it is compiled and linked. Flash is code,
+constants and what scene.c takes of the C library, without mcu.c. QEMU counts instructions; it gives no time.
 """
 
 import re
@@ -28,10 +28,15 @@ FLAGS = (
     "-std=c99 -O2 -fpeel-loops -fno-inline-functions-called-once -ffp-contract=fast -fno-math-errno "
     "-ffunction-sections -Wall -Wextra -Wconversion -Wdouble-promotion -Werror"
 ).split()
+INCLUDE = Path(__file__).resolve().parent.parent / "dcase/deployment/page/include"  # in place of a C library for RISC-V
 TARGETS = {  # the compiler's prefix, its flags, the library's
-    "Cortex-M7": (ARM, "-mcpu=cortex-m7 -mthumb -mfpu=fpv5-sp-d16 -mfloat-abi=hard", ""),
-    "Cortex-M4F": (ARM, "-mcpu=cortex-m4 -mthumb -mfpu=fpv4-sp-d16 -mfloat-abi=hard", ""),
-    "RV32IMFC": (RISC_V, "-march=rv32imfc -mabi=ilp32f", "--specs=picolibc.specs -Wl,--defsym=__flash_size=0x400000"),
+    "Cortex-M7": (ARM, "-mcpu=cortex-m7 -mthumb -mfpu=fpv5-sp-d16 -mfloat-abi=hard", "-lm"),
+    "Cortex-M4F": (ARM, "-mcpu=cortex-m4 -mthumb -mfpu=fpv4-sp-d16 -mfloat-abi=hard", "-lm"),
+    "RV32IMFC": (
+        RISC_V,
+        "-march=rv32imfc -mabi=ilp32f",
+        f"-isystem {INCLUDE} -ffreestanding -nostdlib -Wl,--unresolved-symbols=ignore-all",
+    ),
 }
 FUNCTIONS = ("scene_init", "scene_set_device", "scene_push", "scene_push_int16", "scene_logits")
 TICK = 40  # instructions: mcu.c
@@ -64,8 +69,11 @@ def called(*command) -> str:
 
 
 def missing() -> list[str]:
-    """Return the programs that are not on PATH."""
-    return [name for name in (ARM + "gcc", RISC_V + "gcc", QEMU) if not shutil.which(name)]
+    """Return what is not there of the programs, and of the C library for ARM."""
+    absent = [name for name in (ARM + "gcc", RISC_V + "gcc", QEMU) if not shutil.which(name)]
+    return absent or [
+        name for name in ("libm.a",) if not Path(called(ARM + "gcc", f"-print-file-name={name}").strip()).is_file()
+    ]
 
 
 def flash(folder: Path, target: str, place: Path) -> tuple[int, int, int]:
@@ -77,7 +85,7 @@ def flash(folder: Path, target: str, place: Path) -> tuple[int, int, int]:
     elf = place / f"{target}.elf"
     keep = [f"-Wl,--gc-sections,-e,scene_init,{','.join(f'-u,{name}' for name in FUNCTIONS)}", "-nostartfiles"]
     source = folder / "scene.c"
-    called(prefix + "gcc", *FLAGS, *flags.split(), *library.split(), source, *keep, "-o", elf, "-lm")
+    called(prefix + "gcc", *FLAGS, *flags.split(), source, *keep, "-o", elf, *library.split())
     if slow := sorted(set(DOUBLE.findall(called(prefix + "nm", elf)))):
         raise UserError(f"{source}: {target} would calculate in double: {', '.join(slow)}")
     sizes = {line.split()[0]: int(line.split()[1]) for line in called(prefix + "size", "-A", elf).splitlines()[2:-2]}

@@ -76,6 +76,12 @@ CASES = {
         6000,
         16,
     ),
+    "rows of 4 tokens, panels that are filled up, an odd window": (
+        ("aum_nano", LogMelConfig(8000, 99, 50, 128, 16, 100, 3500, target_length=16), 8000, 16),
+        {"embed_dim": 5, "expand": 1, "d_state": 3, "stem_blocks": 1, "depth": 2},
+        900,
+        8,
+    ),
     "cp_mobile, 8 bit, a device": (("cp_mobile", FRONT_END, 8000, 41, ("b",)), {}, 4000, 8),
     "cp_mobile, 16 bit, upwards": (("cp_mobile", FRONT_END, 6000, 41), {}, 3000, 16),
 }
@@ -312,7 +318,7 @@ MALFORMED = {
 
 def test_a_fuzzer_finds_no_fault_in_the_readers(tmp_path):
     """FUZZ_SECONDS=600 python -m pytest -s tests/test_export_c.py -k fuzzer    # without FUZZ_SECONDS: 2,000 runs"""
-    front_end = LogMelConfig(8000, 24, 12, 32, 8, 100, 3500, target_length=8)  # small, for thousands of runs per second
+    front_end = LogMelConfig(8000, 24, 12, 32, 8, 100, 3500, target_length=8)  # small, so that a run is short
     sizes = {"embed_dim": 4, "d_state": 1, "stem": (4,), "stem_blocks": 0, "depth": 1, "patch_size": (2, 1)}
     module = made("aum_nano", front_end, RATE, 8, ("a",), **sizes)
     state = module.model.state_dict()
@@ -328,10 +334,13 @@ def test_a_fuzzer_finds_no_fault_in_the_readers(tmp_path):
     program = tmp_path / "fuzz"
     flags = ["-O1", "-g", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all", "-I", tmp_path]
     sources = [Path(__file__).with_name("fuzz_wav.c"), tmp_path / "scene.c", "-lm"]
+    nothing = tmp_path / "nothing.c"
+    nothing.write_text("int LLVMFuzzerTestOneInput(const char *data, long size) { return data && size < 0; }")
     try:
-        subprocess.run(["clang", *flags, "-o", program, *sources], check=True, capture_output=True)
+        subprocess.run(["clang", *flags, "-o", program, nothing], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"clang or its libFuzzer (libclang-rt-dev) does not work: {error}")
+    subprocess.run(["clang", *flags, "-o", program, *sources], check=True)
     seconds = os.environ.get("FUZZ_SECONDS")
     limit = f"-max_total_time={seconds}" if seconds else "-runs=2000"
     options = [limit, "-seed=1", "-close_fd_mask=3", "-max_len=4096", "-print_final_stats=1"]

@@ -16,8 +16,9 @@ if absent := mcu.missing():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     module = made("aum_nano_8bit", FRONT_END, RATE, 41, ("a",), **SMALL, depth=1)
-    export_c(module, 8, clips(2, SAMPLES), tmp_path_factory.mktemp("mcu") / "c")
-    return tmp_path_factory.getbasetemp() / "mcu0" / "c"
+    out = tmp_path_factory.mktemp("mcu") / "c"
+    export_c(module, 8, clips(2, SAMPLES), out)
+    return out
 
 
 def test_the_board_gives_the_same_logits_and_what_is_needed_is_counted(folder, tmp_path):

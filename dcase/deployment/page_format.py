@@ -52,7 +52,10 @@ def webassembly(folder: Path) -> bytes:
     out = folder / "page.wasm"
     include = ["-I", str(folder), "-isystem", str(SOURCES / "include")]
     command = ["clang", *FLAGS, *include, "-o", str(out), str(SOURCES / "page.c")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=c_format.TIMEOUT)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=c_format.TIMEOUT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"clang fails: {shlex.join(command)}: {error}") from error
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
         line = next((line for line in said if "error" in line), said[-1])

@@ -217,9 +217,10 @@ static void window(const scene *s, float *z)
         if (n > turn_at - i) n = turn_at - i;
         if (n > (is_falling ? WINDOW : WINDOW / 2 + 1) - i) n = (is_falling ? WINDOW : WINDOW / 2 + 1) - i;
         const float *x = s->arena + SOUND + from, *h = hann + j;
-        for (int32_t k = i; k < i + n; k++, x += is_back ? -1 : 1, h += is_falling ? -1 : 1) {
-            z[2 * reversed + (size_t)(k & 1)] = *x * *h;
-            if (k & 1) { /* add 1 to the number whose bits are reversed */
+        int32_t x_step = is_back ? -1 : 1, h_step = is_falling ? -1 : 1;
+        for (int32_t k = 0; k < n; k++) {
+            z[2 * reversed + (size_t)((i + k) & 1)] = x[x_step * k] * h[h_step * k];
+            if ((i + k) & 1) { /* add 1 to the number whose bits are reversed */
                 size_t bit = N_FFT / 4;
                 for (; reversed & bit; bit >>= 1) reversed ^= bit;
                 reversed |= bit;
@@ -255,7 +256,8 @@ static void take(scene *s, float x)
 {
     s->arena[SOUND + s->resampled % WINDOW] = x;
     s->resampled++;
-    while (s->frames < FRAMES_OF_CLIP && (s->resampled == LENGTH || s->resampled >= s->frames * HOP + WINDOW - EDGE))
+    while (s->frames < FRAMES_OF_CLIP && s->resampled >= EDGE && /* the first one's reflection needs these */
+           (s->resampled == LENGTH || s->resampled >= s->frames * HOP + WINDOW - EDGE))
         frame(s);
 }
 
@@ -576,10 +578,10 @@ static void rows_of_log_mel(scene *s)
 /* ---- Mamba ---- */
 
 #if N_LAYERS
-/* 2^x, where x is at most 125; below -125 as there. With 1.5 2^23 added, the last bits are x rounded: k. A polynomial, off
-   by 9.1e-8 at most, gives 2^r for the rest, |r| <= 1 / 2, and k is added to its exponent. Numbers are compared as
-   integers, without branches, so that compilers can do several at once: as unsigned ones, negative numbers are above
-   positive ones, and the lower the higher. */
+/* 2^x, where x is at most 125; a smaller x than -125 counts as -125. With 1.5 2^23 added, the last bits are x rounded:
+   k. A polynomial, off by 9.2e-8 at most before rounding, gives 2^r for the rest, |r| <= 1 / 2, and k is added to its
+   exponent. Numbers are compared as integers, without branches, so that compilers can do several at once: as unsigned
+   ones, negative numbers are above positive ones, and the lower the higher. */
 static float power_of_2(float x)
 {
     uint32_t bits = bits_of(x), lowest = 0xc2fa0000u; /* -125 */
@@ -593,14 +595,15 @@ static float power_of_2(float x)
     return of_bits(bits_of(p) + (bits_of(shifted) << 23));
 }
 
-/* e^x for |x| up to 86, beyond which float32 ends, and as there. */
+/* e^x; an x beyond 86 or -86, where float32 nearly ends, counts as these. */
 static float exp_of(float x)
 {
     int32_t bits = (int32_t)bits_of(x * LOG2_E), highest = 0x42fa0000; /* 125; negative numbers are below it */
     return power_of_2(of_bits((uint32_t)(bits < highest ? bits : highest)));
 }
 
-/* log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|; a polynomial of e in 0 ... 1, off by 2.2e-7 of it at most. */
+/* log(1 + e^x) = max(x, 0) + log(1 + e) with e = e^-|x|; a polynomial of e in 0 ... 1, whose relative error is
+   at most 2.2e-7 before rounding. */
 static float softplus(float x)
 {
     float e = power_of_2(-LOG2_E * fabsf(x)), p = -0.0087789395f;

@@ -16,10 +16,20 @@ let recording = null; // the microphone: { context, stream }
 let held, filled, taken; // its last samples, how many they are, and how many there were
 let playing = null; // { context, timer }
 
-function say(status, what = "") {
+let doing = "Ready."; // the status that stays where an attempt fails
+function say(status) {
   get("status").textContent = status;
+}
+function now(status) {
+  say(doing = status);
+}
+function warn(what) {
   get("trouble").hidden = !what;
   get("trouble").textContent = what;
+}
+function fail(what) {
+  say(doing);
+  warn(what);
 }
 
 // ---- the model, in a worker ----
@@ -30,12 +40,12 @@ worker.onmessage = ({ data }) => actions[data.kind](data);
 const actions = {
   ready({ difference, milliseconds }) {
     if (!(difference <= model.tolerance)) // NaN, too
-      return say("The model cannot be used.", `This browser calculates other logits than the trained model (by up to ` +
+      return unusable(`This browser calculates other logits than the trained model (by up to ` +
         `${difference}, ${model.tolerance} is allowed): try another browser, and report this one.`);
     const each = milliseconds * model.rate / model.step;
     get("check").textContent = `In this browser the WebAssembly differs by ${difference.toExponential(1)} on a clip ` +
       `to check with, and takes ${each.toFixed(1)} ms for each second of sound.`;
-    say("Ready.");
+    now("Ready.");
     for (const id of ["microphone", "open"]) get(id).disabled = false;
   },
   hear(data) {
@@ -43,15 +53,19 @@ const actions = {
     if (data.logits) {
       add(data);
     } else {
-      lost = `At ${seconds(data.end)} a sample is not finite, or far beyond full scale: that part is left out.`;
-      say(text("status"), lost);
+      warn(`At ${seconds(data.end)} a sample is not finite, or far beyond full scale: that part is left out.`);
     }
-    if (data.next) data.next === "end" ? say(`Heard all of it, ${seconds(data.end)}.`, lost) : hearFile(data.end);
+    if (data.next) data.next === "end" ? now(`Heard all of it, ${seconds(data.end)}.`) : hearFile(data.end);
   },
   failed({ reason }) {
-    say("The model cannot be used.", `The model fails in this browser: ${reason}`);
+    unusable(`The model fails in this browser: ${reason}`);
   },
 };
+
+function unusable(reason) {
+  now("The model cannot be used.");
+  warn(reason);
+}
 
 async function load() {
   const zipped = Uint8Array.from(atob(text("wasm").trim()), (c) => c.charCodeAt(0));
@@ -66,7 +80,7 @@ function begin() {
   stopMicrophone();
   stopPlaying();
   heard.length = 0;
-  [chosen, isFollowing, announced, lost] = [-1, true, "", ""];
+  [chosen, isFollowing, announced] = [-1, true, ""];
   held = new Float32Array(model.samples);
   [filled, taken] = [0, 0];
   session++;
@@ -80,7 +94,7 @@ function softmax(logits) {
 
 const best = (shares) => shares.indexOf(Math.max(...shares));
 
-let announced, lost; // the scene that was read out, and what was left out
+let announced; // the scene that was read out
 function add({ end, sound, logits, logMel, frames, milliseconds, device }) {
   const before = heard.length ? heard[heard.length - 1].end : 0;
   const one = { end, sound: sound.slice(-model.step), fresh: Math.min(model.step, end - before), logits, device, milliseconds };
@@ -94,7 +108,7 @@ function add({ end, sound, logits, logMel, frames, milliseconds, device }) {
   if (old) old.sound = old.picture = null;
   if (isFollowing) chosen = heard.length - 1;
   const scene = model.scenes[best(one.mean)];
-  if (recording && scene !== announced) say(`Listening. Scene: ${scene}.`, lost); // read out only where it changes
+  if (recording && scene !== announced) now(`Listening. Scene: ${scene}.`); // read out only where it changes
   announced = scene;
   schedule();
 }
@@ -112,15 +126,17 @@ const REASONS = {
 async function startMicrophone() {
   const mine = ++attempt;
   if (!navigator.mediaDevices)
-    return say("Ready.", "This browser gives pages at such an address no microphone: open a sound file, or serve the page " +
+    return fail("This browser gives pages at such an address no microphone: open a sound file, or serve the page " +
       "from https or localhost.");
   say("Asking for the microphone ...");
+  warn("");
   let stream, context;
   try {
     const plain = { echoCancellation: false, noiseSuppression: false, autoGainControl: false, channelCount: 1 };
     stream = await navigator.mediaDevices.getUserMedia({ audio: plain });
   } catch (error) {
-    return say("Ready.", REASONS[error.name] || `There is no sound from the microphone: ${error.message}`);
+    if (mine !== attempt) return;
+    return fail(REASONS[error.name] || `There is no sound from the microphone: ${error.message}`);
   }
   try {
     context = new AudioContext({ sampleRate: model.rate });
@@ -131,13 +147,13 @@ async function startMicrophone() {
     await context.resume();
     if (mine !== attempt) throw new DOMException("something else was begun", "AbortError");
     begin();
-    node.port.onmessage = ({ data }) => take(data);
+    node.port.onmessage = ({ data }) => recording?.stream === stream && take(data);
     microphone.connect(node).connect(context.destination); // which hears silence
   } catch (error) {
     for (const track of stream.getTracks()) track.stop();
     if (context) context.close();
     if (mine !== attempt) return;
-    return say("Ready.", error.name === "NotSupportedError"
+    return fail(error.name === "NotSupportedError"
       ? `This browser does not record at ${model.rate} Hz, the model's rate: try a Chromium browser, set the microphone ` +
         `to ${model.rate} Hz, or open a sound file.`
       : `This browser cannot record: ${error.message}`);
@@ -145,10 +161,11 @@ async function startMicrophone() {
   recording = { context, stream };
   stream.getTracks()[0].onended = () => {
     stopMicrophone();
-    say("Stopped.", "The microphone was taken away.");
+    now("Stopped.");
+    warn("The microphone was taken away.");
   };
   get("microphone").textContent = "Stop microphone";
-  say("Listening.");
+  now("Listening.");
 }
 
 function stopMicrophone() {
@@ -162,25 +179,26 @@ function stopMicrophone() {
 async function openFile(file) {
   const mine = ++attempt;
   say(`Reading ${file.name} ...`);
+  warn("");
   let sound;
   try {
     const decoder = new OfflineAudioContext(1, 1, model.rate); // it resamples what it decodes
     sound = await decoder.decodeAudioData(await file.arrayBuffer());
   } catch (error) {
     if (mine !== attempt) return;
-    return say("Ready.", error.name === "NotSupportedError"
+    return fail(error.name === "NotSupportedError"
       ? `This browser does not resample to ${model.rate} Hz, the model's rate: try another one.`
       : `${file.name} is no sound that this browser reads: try WAV, FLAC, OGG or MP3.`);
   }
   if (mine !== attempt) return;
   if (sound.length < model.samples)
-    return say("Ready.", `${file.name} is too short: it has ${(sound.length / model.rate).toFixed(2)} s, and the model ` +
+    return fail(`${file.name} is too short: it has ${(sound.length / model.rate).toFixed(2)} s, and the model ` +
       `needs ${(model.samples / model.rate).toFixed(2)} s.`);
   const mono = sound.getChannelData(0).slice();
   for (let c = 1; c < sound.numberOfChannels; c++) sound.getChannelData(c).forEach((x, i) => { mono[i] += x; });
   if (sound.numberOfChannels > 1) mono.forEach((x, i) => { mono[i] = x / sound.numberOfChannels; });
   begin();
-  say(`Hearing ${file.name}, ${sound.duration.toFixed(1)} s ...`);
+  now(`Hearing ${file.name}, ${sound.duration.toFixed(1)} s ...`);
   held = mono;
   hearFile(model.samples - model.step);
 }
@@ -234,7 +252,8 @@ function play() {
   const begun = context.currentTime;
   const timer = setInterval(() => {
     const at = (context.currentTime - begun) * model.rate;
-    choose(start + Math.max(0, ends.findIndex((end) => at < end)));
+    const index = ends.findIndex((end) => at < end);
+    choose(start + (index < 0 ? ends.length - 1 : index));
   }, 100);
   isFollowing = false;
   playing = { context, timer };
@@ -357,7 +376,7 @@ function draw() {
 get("microphone").onclick = () => {
   if (!recording) return startMicrophone();
   stopMicrophone();
-  say("Stopped.");
+  now("Stopped.");
 };
 get("open").onclick = () => get("file").click();
 get("file").onchange = ({ target }) => {
@@ -382,7 +401,7 @@ addEventListener("drop", (event) => {
   const [file] = event.dataTransfer.files;
   if (get("open").disabled) return;
   if (file) openFile(file);
-  else say(text("status"), "What was dropped is no file.");
+  else warn("What was dropped is no file.");
 });
 addEventListener("resize", schedule);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", schedule);
