@@ -71,9 +71,9 @@ def called(*command) -> str:
 def missing() -> list[str]:
     """Return what is not there of the programs, and of the C library for ARM."""
     absent = [name for name in (ARM + "gcc", RISC_V + "gcc", QEMU) if not shutil.which(name)]
-    return absent or [
-        name for name in ("libm.a",) if not Path(called(ARM + "gcc", f"-print-file-name={name}").strip()).is_file()
-    ]
+    if not absent and not Path(called(ARM + "gcc", "-print-file-name=libm.a").strip()).is_file():
+        absent = ["newlib for ARM"]
+    return absent
 
 
 def flash(folder: Path, target: str, place: Path) -> tuple[int, int, int]:
@@ -162,7 +162,7 @@ def new_models(names: list[str], place: Path):
 def main() -> None:
     config = cli.parse(McuBenchmark, __doc__)
     if absent := missing():
-        raise UserError(f"{', '.join(absent)}: not on PATH; make mcu-tools installs the packages, as root, on Debian")
+        raise UserError(f"{', '.join(absent)}: not found; make mcu-tools installs the packages, as root, on Debian")
     head = machine()
     with tempfile.TemporaryDirectory(prefix="dcase-mcu-") as place:
         given = ((Path(x).name, Path(x)) for x in config.folders.split(",")) if config.folders else None

@@ -60,7 +60,7 @@ class ExportConfig:
     """onnx: for ONNX Runtime. torch_export: a .pt2 file that torch of the same version loads. safetensors: only the
     weights, as train_base.py writes them to stored/; python -m dcase.export and test_only.py read them. c: a folder
     that any C99 compiler takes, with all models of the checkpoint, of aum_nano, aum_nano_8bit or cp_mobile. page: the
-    same C as WebAssembly in one HTML file, which hears a microphone or a sound file in a browser; needs clang, lld."""
+    same C as WebAssembly in one HTML file, for a microphone or a sound file in a browser; needs clang and lld."""
     input: Literal["waveform", "log_mel"] = "waveform"
     """Input of the exported model: waveform (b, samples) at the recordings' rate, as long as the data's clips; or
     log_mel, normalised, (b, 1, n_mels, frames)."""

@@ -229,6 +229,12 @@ def test_a_microphone_is_heard(page, module, tmp_path):
         wait(browser, "heard.length >= 5")
         assert browser.run("text('microphone')") == "Stop microphone"
         assert browser.run("text('status')").startswith("Listening. Scene: ")
+        (tmp_path / "x.wav").write_bytes(b"no sound")  # does not end what is heard, and stays to be read
+        give(browser, tmp_path / "x.wav")
+        assert trouble(browser).startswith("x.wav is no sound")
+        n = browser.run("heard.length")
+        wait(browser, f"heard.length > {n} + 1")
+        assert browser.run("text('status')").startswith("Listening. Scene: ") and trouble(browser).startswith("x.wav")
         browser.click("#microphone")
         assert browser.run("text('status')") == "Stopped."
         sounds = np.array(browser.run("heard.map(one => Array.from(one.sound))"), np.float32)

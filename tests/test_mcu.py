@@ -10,7 +10,7 @@ from benchmarks import mcu
 from dcase.export import export_c
 
 if absent := mcu.missing():
-    pytest.skip(f"not on PATH: {', '.join(absent)} (make mcu-tools)", allow_module_level=True)
+    pytest.skip(f"not found: {', '.join(absent)} (make mcu-tools)", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")

@@ -141,15 +141,11 @@ def plan(module: SceneClassifier, stages: list[Stage]) -> tuple[dict[str, int], 
     config, mamba = module.logmel.config, stages[-1].kind == "PATCHES"
     columns = max(stage.t_in for stage in stages)
     slack = max(0, AT_ONCE - min(stage.t_out for stage in stages))
-    sums = [9 * g.c_in if g.kind == "CONVOLUTION" else max(g.c_in, g.wide) for g in stages]
-    if mamba:
-        shape = module.model.layers[0].mixer
-        sums += [shape.d_model, shape.d_inner]
     sound = Places()
     sound.add("SOUND", config.window_length)
     sound.add("SPECTRUM", config.n_fft)
     rows = Places()
-    rows.add("PANEL", 4 * max(sums))
+    rows.add("PANEL", 4 * longest_sum(module, stages))
     rows.add("FEATURES", stages[-1].c_out)
     rest = rows.end
     rows.add("ZEROS", columns + slack)
@@ -166,6 +162,7 @@ def plan(module: SceneClassifier, stages: list[Stage]) -> tuple[dict[str, int], 
     if not mamba:
         places["LOG_MEL"] = mel_end
         return places, mel_end + config.n_mels * row + slack
+    shape = module.model.layers[0].mixer
     grid, d, inner = module.model.config.grid, shape.d_model, shape.d_inner
     layer = Places(rest)
     layer.add("BEFORE", d * grid[1])
@@ -181,6 +178,15 @@ def plan(module: SceneClassifier, stages: list[Stage]) -> tuple[dict[str, int], 
     ends = [tokens + (m + 1) * size - row * read_before(stages, m * stages[-1].stride[0]) for m in range(grid[0])]
     places["LOG_MEL"] = max(mel_end, *ends)
     return places, max(places["LOG_MEL"] + config.n_mels * row, tokens + grid[0] * size) + slack
+
+
+def longest_sum(module: SceneClassifier, stages: list[Stage]) -> int:
+    """Return how many rows `product` sums at most."""
+    sums = [9 * g.c_in if g.kind == "CONVOLUTION" else max(g.c_in, g.wide) for g in stages]
+    if stages[-1].kind == "PATCHES":
+        shape = module.model.layers[0].mixer
+        sums += [shape.d_model, shape.d_inner]
+    return max(sums)
 
 
 def read_before(stages: list[Stage], row: int) -> int:
@@ -434,12 +440,9 @@ def write(module: SceneClassifier, models: dict[str, dict[str, Tensor]], bits: i
         written.lines.append(f"const char *const scene_{name}_names[{size}] = {{\n{texts}}};")
     first = "/* Made by `python -m dcase.export --format c`, for scene.c alone. */"
     (folder / "weights.h").write_text("\n".join([first, *written.lines, ""]))
-    longest = max(9 * g.c_in if g.kind == "CONVOLUTION" else max(g.c_in, g.wide) for g in stages)
-    if mamba:
-        longest = max(longest, mixer.d_model, mixer.d_inner)
     values = {
         "RATE": logmel.orig_sample_rate, "SAMPLES": samples, "CLASSES": len(scenes), "DEVICES": len(models),
-        "ARENA": arena, "HISTORY": 2 * factors["TAPS"], "LONGEST": longest, "STAGES": len(stages),
+        "ARENA": arena, "HISTORY": 2 * factors["TAPS"], "LONGEST": longest_sum(module, stages), "STAGES": len(stages),
         "MODEL": module.config.model.model, "SECONDS": f"{samples / logmel.orig_sample_rate:.2f}",
         "SCENES": ", ".join(scenes), "NAMES": ", ".join(models), "BITS": bits,
         "CONST_BYTES": f"{sum(written.sizes.values()):,}",
@@ -473,15 +476,20 @@ def compile_program(folder: Path, out: Path, flags: tuple[str, ...] = FLAGS) -> 
         compiler = find_compiler()
     except NotAvailable as error:
         raise UserError(f"--format c compiles and runs what it writes, to check it: {error}") from error
-    command = [*compiler, *flags, "-o", str(out), str(folder / "main.c"), str(folder / "scene.c"), "-lm"]
+    sources = [str(folder / "main.c"), str(folder / "scene.c")]
+    run_compiler([*compiler, *flags, "-o", str(out), *sources, "-lm"], "the C compiler fails")
+
+
+def run_compiler(command: list[str], start: str) -> None:
+    """Run a compiler. Raises `UserError`, which begins with ``start`` and tells its first error, where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"the C compiler fails: {shlex.join(command)}: {error}") from error
+        raise UserError(f"{start}: {shlex.join(command)}: {error}") from error
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["no message"]
         line = next((line for line in said if "error" in line), said[-1])
-        raise UserError(f"the C compiler fails: {shlex.join(command)}: {line}")
+        raise UserError(f"{start}: {shlex.join(command)}: {line}")
 
 
 def run_program(program: Path, clips: Tensor, rate: int, device: str = GENERAL) -> Tensor:

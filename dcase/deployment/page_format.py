@@ -1,14 +1,12 @@
-"""Write a model as one HTML file that hears: the C of `c_format` as WebAssembly, and a page around it.
+"""Write a model as one HTML file that recognises scenes: the C of `c_format` as WebAssembly, and a page around it.
 
 The page's HTML, style and scripts are in the folder ``page`` beside this file; colours and tables have the style of the
-report. Before it hears anything, a page compares its own logits of `check_clip` with the trained model's.
+report. Before it takes any sound, a page compares its own logits of `check_clip` with the trained model's.
 """
 
 import base64
 import gzip
-import shlex
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +50,7 @@ def webassembly(folder: Path) -> bytes:
     out = folder / "page.wasm"
     include = ["-I", str(folder), "-isystem", str(SOURCES / "include")]
     command = ["clang", *FLAGS, *include, "-o", str(out), str(SOURCES / "page.c")]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=c_format.TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(f"clang fails: {shlex.join(command)}: {error}") from error
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no message"]
-        line = next((line for line in said if "error" in line), said[-1])
-        raise UserError(f"{INSTALL}; this clang fails: {shlex.join(command)}: {line}")
+    c_format.run_compiler(command, f"{INSTALL}; this clang fails")
     return out.read_bytes()
 
 

@@ -50,11 +50,8 @@ const actions = {
   },
   hear(data) {
     if (data.session !== session) return;
-    if (data.logits) {
-      add(data);
-    } else {
-      warn(`At ${seconds(data.end)} a sample is not finite, or far beyond full scale: that part is left out.`);
-    }
+    if (data.logits) add(data);
+    else warn(`At ${seconds(data.end)} a sample is not finite, or far beyond full scale: that part is left out.`);
     if (data.next) data.next === "end" ? now(`Heard all of it, ${seconds(data.end)}.`) : hearFile(data.end);
   },
   failed({ reason }) {

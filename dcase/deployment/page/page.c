@@ -10,7 +10,6 @@ float *EXPORT(samples_at)(void) { return samples; }
 float *EXPORT(logits_at)(void) { return logits; }
 const float *EXPORT(log_mel_at)(void) { return state.arena + LOG_MEL; }
 int EXPORT(log_mel_row)(void) { return FRAMES; }
-int EXPORT(struct_bytes)(void) { return (int)sizeof state; }
 
 /* Take the SCENE_SAMPLES samples of a clip; its log-mel, (N_MELS, FRAMES), is then whole until `classify`. */
 void EXPORT(listen)(int device)
